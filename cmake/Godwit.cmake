@@ -1,0 +1,145 @@
+# The functions that the CMakeLists.txt of each folder is written with. DEPS takes names of our own
+# targets (engine, kernels: godwit::engine, godwit::kernels) and any imported target (godwit::absl,
+# Threads::Threads); a name that is no target fails when CMake generates.
+include(GoogleTest)
+
+function(_godwit_deps out)
+  set(result)
+  foreach(dep IN LISTS ARGN)
+    if(dep MATCHES "::|^/|^\\$")
+      list(APPEND result ${dep})
+    else()
+      string(REGEX REPLACE "^godwit_" "" dep ${dep})
+      list(APPEND result godwit::${dep})
+    endif()
+  endforeach()
+  set(${out} ${result} PARENT_SCOPE)
+endfunction()
+
+# Bootstrap: a listed file that its owner has not written yet is left out with a warning.
+function(_godwit_sources out)
+  set(result)
+  foreach(source IN LISTS ARGN)
+    if(source MATCHES "^[/$]" OR EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/${source})
+      list(APPEND result ${source})
+    else()
+      message(WARNING "${CMAKE_CURRENT_SOURCE_DIR}/${source} is listed but does not exist yet")
+    endif()
+  endforeach()
+  set(${out} ${result} PARENT_SCOPE)
+endfunction()
+
+# Bootstrap: folders come one by one.
+function(godwit_folder folder)
+  if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/${folder}/CMakeLists.txt)
+    add_subdirectory(${folder} ${ARGN})
+  endif()
+endfunction()
+
+# godwit_library(NAME x [SRCS a.cc...] [DEPS ...] [PRIVATE_DEPS ...])
+# Static library godwit_x, alias godwit::x; without SRCS a header-only one. PRIVATE_DEPS are those
+# that only the .cc files see (nlohmann_json, prometheus-cpp).
+function(godwit_library)
+  cmake_parse_arguments(L "" "NAME" "SRCS;DEPS;PRIVATE_DEPS" ${ARGN})
+  set(target godwit_${L_NAME})
+  _godwit_sources(sources ${L_SRCS})
+  _godwit_deps(deps ${L_DEPS})
+  if(sources)
+    add_library(${target} STATIC ${sources})
+    target_link_libraries(${target} PUBLIC godwit_options ${deps} PRIVATE ${L_PRIVATE_DEPS})
+  else()
+    add_library(${target} INTERFACE)
+    target_link_libraries(${target} INTERFACE godwit_options ${deps} ${L_PRIVATE_DEPS})
+  endif()
+  add_library(godwit::${L_NAME} ALIAS ${target})
+endfunction()
+
+# godwit_isa_sources(<target> ISA portable|avx2|avx512bf16|amx SRCS a.cc...)
+# Compiles SRCS for one instruction set and links the objects into <target>. The same file may be
+# given for several sets: GODWIT_ISA is defined as the name of the set, for its namespace. Such a
+# file must not instantiate inline functions of other headers (std::vector, absl): the linker keeps
+# one copy for the whole program, and it could be the one with AVX-512 in it.
+# tests/check_isa_objects.sh looks.
+function(godwit_isa_sources target)
+  cmake_parse_arguments(I "" "ISA" "SRCS" ${ARGN})
+  set(flags_portable)
+  set(flags_avx2 -march=x86-64-v3)
+  set(flags_avx512bf16 -march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512)
+  set(flags_amx ${flags_avx512bf16} -mamx-tile -mamx-bf16)
+  if(NOT DEFINED flags_${I_ISA})
+    if(NOT I_ISA STREQUAL "portable")
+      message(FATAL_ERROR "godwit_isa_sources: unknown ISA '${I_ISA}'")
+    endif()
+  endif()
+  set(objects ${target}_${I_ISA})
+  _godwit_sources(sources ${I_SRCS})
+  if(NOT TARGET ${objects})
+    add_library(${objects} OBJECT)
+    target_compile_options(${objects} PRIVATE -O3 ${flags_${I_ISA}})
+    target_compile_definitions(${objects} PRIVATE GODWIT_ISA=${I_ISA})
+    target_include_directories(${objects} PRIVATE
+      $<TARGET_PROPERTY:${target},INCLUDE_DIRECTORIES>)
+    target_link_libraries(${objects} PRIVATE godwit_options)
+    target_sources(${target} PRIVATE $<TARGET_OBJECTS:${objects}>)
+    set_property(GLOBAL APPEND PROPERTY GODWIT_ISA_OBJECTS ${objects})
+  endif()
+  target_sources(${objects} PRIVATE ${sources})
+endfunction()
+
+# godwit_executable(NAME godwit SRCS a.cc... [DEPS ...] [PRIVATE_DEPS ...])
+function(godwit_executable)
+  cmake_parse_arguments(E "" "NAME" "SRCS;DEPS" ${ARGN})
+  _godwit_sources(sources ${E_SRCS})
+  _godwit_deps(deps ${E_DEPS})
+  if(NOT sources)
+    return()
+  endif()
+  add_executable(${E_NAME} ${sources})
+  target_link_libraries(${E_NAME} PRIVATE godwit_options ${deps})
+endfunction()
+
+# godwit_test(NAME subject_test SRCS subject_test.cc... DEPS ... [LABELS grpc ...]
+#             [PROPERTIES TIMEOUT 60 ...])
+# A GoogleTest executable in tests/ of the build folder; each TEST is one test of ctest. A test that
+# links gRPC carries the label grpc, and is not built for the thread sanitizer.
+# Tests read: GODWIT_TEST_DATA (golden/ and assets/; unset where there is none: skip with a reason),
+# GODWIT_SOURCE_DIR (models/), GODWIT_BIN_DIR (the executable).
+function(godwit_test)
+  cmake_parse_arguments(T "" "NAME" "SRCS;DEPS;LABELS;PROPERTIES" ${ARGN})
+  if("grpc" IN_LIST T_LABELS AND GODWIT_SANITIZE MATCHES "thread")
+    return()
+  endif()
+  _godwit_sources(sources ${T_SRCS})
+  _godwit_deps(deps ${T_DEPS})
+  if(NOT sources)
+    return()
+  endif()
+  add_executable(${T_NAME} ${sources})
+  target_link_libraries(${T_NAME} PRIVATE godwit_options ${deps} GTest::gmock GTest::gtest_main)
+  set_target_properties(${T_NAME} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/tests)
+  if(TARGET godwit AND "grpc" IN_LIST T_LABELS)
+    set_property(GLOBAL APPEND PROPERTY GODWIT_GRPC_TESTS ${T_NAME})
+  endif()
+  set(environment GODWIT_SOURCE_DIR=${PROJECT_SOURCE_DIR} GODWIT_BIN_DIR=${CMAKE_BINARY_DIR}/bin)
+  if(GODWIT_TEST_DATA)
+    list(APPEND environment GODWIT_TEST_DATA=${GODWIT_TEST_DATA})
+  elseif(EXISTS ${PROJECT_SOURCE_DIR}/../shared/golden)
+    list(APPEND environment GODWIT_TEST_DATA=${PROJECT_SOURCE_DIR}/../shared)
+  endif()
+  gtest_discover_tests(${T_NAME} DISCOVERY_MODE PRE_TEST DISCOVERY_TIMEOUT 60
+    PROPERTIES LABELS "${T_LABELS}" ENVIRONMENT "${environment}" TIMEOUT 300 ${T_PROPERTIES})
+endfunction()
+
+# godwit_benchmark(NAME bench_subject SRCS bench_subject.cc... DEPS ...)
+# A Google Benchmark executable in bench/ of the build folder; ctest does not run it.
+function(godwit_benchmark)
+  cmake_parse_arguments(B "" "NAME" "SRCS;DEPS" ${ARGN})
+  _godwit_sources(sources ${B_SRCS})
+  _godwit_deps(deps ${B_DEPS})
+  if(NOT sources)
+    return()
+  endif()
+  add_executable(${B_NAME} ${sources})
+  target_link_libraries(${B_NAME} PRIVATE godwit_options ${deps} benchmark::benchmark_main)
+  set_target_properties(${B_NAME} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bench)
+endfunction()
