@@ -1,0 +1,126 @@
+#pragma once
+// Host bookkeeping of sequence state: which slot and which KV blocks a sequence holds, and how many fit. Knows nothing but
+// the list of StateComponent and integers; the bytes live in a CachePool. Admission is exact and never over-commits.
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/state_component.h"
+
+namespace godwit {
+
+inline constexpr int kMaxStepsInFlight = 2;
+inline constexpr int kMaxDraftTokens = 15;  // K_max; K_max + 1 <= W
+
+// Rows of a window ring: W - 1 + (F + 1)(K_max + 1), F = steps in flight.
+int64_t WindowRows(int max_steps_in_flight, int max_draft_tokens);
+
+struct CacheGeometry {
+  std::vector<StateComponent> components;
+  int64_t window_rows = 0;      // of every windowed component
+  int64_t num_slots = 0;        // one per resident sequence
+  int64_t num_blocks = 0;       // KV blocks of kPagedBlock tokens, shared by all paged components (one id = one block each)
+  int64_t swap_bytes = 0;       // host memory for preempted sequences
+
+  bool has_paged() const;
+  int64_t slot_bytes() const;        // bases and window rings of one sequence
+  int64_t block_bytes() const;       // one block id, over all paged components
+  int64_t kv_bytes_per_token() const;
+  int64_t blocks_for(int64_t num_tokens) const;  // 0 without paged components
+  int64_t bytes_per_sequence(int64_t num_tokens) const;
+};
+
+class CacheManager;
+
+// What one sequence holds: ids and positions, never bytes. Move-only; returns its ids when destroyed. Two states: resident
+// (slot and blocks) or swapped (host_id). Not thread-safe; owned by the engine thread.
+class CacheLease {
+ public:
+  CacheLease() = default;
+  CacheLease(CacheLease&& other) noexcept;
+  CacheLease& operator=(CacheLease&& other) noexcept;
+  ~CacheLease() { Release(); }
+
+  explicit operator bool() const { return manager_ != nullptr; }
+  bool resident() const { return slot_ >= 0; }
+  bool swapped() const { return host_id_ >= 0; }
+  int32_t slot() const { return slot_; }
+  const std::vector<int32_t>& blocks() const { return blocks_; }
+  int64_t reserved_tokens() const { return reserved_tokens_; }
+  int64_t host_id() const { return host_id_; }
+
+  // Number of tokens in the state (what the host has seen committed). Set by the engine at Collect.
+  int64_t position() const { return position_; }
+  void set_position(int64_t position) { position_ = position; }
+
+  // True until the engine zeroed the slot, in the first step that uses it.
+  bool fresh() const { return fresh_; }
+  void clear_fresh() { fresh_ = false; }
+
+  void Release();
+
+ private:
+  friend class CacheManager;
+  CacheManager* manager_ = nullptr;
+  int32_t slot_ = -1;
+  bool fresh_ = false;
+  std::vector<int32_t> blocks_;
+  int64_t reserved_tokens_ = 0;
+  int64_t position_ = 0;
+  int64_t host_id_ = -1;
+  int64_t host_bytes_ = 0;
+};
+
+// A copy of a whole sequence state, done by StepExecutor::Copy in order with the steps. Ids are captured by value: the
+// manager may hand the source's device ids to others at once, because later steps run after the copy.
+struct CacheCopy {
+  enum class Kind { kFork, kSwapOut, kSwapIn };
+  Kind kind = Kind::kFork;
+  int32_t from_slot = -1, to_slot = -1;
+  std::vector<int32_t> from_blocks, to_blocks;  // as many as hold `position` tokens
+  int64_t host_id = -1;                          // of a swap
+  int64_t position = 0;
+};
+
+class CacheManager {
+ public:
+  // INVALID_ARGUMENT: no slots, or paged components without blocks.
+  static absl::StatusOr<std::unique_ptr<CacheManager>> Create(CacheGeometry geometry);
+
+  const CacheGeometry& geometry() const { return geometry_; }
+  int64_t free_slots() const { return static_cast<int64_t>(free_slots_.size()); }
+  int64_t free_blocks() const { return static_cast<int64_t>(free_blocks_.size()); }
+  int64_t free_swap_bytes() const { return geometry_.swap_bytes - used_swap_bytes_; }
+
+  // Would `count` sequences of `num_tokens` each fit now / in an empty cache?
+  bool Fits(int64_t num_tokens, int64_t count = 1) const;
+  bool FitsEver(int64_t num_tokens, int64_t count = 1) const;
+
+  // A slot and the blocks for num_tokens (prompt + max_tokens). RESOURCE_EXHAUSTED leaves everything unchanged.
+  absl::StatusOr<CacheLease> Reserve(int64_t num_tokens);
+
+  // Moves a resident lease with no step in flight to host memory / back. RESOURCE_EXHAUSTED leaves all unchanged; on OK the
+  // lease has changed state and the caller must execute the copy before its next step.
+  absl::StatusOr<CacheCopy> SwapOut(CacheLease& lease);
+  absl::StatusOr<CacheCopy> SwapIn(CacheLease& lease);
+  // Host bytes that SwapOut would take.
+  int64_t SwapBytes(const CacheLease& lease) const;
+
+  // Host ids freed by released swapped leases since the last call; the pool frees their bytes.
+  std::vector<int64_t> TakeReleasedHostIds();
+
+ private:
+  friend class CacheLease;
+  explicit CacheManager(CacheGeometry geometry);
+  void Return(CacheLease& lease);
+
+  CacheGeometry geometry_;
+  std::vector<int32_t> free_slots_, free_blocks_;
+  std::vector<int64_t> released_host_ids_;
+  int64_t used_swap_bytes_ = 0;
+  int64_t next_host_id_ = 0;
+};
+
+}  // namespace godwit

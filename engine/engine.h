@@ -1,0 +1,57 @@
+#pragma once
+// Engine: model + cache pool + sampler behind StepExecutor. No threads, no queues: one owner thread calls it.
+
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "engine/batch.h"
+#include "engine/cache_manager.h"
+#include "engine/model.h"
+#include "kernels/backend.h"
+
+namespace godwit {
+
+struct EngineOptions {
+  std::string model_folder;
+  std::string rope_override;           // --rope JSON, or ""
+  DType dtype = DType::kBF16;
+  int64_t max_sequences = 64;          // state slots
+  int64_t max_tokens_per_step = 2048;  // prefill budget + decode rows
+  int64_t kv_bytes = 0;                // memory for KV blocks of softmax layers; 0: 1 GiB or what is free, the smaller
+  int64_t swap_bytes = 0;              // host memory for preempted sequences
+  int64_t context_length = 0;          // limit of prompt + output; 0: the model's (recurrent: 2^31 - 1)
+  int max_steps_in_flight = 1;         // 1 or 2
+};
+
+// What a user, `inspect` and GetModel need to know.
+struct ModelCard {
+  ModelConfig config;
+  int64_t num_parameters = 0;
+  int64_t weight_bytes = 0, workspace_bytes = 0;
+  int64_t context_length = 0;
+  CacheGeometry geometry;              // components, slots, blocks
+  std::string dtype, backend;
+};
+
+class Engine final : public StepExecutor {
+ public:
+  // Loads everything and allocates all memory. Errors name file, tensor, expected and found; RESOURCE_EXHAUSTED carries the plan.
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options,
+                                                        std::unique_ptr<Backend, BackendDeleter> backend);
+  ~Engine() override;
+
+  const ModelCard& card() const;
+  CacheManager& caches();              // for the scheduler, on the same thread
+
+  absl::StatusOr<StepId> Submit(std::span<const BatchRow> rows) override;
+  absl::StatusOr<StepResult> Collect(StepId id) override;
+  absl::Status Copy(std::span<const CacheCopy> copies) override;
+
+ private:
+  struct Impl;
+  explicit Engine(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace godwit

@@ -1,0 +1,61 @@
+#pragma once
+// Reading (mmap, bounds-checked) and writing of safetensors files; sharded Hugging Face folders.
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/base/tensor.h"
+
+namespace godwit {
+
+struct StoredTensor {
+  std::string dtype;             // "F32", "F16", "BF16", "I32", "I64", ...
+  std::vector<int64_t> shape;
+  const void* data = nullptr;    // into the mapping; any alignment
+  int64_t num_bytes = 0;
+  std::string file;              // for messages
+};
+
+// All tensors of a folder (model.safetensors, or model.safetensors.index.json and its shards) or of one file. Every offset,
+// size and shape is checked against the file size with overflow-safe arithmetic; a duplicate name, overlapping or
+// out-of-range data, or an index that disagrees with a shard is INVALID_ARGUMENT / DATA_LOSS naming file and tensor.
+// Thread-safe after Open.
+class SafetensorsReader {
+ public:
+  static absl::StatusOr<std::unique_ptr<SafetensorsReader>> OpenFolder(const std::string& folder);
+  static absl::StatusOr<std::unique_ptr<SafetensorsReader>> OpenFile(const std::string& path);
+  ~SafetensorsReader();
+
+  // Null when absent.
+  const StoredTensor* Find(const std::string& name) const;
+  const std::map<std::string, StoredTensor>& tensors() const { return tensors_; }
+
+  // A tensor that must exist with exactly this shape and a float dtype (F32, F16, BF16); f16 is converted to f32 on the way
+  // (`storage` keeps the conversion alive). NOT_FOUND / INVALID_ARGUMENT name file, tensor, expected and found.
+  absl::StatusOr<TensorView> Matrix(const std::string& name, const std::vector<int64_t>& shape,
+                                    std::vector<float>& storage) const;
+
+ private:
+  struct Mapping;
+  SafetensorsReader();
+  absl::Status AddFile(const std::string& path);
+  std::vector<std::unique_ptr<Mapping>> mappings_;
+  std::map<std::string, StoredTensor> tensors_;
+};
+
+struct NamedTensor {
+  std::string name;
+  std::string dtype;             // "F32", "BF16", "I32"
+  std::vector<int64_t> shape;
+  const void* data = nullptr;
+};
+
+// Written to a temporary name beside `path`, then renamed.
+absl::Status WriteSafetensors(const std::string& path, const std::vector<NamedTensor>& tensors);
+
+}  // namespace godwit

@@ -1,0 +1,56 @@
+#pragma once
+// The engine thread: mailbox -> Plan -> Submit -> Collect -> Apply, with up to two steps in flight. Sole owner of scheduler,
+// executor and caches while it runs.
+
+#include <functional>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "engine/batch.h"
+#include "engine/cache_manager.h"
+#include "scheduler/request.h"
+#include "scheduler/scheduler.h"
+
+namespace godwit {
+
+// Measured per step, called on the engine thread; must be short and not block.
+struct StepReport {
+  int64_t num_tokens = 0, num_rows = 0;
+  TimeNs step_ns = 0;        // from Plan to the end of Apply
+  TimeNs forward_ns = 0;     // of which the executor's own time
+  SchedulerStats stats;
+};
+
+struct EngineLoopOptions {
+  SchedulerOptions scheduler;
+  int64_t max_mailbox = 1024;                     // requests not yet seen by the engine thread
+  std::function<void(const StepReport&)> on_step; // may be empty
+};
+
+class EngineLoop {
+ public:
+  // `executor` and `caches` outlive the loop and are used by its thread only.
+  EngineLoop(EngineLoopOptions options, StepExecutor& executor, CacheManager& caches);
+  ~EngineLoop();  // Stop()
+
+  // Any thread. OK: exactly one kDone event will arrive on request.stream. RESOURCE_EXHAUSTED: mailbox or queue full (the
+  // queue's size is counted here, at once); UNAVAILABLE: draining or stopped; INVALID_ARGUMENT: can never run.
+  absl::Status Submit(GenerateRequest request);
+
+  // Any thread: a request's cancel flag was set; wakes the engine thread if it sleeps.
+  void Wake();
+
+  // No new requests; returns when all have ended or at `timeout_ns` (then the rest ends with UNAVAILABLE).
+  void Drain(TimeNs timeout_ns);
+  void Stop();
+
+  SchedulerStats stats() const;        // any thread; of the last step
+  TimeNs last_heartbeat() const;       // any thread; the thread is alive if this is younger than a few seconds
+  bool device_lost() const;            // an executor call returned UNAVAILABLE
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace godwit
