@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/state_component.h"
 
@@ -114,7 +115,9 @@ class CacheManager {
  private:
   friend class CacheLease;
   explicit CacheManager(CacheGeometry geometry);
+  absl::Status Take(int64_t num_blocks, CacheLease& lease);  // all or nothing
   void Return(CacheLease& lease);
+  void ReturnDeviceIds(CacheLease& lease);
 
   CacheGeometry geometry_;
   std::vector<int32_t> free_slots_, free_blocks_;

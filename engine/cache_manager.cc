@@ -1,0 +1,229 @@
+#include "engine/cache_manager.h"
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "kernels/base/check.h"
+#include "kernels/base/status.h"
+#include "kernels/ops.h"
+
+namespace godwit {
+namespace {
+
+// Ids n - 1 .. 0, so that the lowest id is handed out first.
+std::vector<int32_t> DescendingIds(int64_t count) {
+  std::vector<int32_t> ids(static_cast<size_t>(count));
+  for (int64_t index = 0; index < count; ++index) {
+    ids[static_cast<size_t>(index)] = static_cast<int32_t>(count - 1 - index);
+  }
+  return ids;
+}
+
+// count * each <= limit without overflow.
+bool ProductFits(int64_t count, int64_t each, int64_t limit) {
+  return each == 0 || count <= limit / each;
+}
+
+std::vector<int32_t> FirstBlocks(const std::vector<int32_t>& blocks, int64_t count) {
+  GODWIT_CHECK(count <= static_cast<int64_t>(blocks.size()));
+  return {blocks.begin(), blocks.begin() + count};
+}
+
+}  // namespace
+
+int64_t WindowRows(int max_steps_in_flight, int max_draft_tokens) {
+  GODWIT_CHECK(max_steps_in_flight >= 1 && max_steps_in_flight <= kMaxStepsInFlight);
+  GODWIT_CHECK(max_draft_tokens >= 0 && max_draft_tokens <= kMaxDraftTokens);
+  return kWindow - 1 + int64_t{max_steps_in_flight + 1} * (max_draft_tokens + 1);
+}
+
+bool CacheGeometry::has_paged() const {
+  return std::any_of(components.begin(), components.end(),
+                     [](const StateComponent& component) { return component.paged(); });
+}
+
+int64_t CacheGeometry::slot_bytes() const {
+  int64_t bytes = 0;
+  for (const StateComponent& component : components) {
+    bytes += component.base_bytes;
+    if (component.windowed()) bytes += window_rows * component.row_bytes;
+  }
+  return bytes;
+}
+
+int64_t CacheGeometry::kv_bytes_per_token() const {
+  int64_t bytes = 0;
+  for (const StateComponent& component : components) {
+    if (component.paged()) bytes += component.row_bytes;
+  }
+  return bytes;
+}
+
+int64_t CacheGeometry::block_bytes() const { return kPagedBlock * kv_bytes_per_token(); }
+
+int64_t CacheGeometry::blocks_for(int64_t num_tokens) const {
+  if (!has_paged()) return 0;
+  return num_tokens / kPagedBlock + (num_tokens % kPagedBlock != 0);
+}
+
+int64_t CacheGeometry::bytes_per_sequence(int64_t num_tokens) const {
+  return slot_bytes() + blocks_for(num_tokens) * block_bytes();
+}
+
+CacheLease::CacheLease(CacheLease&& other) noexcept { *this = std::move(other); }
+
+CacheLease& CacheLease::operator=(CacheLease&& other) noexcept {
+  if (this == &other) return *this;
+  Release();
+  manager_ = std::exchange(other.manager_, nullptr);
+  slot_ = std::exchange(other.slot_, -1);
+  fresh_ = std::exchange(other.fresh_, false);
+  blocks_ = std::exchange(other.blocks_, {});
+  reserved_tokens_ = std::exchange(other.reserved_tokens_, 0);
+  position_ = std::exchange(other.position_, 0);
+  host_id_ = std::exchange(other.host_id_, -1);
+  host_bytes_ = std::exchange(other.host_bytes_, 0);
+  return *this;
+}
+
+void CacheLease::Release() {
+  if (manager_ == nullptr) return;
+  manager_->Return(*this);
+  manager_ = nullptr;
+  fresh_ = false;
+  reserved_tokens_ = 0;
+  position_ = 0;
+}
+
+absl::StatusOr<std::unique_ptr<CacheManager>> CacheManager::Create(CacheGeometry geometry) {
+  if (geometry.num_slots < 1 || geometry.num_slots > std::numeric_limits<int32_t>::max()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("number of state slots ", geometry.num_slots, " not in [1, 2^31 - 1]"));
+  }
+  if (geometry.num_blocks < 0 || geometry.num_blocks > std::numeric_limits<int32_t>::max()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("number of KV blocks ", geometry.num_blocks, " not in [0, 2^31 - 1]"));
+  }
+  if (geometry.has_paged() && geometry.num_blocks == 0) {
+    return absl::InvalidArgumentError("a model with a KV cache needs at least 1 KV block, found 0");
+  }
+  if (geometry.swap_bytes < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("swap bytes ", geometry.swap_bytes, " not >= 0"));
+  }
+  return std::unique_ptr<CacheManager>(new CacheManager(std::move(geometry)));
+}
+
+CacheManager::CacheManager(CacheGeometry geometry)
+    : geometry_(std::move(geometry)),
+      free_slots_(DescendingIds(geometry_.num_slots)),
+      free_blocks_(DescendingIds(geometry_.has_paged() ? geometry_.num_blocks : 0)) {}
+
+bool CacheManager::Fits(int64_t num_tokens, int64_t count) const {
+  GODWIT_CHECK(num_tokens >= 0 && count >= 0);
+  return count <= free_slots() && ProductFits(count, geometry_.blocks_for(num_tokens), free_blocks());
+}
+
+bool CacheManager::FitsEver(int64_t num_tokens, int64_t count) const {
+  GODWIT_CHECK(num_tokens >= 0 && count >= 0);
+  return count <= geometry_.num_slots &&
+         ProductFits(count, geometry_.blocks_for(num_tokens), geometry_.num_blocks);
+}
+
+absl::Status CacheManager::Take(int64_t num_blocks, CacheLease& lease) {
+  if (free_slots_.empty()) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("all ", geometry_.num_slots, " state slots are in use"));
+  }
+  if (num_blocks > free_blocks()) {
+    return absl::ResourceExhaustedError(absl::StrCat("needs ", num_blocks, " KV blocks, ",
+                                                     free_blocks(), " of ", geometry_.num_blocks,
+                                                     " are free"));
+  }
+  lease.slot_ = free_slots_.back();
+  free_slots_.pop_back();
+  lease.blocks_.assign(free_blocks_.rbegin(), free_blocks_.rbegin() + num_blocks);
+  free_blocks_.resize(free_blocks_.size() - static_cast<size_t>(num_blocks));
+  return absl::OkStatus();
+}
+
+absl::StatusOr<CacheLease> CacheManager::Reserve(int64_t num_tokens) {
+  GODWIT_CHECK(num_tokens >= 0);
+  CacheLease lease;
+  RETURN_IF_ERROR(Take(geometry_.blocks_for(num_tokens), lease));
+  lease.manager_ = this;
+  lease.fresh_ = true;
+  lease.reserved_tokens_ = num_tokens;
+  return lease;
+}
+
+int64_t CacheManager::SwapBytes(const CacheLease& lease) const {
+  int64_t bytes = geometry_.blocks_for(lease.position()) * geometry_.block_bytes();
+  const int64_t live_rows = std::min(lease.position(), geometry_.window_rows);
+  for (const StateComponent& component : geometry_.components) {
+    bytes += component.base_bytes;
+    if (component.windowed()) bytes += live_rows * component.row_bytes;
+  }
+  return bytes;
+}
+
+absl::StatusOr<CacheCopy> CacheManager::SwapOut(CacheLease& lease) {
+  GODWIT_CHECK(lease.manager_ == this);
+  GODWIT_CHECK(lease.resident());
+  const int64_t bytes = SwapBytes(lease);
+  if (bytes > free_swap_bytes()) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("needs ", bytes, " bytes of host memory for a preempted sequence, ",
+                     free_swap_bytes(), " of ", geometry_.swap_bytes, " are free"));
+  }
+  CacheCopy copy{.kind = CacheCopy::Kind::kSwapOut,
+                 .from_slot = lease.slot_,
+                 .from_blocks = FirstBlocks(lease.blocks_, geometry_.blocks_for(lease.position_)),
+                 .host_id = next_host_id_++,
+                 .position = lease.position_};
+  ReturnDeviceIds(lease);
+  lease.host_id_ = copy.host_id;
+  lease.host_bytes_ = bytes;
+  used_swap_bytes_ += bytes;
+  return copy;
+}
+
+absl::StatusOr<CacheCopy> CacheManager::SwapIn(CacheLease& lease) {
+  GODWIT_CHECK(lease.manager_ == this);
+  GODWIT_CHECK(lease.swapped());
+  RETURN_IF_ERROR(Take(geometry_.blocks_for(lease.reserved_tokens_), lease));
+  CacheCopy copy{.kind = CacheCopy::Kind::kSwapIn,
+                 .to_slot = lease.slot_,
+                 .to_blocks = FirstBlocks(lease.blocks_, geometry_.blocks_for(lease.position_)),
+                 .host_id = std::exchange(lease.host_id_, -1),
+                 .position = lease.position_};
+  used_swap_bytes_ -= std::exchange(lease.host_bytes_, 0);
+  return copy;
+}
+
+std::vector<int64_t> CacheManager::TakeReleasedHostIds() {
+  return std::exchange(released_host_ids_, {});
+}
+
+void CacheManager::ReturnDeviceIds(CacheLease& lease) {
+  free_slots_.push_back(std::exchange(lease.slot_, -1));
+  free_blocks_.insert(free_blocks_.end(), lease.blocks_.rbegin(), lease.blocks_.rend());
+  lease.blocks_.clear();
+  GODWIT_CHECK(free_slots() <= geometry_.num_slots);
+  GODWIT_CHECK(free_blocks() <= geometry_.num_blocks);
+}
+
+void CacheManager::Return(CacheLease& lease) {
+  if (lease.resident()) {
+    ReturnDeviceIds(lease);
+    return;
+  }
+  used_swap_bytes_ -= std::exchange(lease.host_bytes_, 0);
+  GODWIT_CHECK(used_swap_bytes_ >= 0);
+  released_host_ids_.push_back(std::exchange(lease.host_id_, -1));
+}
+
+}  // namespace godwit

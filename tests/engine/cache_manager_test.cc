@@ -1,0 +1,309 @@
+#include "engine/cache_manager.h"
+
+#include <algorithm>
+#include <random>
+#include <set>
+#include <utility>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "kernels/ops.h"
+
+namespace godwit {
+namespace {
+
+constexpr int64_t kBaseBytes = 1000;
+constexpr int64_t kWindowRowBytes = 8;
+constexpr int64_t kKvRowBytes = 32;
+
+StateComponent Lightning() {
+  return {.name = "layers.0.lightning",
+          .base_bytes = kBaseBytes,
+          .row_bytes = kWindowRowBytes,
+          .block = kWindow};
+}
+StateComponent Kv(const char* name) {
+  return {.name = name, .row_bytes = kKvRowBytes, .retain = kRetainAll};
+}
+
+CacheGeometry HybridGeometry() {
+  return {.components = {Lightning(), Kv("layers.1.kv"), Kv("layers.2.kv")},
+          .window_rows = WindowRows(2, kMaxDraftTokens),
+          .num_slots = 4,
+          .num_blocks = 20,
+          .swap_bytes = 100'000};
+}
+
+std::unique_ptr<CacheManager> MakeManager(CacheGeometry geometry) {
+  auto manager = CacheManager::Create(std::move(geometry));
+  EXPECT_TRUE(manager.ok()) << manager.status();
+  return *std::move(manager);
+}
+
+CacheLease MustReserve(CacheManager& manager, int64_t num_tokens) {
+  auto lease = manager.Reserve(num_tokens);
+  EXPECT_TRUE(lease.ok()) << lease.status();
+  return *std::move(lease);
+}
+
+TEST(CacheGeometryTest, WindowHoldsOpenBlockAndRowsInFlight) {
+  EXPECT_EQ(WindowRows(1, 15), 15 + 2 * 16);
+  EXPECT_EQ(WindowRows(2, 15), 15 + 3 * 16);
+  EXPECT_EQ(WindowRows(1, 0), 15 + 2);
+}
+
+TEST(CacheGeometryTest, BytesFollowFromComponents) {
+  const CacheGeometry geometry = HybridGeometry();
+  EXPECT_EQ(geometry.slot_bytes(), kBaseBytes + geometry.window_rows * kWindowRowBytes);
+  EXPECT_EQ(geometry.kv_bytes_per_token(), 2 * kKvRowBytes);
+  EXPECT_EQ(geometry.block_bytes(), 16 * 2 * kKvRowBytes);
+  EXPECT_EQ(geometry.blocks_for(0), 0);
+  EXPECT_EQ(geometry.blocks_for(1), 1);
+  EXPECT_EQ(geometry.blocks_for(16), 1);
+  EXPECT_EQ(geometry.blocks_for(17), 2);
+  EXPECT_EQ(geometry.bytes_per_sequence(17), geometry.slot_bytes() + 2 * geometry.block_bytes());
+}
+
+TEST(CacheGeometryTest, RecurrentModelNeedsNoBlocksAtAnyLength) {
+  const CacheGeometry geometry = {.components = {Lightning()}, .window_rows = 63, .num_slots = 1};
+  EXPECT_EQ(geometry.blocks_for(1'000'000'000), 0);
+  EXPECT_EQ(geometry.bytes_per_sequence(1), geometry.bytes_per_sequence(1'000'000'000));
+}
+
+TEST(CacheManagerTest, CreateRefusesNoSlotsNoBlocksAndNegativeSwap) {
+  CacheGeometry geometry = HybridGeometry();
+  geometry.num_slots = 0;
+  EXPECT_EQ(CacheManager::Create(geometry).status().code(), absl::StatusCode::kInvalidArgument);
+  geometry = HybridGeometry();
+  geometry.num_blocks = 0;
+  EXPECT_EQ(CacheManager::Create(geometry).status().code(), absl::StatusCode::kInvalidArgument);
+  geometry.num_blocks = -1;
+  EXPECT_EQ(CacheManager::Create(geometry).status().code(), absl::StatusCode::kInvalidArgument);
+  geometry = HybridGeometry();
+  geometry.swap_bytes = -1;
+  EXPECT_EQ(CacheManager::Create(geometry).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST(CacheManagerTest, ReserveTakesOneSlotAndTheBlocksOfAllTokens) {
+  auto manager = MakeManager(HybridGeometry());
+  CacheLease lease = MustReserve(*manager, 33);
+  EXPECT_TRUE(lease.resident());
+  EXPECT_TRUE(lease.fresh());
+  EXPECT_EQ(lease.reserved_tokens(), 33);
+  EXPECT_EQ(lease.position(), 0);
+  EXPECT_EQ(lease.blocks().size(), 3u);
+  EXPECT_EQ(manager->free_slots(), 3);
+  EXPECT_EQ(manager->free_blocks(), 17);
+  lease.Release();
+  EXPECT_FALSE(lease);
+  EXPECT_EQ(manager->free_slots(), 4);
+  EXPECT_EQ(manager->free_blocks(), 20);
+  lease.Release();
+  EXPECT_EQ(manager->free_slots(), 4);
+}
+
+TEST(CacheManagerTest, LeaseReturnsItsIdsWhenDestroyedOrAssigned) {
+  auto manager = MakeManager(HybridGeometry());
+  {
+    CacheLease first = MustReserve(*manager, 16);
+    CacheLease moved = std::move(first);
+    EXPECT_FALSE(first);  // NOLINT: the state after a move is part of the contract
+    EXPECT_FALSE(first.resident());
+    EXPECT_TRUE(moved);
+    moved = MustReserve(*manager, 32);
+    EXPECT_EQ(manager->free_slots(), 3);
+    EXPECT_EQ(manager->free_blocks(), 18);
+  }
+  EXPECT_EQ(manager->free_slots(), 4);
+  EXPECT_EQ(manager->free_blocks(), 20);
+}
+
+TEST(CacheManagerTest, RefusedReservationChangesNothing) {
+  auto manager = MakeManager(HybridGeometry());
+  CacheLease lease = MustReserve(*manager, 16 * 18);
+  const auto refused = manager->Reserve(16 * 2 + 1);
+  EXPECT_EQ(refused.status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(refused.status().message(), testing::HasSubstr("needs 3 KV blocks, 2 of 20"));
+  EXPECT_EQ(manager->free_slots(), 3);
+  EXPECT_EQ(manager->free_blocks(), 2);
+  std::vector<CacheLease> others;
+  for (int i = 0; i < 3; ++i) others.push_back(MustReserve(*manager, 0));
+  EXPECT_EQ(manager->Reserve(0).status().code(), absl::StatusCode::kResourceExhausted);
+}
+
+TEST(CacheManagerTest, FitsIsExactAndFitsEverIgnoresWhatIsHeld) {
+  auto manager = MakeManager(HybridGeometry());
+  EXPECT_TRUE(manager->FitsEver(320, 1));
+  EXPECT_FALSE(manager->FitsEver(321, 1));
+  EXPECT_TRUE(manager->FitsEver(80, 4));
+  EXPECT_FALSE(manager->FitsEver(81, 4));
+  EXPECT_FALSE(manager->FitsEver(1, 5));
+  EXPECT_FALSE(manager->FitsEver(std::numeric_limits<int64_t>::max(), 4));
+  CacheLease lease = MustReserve(*manager, 160);
+  EXPECT_TRUE(manager->Fits(160));
+  EXPECT_FALSE(manager->Fits(161));
+  EXPECT_TRUE(manager->Fits(48, 3));
+  EXPECT_FALSE(manager->Fits(49, 3));
+  EXPECT_FALSE(manager->Fits(1, 4));
+  EXPECT_TRUE(manager->FitsEver(320));
+}
+
+TEST(CacheManagerTest, SwapOutFreesDeviceIdsAndCountsOnlyLiveBytes) {
+  auto manager = MakeManager(HybridGeometry());
+  CacheLease lease = MustReserve(*manager, 100);
+  const std::vector<int32_t> blocks = lease.blocks();
+  const int32_t slot = lease.slot();
+  lease.set_position(20);
+  const int64_t bytes = kBaseBytes + 20 * kWindowRowBytes + 2 * manager->geometry().block_bytes();
+  EXPECT_EQ(manager->SwapBytes(lease), bytes);
+  auto copy = manager->SwapOut(lease);
+  ASSERT_TRUE(copy.ok());
+  EXPECT_EQ(copy->kind, CacheCopy::Kind::kSwapOut);
+  EXPECT_EQ(copy->from_slot, slot);
+  EXPECT_THAT(copy->from_blocks, testing::ElementsAre(blocks[0], blocks[1]));
+  EXPECT_EQ(copy->position, 20);
+  EXPECT_TRUE(lease.swapped());
+  EXPECT_FALSE(lease.resident());
+  EXPECT_EQ(manager->free_slots(), 4);
+  EXPECT_EQ(manager->free_blocks(), 20);
+  EXPECT_EQ(manager->free_swap_bytes(), 100'000 - bytes);
+
+  CacheLease other = MustReserve(*manager, 10);
+  auto back = manager->SwapIn(lease);
+  ASSERT_TRUE(back.ok());
+  EXPECT_EQ(back->kind, CacheCopy::Kind::kSwapIn);
+  EXPECT_EQ(back->host_id, copy->host_id);
+  EXPECT_EQ(back->to_slot, lease.slot());
+  EXPECT_NE(lease.slot(), other.slot());
+  EXPECT_EQ(lease.blocks().size(), 7u);
+  EXPECT_EQ(back->to_blocks.size(), 2u);
+  EXPECT_EQ(lease.position(), 20);
+  EXPECT_EQ(manager->free_swap_bytes(), 100'000);
+  EXPECT_TRUE(manager->TakeReleasedHostIds().empty());
+}
+
+TEST(CacheManagerTest, SwapOutBeyondTheBudgetAndSwapInWithoutRoomChangeNothing) {
+  CacheGeometry geometry = HybridGeometry();
+  geometry.swap_bytes = kBaseBytes + 100 * kWindowRowBytes;
+  auto manager = MakeManager(geometry);
+  CacheLease lease = MustReserve(*manager, 320);
+  lease.set_position(320);
+  EXPECT_EQ(manager->SwapOut(lease).status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(lease.resident());
+  EXPECT_EQ(manager->free_blocks(), 0);
+  lease.set_position(0);
+  ASSERT_TRUE(manager->SwapOut(lease).ok());
+  CacheLease other = MustReserve(*manager, 1);
+  EXPECT_EQ(manager->SwapIn(lease).status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(lease.swapped());
+  EXPECT_EQ(manager->free_slots(), 3);
+}
+
+TEST(CacheManagerTest, ReleasedSwappedLeaseNamesItsHostIdOnce) {
+  auto manager = MakeManager(HybridGeometry());
+  CacheLease lease = MustReserve(*manager, 16);
+  auto copy = manager->SwapOut(lease);
+  ASSERT_TRUE(copy.ok());
+  lease.Release();
+  EXPECT_EQ(manager->free_swap_bytes(), 100'000);
+  EXPECT_THAT(manager->TakeReleasedHostIds(), testing::ElementsAre(copy->host_id));
+  EXPECT_TRUE(manager->TakeReleasedHostIds().empty());
+}
+
+// A model of what must hold, kept beside the manager under random operations.
+class RandomOperations {
+ public:
+  explicit RandomOperations(uint64_t seed) : random_(seed), manager_(MakeManager(HybridGeometry())) {}
+
+  void Step() {
+    switch (Draw(0, 4)) {
+      case 0:
+      case 1: Reserve(); break;
+      case 2: Release(); break;
+      case 3: Swap(); break;
+      case 4: Advance(); break;
+    }
+    Check();
+  }
+
+ private:
+  int64_t Draw(int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(random_);
+  }
+
+  void Reserve() {
+    const int64_t num_tokens = Draw(0, 150);
+    const bool fits = manager_->Fits(num_tokens);
+    auto lease = manager_->Reserve(num_tokens);
+    ASSERT_EQ(lease.ok(), fits);
+    if (lease.ok()) leases_.push_back(*std::move(lease));
+  }
+
+  void Release() {
+    if (leases_.empty()) return;
+    std::swap(leases_[static_cast<size_t>(Draw(0, std::ssize(leases_) - 1))], leases_.back());
+    leases_.pop_back();
+  }
+
+  void Swap() {
+    if (leases_.empty()) return;
+    CacheLease& lease = leases_[static_cast<size_t>(Draw(0, std::ssize(leases_) - 1))];
+    if (lease.resident()) {
+      const bool fits = manager_->SwapBytes(lease) <= manager_->free_swap_bytes();
+      ASSERT_EQ(manager_->SwapOut(lease).ok(), fits);
+    } else {
+      const bool fits = manager_->Fits(lease.reserved_tokens());
+      ASSERT_EQ(manager_->SwapIn(lease).ok(), fits);
+    }
+  }
+
+  void Advance() {
+    if (leases_.empty()) return;
+    CacheLease& lease = leases_[static_cast<size_t>(Draw(0, std::ssize(leases_) - 1))];
+    if (lease.resident()) lease.set_position(Draw(lease.position(), lease.reserved_tokens()));
+  }
+
+  void Check() {
+    std::set<int32_t> slots, blocks;
+    int64_t num_slots = 0, num_blocks = 0, swap_bytes = 0;
+    for (const CacheLease& lease : leases_) {
+      ASSERT_NE(lease.resident(), lease.swapped());
+      if (lease.swapped()) swap_bytes += manager_->SwapBytes(lease);
+      if (!lease.resident()) continue;
+      ++num_slots;
+      slots.insert(lease.slot());
+      num_blocks += std::ssize(lease.blocks());
+      blocks.insert(lease.blocks().begin(), lease.blocks().end());
+      ASSERT_EQ(std::ssize(lease.blocks()), (lease.reserved_tokens() + 15) / 16);
+    }
+    ASSERT_EQ(std::ssize(slots), num_slots);
+    ASSERT_EQ(std::ssize(blocks), num_blocks);
+    const CacheGeometry& geometry = manager_->geometry();
+    ASSERT_EQ(num_slots + manager_->free_slots(), geometry.num_slots);
+    ASSERT_EQ(num_blocks + manager_->free_blocks(), geometry.num_blocks);
+    ASSERT_EQ(swap_bytes + manager_->free_swap_bytes(), geometry.swap_bytes);
+    if (leases_.empty()) {
+      const int64_t num_tokens = Draw(0, 400), count = Draw(1, 5);
+      ASSERT_EQ(manager_->Fits(num_tokens, count), manager_->FitsEver(num_tokens, count));
+    }
+  }
+
+  std::mt19937_64 random_;
+  std::unique_ptr<CacheManager> manager_;
+  std::vector<CacheLease> leases_;
+};
+
+TEST(CacheManagerTest, RandomOperationsNeverHandOutAnIdTwiceAndConserveTotals) {
+  for (uint64_t seed = 1; seed <= 20; ++seed) {
+    SCOPED_TRACE(testing::Message() << "seed " << seed);
+    RandomOperations operations(seed);
+    for (int step = 0; step < 2000; ++step) {
+      operations.Step();
+      if (testing::Test::HasFatalFailure()) return;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace godwit
