@@ -31,6 +31,7 @@ class Tokenizer {
 };
 
 // Reads `folder`/tokenizer.model (sentencepiece). On failure returns null and sets *error to one line naming the file.
-std::unique_ptr<Tokenizer> LoadTokenizer(const std::string& folder, std::string* error);
+// Exported by libgodwit_spm.so, all else there is hidden.
+__attribute__((visibility("default"))) std::unique_ptr<Tokenizer> LoadTokenizer(const std::string& folder, std::string* error);
 
 }  // namespace godwit
