@@ -1,0 +1,246 @@
+// `godwit bench serve`: load against a running server; closed loop (--concurrency) or open loop (--rate, Poisson arrivals).
+
+#include <unistd.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <iostream>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/str_format.h"
+#include "cli/bench_report.h"
+#include "cli/client.h"
+#include "cli/command.h"
+#include "godwit/v1/inference.grpc.pb.h"
+#include "godwit/v1/models.grpc.pb.h"
+
+namespace godwit::cli {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double Milliseconds(Clock::duration duration) {
+  return std::chrono::duration<double, std::milli>(duration).count();
+}
+
+struct BenchServeFlags {
+  ClientFlags client;
+  int64_t num_requests = 100;
+  int64_t concurrency = 8;
+  double rate = 0;  // requests per second; 0: closed loop
+  int64_t prompt_tokens = 128, output_tokens = 128;
+  uint64_t seed = 1;
+  double temperature = 1;
+  bool json = false;
+  std::string output;
+};
+
+// What the streams measured; every stream adds to it under the mutex.
+struct Tally {
+  std::mutex mutex;
+  std::condition_variable changed;
+  int64_t num_in_flight = 0, num_done = 0, num_failed = 0;
+  int64_t output_tokens = 0, prompt_tokens = 0;
+  std::vector<double> ttft_ms, inter_token_ms, end_to_end_ms;
+  std::string first_error;
+};
+
+// One request. Owns itself: deleted in OnDone.
+class Stream final : public grpc::ClientReadReactor<v1::GenerateEvent> {
+ public:
+  Stream(v1::Inference::Stub& stub, const Client& client, v1::GenerateRequest request, Tally& tally)
+      : request_(std::move(request)), tally_(tally), start_(Clock::now()), last_(start_) {
+    client.Prepare(context_);
+    stub.async()->GenerateStream(&context_, &request_, this);
+    StartRead(&event_);
+    StartCall();
+  }
+
+  void OnReadDone(bool ok) override {
+    if (!ok) return;
+    if (event_.has_delta() && event_.delta().token_ids_size() > 0) Count(event_.delta());
+    StartRead(&event_);
+  }
+
+  void OnDone(const grpc::Status& status) override {
+    {
+      std::lock_guard lock(tally_.mutex);
+      --tally_.num_in_flight;
+      ++tally_.num_done;
+      if (status.ok()) {
+        tally_.ttft_ms.push_back(ttft_ms_);
+        tally_.inter_token_ms.insert(tally_.inter_token_ms.end(), gaps_ms_.begin(), gaps_ms_.end());
+        tally_.end_to_end_ms.push_back(Milliseconds(Clock::now() - start_));
+        tally_.output_tokens += num_tokens_;
+        tally_.prompt_tokens += request_.token_ids().ids_size();
+      } else {
+        ++tally_.num_failed;
+        if (tally_.first_error.empty()) tally_.first_error = Describe(status);
+      }
+      tally_.changed.notify_all();  // under the lock: the tally may end when it is released
+    }
+    delete this;
+  }
+
+ private:
+  // A delta of several tokens (a slow client, or speculation) spreads its gap over them.
+  void Count(const v1::Delta& delta) {
+    const auto now = Clock::now();
+    if (num_tokens_ == 0) {
+      ttft_ms_ = Milliseconds(now - start_);
+    } else {
+      const double gap = Milliseconds(now - last_) / delta.token_ids_size();
+      gaps_ms_.insert(gaps_ms_.end(), delta.token_ids_size(), gap);
+    }
+    last_ = now;
+    num_tokens_ += delta.token_ids_size();
+  }
+
+  grpc::ClientContext context_;
+  v1::GenerateRequest request_;
+  v1::GenerateEvent event_;
+  Tally& tally_;
+  Clock::time_point start_, last_;
+  double ttft_ms_ = 0;
+  std::vector<double> gaps_ms_;
+  int64_t num_tokens_ = 0;
+};
+
+v1::GenerateRequest RandomRequest(const BenchServeFlags& flags, int64_t vocab_size, int64_t index) {
+  std::mt19937_64 random(flags.seed + static_cast<uint64_t>(index));
+  // Ids below 3 are control tokens in every sentencepiece vocabulary.
+  std::uniform_int_distribution<int32_t> token(static_cast<int32_t>(std::min<int64_t>(3, vocab_size - 1)),
+                                               static_cast<int32_t>(vocab_size - 1));
+  v1::GenerateRequest request;
+  for (int64_t i = 0; i < flags.prompt_tokens; ++i) {
+    request.mutable_token_ids()->add_ids(token(random));
+  }
+  request.mutable_sampling()->set_temperature(static_cast<float>(flags.temperature));
+  request.mutable_sampling()->set_seed(flags.seed + static_cast<uint64_t>(index));
+  request.mutable_stopping()->set_max_tokens(flags.output_tokens);
+  request.mutable_stopping()->set_ignore_eos(true);
+  return request;
+}
+
+void ShowProgress(const Tally& tally, int64_t num_requests, Clock::time_point start) {
+  constexpr int kWidth = 30;
+  const auto filled = static_cast<int>(kWidth * tally.num_done / num_requests);
+  std::cerr << absl::StrFormat(
+                   "\r[%s%s] %d/%d requests, %d running, %.0f tokens/s ", std::string(filled, '#'),
+                   std::string(kWidth - filled, '.'), tally.num_done, num_requests,
+                   tally.num_in_flight,
+                   static_cast<double>(tally.output_tokens) * 1e3 / Milliseconds(Clock::now() - start))
+            << std::flush;
+}
+
+// Starts every request at its time and returns when the last has ended.
+Clock::duration RunLoad(const BenchServeFlags& flags, const Client& client, int64_t vocab_size,
+                        Tally& tally) {
+  auto stub = v1::Inference::NewStub(client.channel);
+  std::mt19937_64 random(flags.seed);
+  std::exponential_distribution<double> gap_s(flags.rate > 0 ? flags.rate : 1);
+  const bool progress = isatty(STDERR_FILENO) == 1;
+  const auto start = Clock::now();
+  auto next_arrival = start;
+  std::unique_lock lock(tally.mutex);
+  for (int64_t index = 0; index < flags.num_requests; ++index) {
+    if (flags.rate > 0) {
+      while (tally.changed.wait_until(lock, next_arrival) != std::cv_status::timeout) {
+        if (progress) ShowProgress(tally, flags.num_requests, start);
+      }
+      next_arrival += std::chrono::duration_cast<Clock::duration>(
+          std::chrono::duration<double>(gap_s(random)));
+    } else {
+      tally.changed.wait(lock, [&] { return tally.num_in_flight < flags.concurrency; });
+      if (progress) ShowProgress(tally, flags.num_requests, start);
+    }
+    ++tally.num_in_flight;
+    lock.unlock();
+    new Stream(*stub, client, RandomRequest(flags, vocab_size, index), tally);
+    lock.lock();
+  }
+  while (tally.num_in_flight > 0) {
+    tally.changed.wait(lock);
+    if (progress) ShowProgress(tally, flags.num_requests, start);
+  }
+  if (progress) std::cerr << "\n";
+  return Clock::now() - start;
+}
+
+int RunBenchServe(const BenchServeFlags& flags) {
+  absl::StatusOr<Client> client = Connect(flags.client);
+  if (!client.ok()) return Report(client.status(), kUsage);
+  v1::ModelCard card;
+  {
+    grpc::ClientContext context;
+    client->Prepare(context);
+    const grpc::Status status =
+        v1::Models::NewStub(client->channel)->GetModel(&context, v1::GetModelRequest(), &card);
+    if (!status.ok()) return Report(absl::UnavailableError(Describe(status)), kFailed);
+  }
+  Tally tally;
+  const double seconds = Milliseconds(RunLoad(flags, *client, card.vocab_size(), tally)) / 1e3;
+  const auto per_second = [&](int64_t count) { return static_cast<double>(count) / seconds; };
+  const nlohmann::ordered_json config = {
+      {"model", card.name()}, {"backend", card.backend()}, {"dtype", card.dtype()},
+      {"requests", flags.num_requests}, {"concurrency", flags.rate > 0 ? 0 : flags.concurrency},
+      {"rate", flags.rate}, {"prompt_tokens", flags.prompt_tokens},
+      {"output_tokens", flags.output_tokens}, {"temperature", flags.temperature}, {"seed", flags.seed}};
+  const int64_t completed = tally.num_done - tally.num_failed;
+  nlohmann::ordered_json results = {
+      {"seconds", seconds}, {"completed", completed}, {"failed", tally.num_failed},
+      {"requests_per_second", per_second(completed)},
+      {"output_tokens_per_second", per_second(tally.output_tokens)},
+      {"total_tokens_per_second", per_second(tally.output_tokens + tally.prompt_tokens)},
+      {"ttft_ms", Percentiles(tally.ttft_ms)},
+      {"inter_token_ms", Percentiles(tally.inter_token_ms)},
+      {"end_to_end_ms", Percentiles(tally.end_to_end_ms)}};
+  if (!flags.json) {
+    std::cout << absl::StrFormat("%d completed, %d failed in %.2f s: %.1f requests/s, %.0f output tokens/s\n",
+                                 completed, tally.num_failed, seconds, per_second(completed),
+                                 per_second(tally.output_tokens));
+    for (const char* name : {"ttft_ms", "inter_token_ms", "end_to_end_ms"}) {
+      const auto& row = results[name];
+      std::cout << absl::StrFormat("%-15s mean %9.3f  p50 %9.3f  p90 %9.3f  p99 %9.3f\n", name,
+                                   row["mean"].get<double>(), row["p50"].get<double>(),
+                                   row["p90"].get<double>(), row["p99"].get<double>());
+    }
+  }
+  if (!WriteReport("serve", config, results, flags.json, flags.output)) {
+    return Report(absl::UnavailableError("--output: cannot write " + flags.output), kFailed);
+  }
+  if (tally.num_failed > 0) {
+    return Report(absl::InternalError("first failure: " + tally.first_error), kFailed);
+  }
+  return kDone;
+}
+
+}  // namespace
+
+void AddBenchCommand(CLI::App& app, int& exit_code) {
+  CLI::App* bench = app.add_subcommand("bench", "Benchmarks")->require_subcommand(1);
+  auto flags = std::make_shared<BenchServeFlags>();
+  CLI::App* command = bench->add_subcommand("serve", "Load against a running server");
+  AddClientFlags(*command, flags->client);
+  command->add_option("--requests", flags->num_requests, "requests in all")
+      ->check(CLI::Range(int64_t{1}, int64_t{10'000'000}));
+  command->add_option("--concurrency", flags->concurrency, "closed loop: streams at once")
+      ->check(CLI::Range(int64_t{1}, int64_t{10'000}));
+  command->add_option("--rate", flags->rate, "open loop: requests per second, Poisson; 0: closed loop")
+      ->check(CLI::Range(0.0, 1e6));
+  command->add_option("--prompt-tokens", flags->prompt_tokens, "random ids per prompt")
+      ->check(CLI::Range(int64_t{1}, int64_t{10'000'000}));
+  command->add_option("--output-tokens", flags->output_tokens, "tokens per request, EOS ignored")
+      ->check(CLI::Range(int64_t{1}, int64_t{10'000'000}));
+  command->add_option("--temperature", flags->temperature, "0 = greedy");
+  command->add_option("--seed", flags->seed, "of prompts, arrivals and sampling");
+  command->add_flag("--json", flags->json, "stdout is one JSON object");
+  command->add_option("--output", flags->output, "also write the JSON there")->type_name("FILE");
+  command->callback([flags, &exit_code] { exit_code = RunBenchServe(*flags); });
+}
+
+}  // namespace godwit::cli

@@ -1,0 +1,58 @@
+#include "cli/model_flags.h"
+
+#include <algorithm>
+#include <iostream>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "engine/backend_loader.h"
+#include "kernels/base/status.h"
+
+namespace godwit::cli {
+
+void AddModelFlags(CLI::App& command, ModelFlags& flags) {
+  command.add_option("--model", flags.model, "folder with config.json, safetensors and tokenizer.model")
+      ->required()
+      ->type_name("DIR");
+  command.add_option("--dtype", flags.dtype, "weights and activations; f32 is for reference checks")
+      ->check(CLI::IsMember({"bf16", "f32"}));
+  command.add_option("--backend", flags.backend, "auto: a GPU when one is usable, else the CPU")
+      ->check(CLI::IsMember({"auto", "cpu", "cuda"}));
+  command.add_option("--rope", flags.rope,
+                     "JSON that replaces the checkpoint's RoPE scaling, e.g. {\"type\":\"linear\",\"factor\":16}")
+      ->type_name("JSON");
+  command.add_option("--threads", flags.threads, "CPU threads; 0: one per usable core")
+      ->check(CLI::Range(0, 1024));
+}
+
+DType ParseDType(const std::string& dtype) { return dtype == "f32" ? DType::kF32 : DType::kBF16; }
+
+absl::StatusOr<std::unique_ptr<Engine>> LoadOfflineEngine(const ModelFlags& flags, int64_t chunk) {
+  std::string why_not_gpu;
+  ASSIGN_OR_RETURN(auto backend, CreateBackend({flags.backend, flags.threads}, &why_not_gpu));
+  if (!why_not_gpu.empty()) std::cerr << "godwit: " << why_not_gpu << "\n";
+  EngineOptions options;
+  options.model_folder = flags.model;
+  options.rope_override = flags.rope;
+  options.dtype = ParseDType(flags.dtype);
+  options.max_sequences = 1;
+  if (chunk > 0) options.max_tokens_per_step = std::max<int64_t>(chunk, kPrefillBlock);
+  return Engine::Create(options, std::move(backend));
+}
+
+absl::StatusOr<std::vector<int32_t>> ParseTokenIds(const std::string& text) {
+  std::vector<int32_t> ids;
+  if (text.empty()) return ids;
+  for (absl::string_view part : absl::StrSplit(text, ',')) {
+    int32_t id = 0;
+    if (!absl::SimpleAtoi(part, &id) || id < 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("token ids: '", part, "' is not an integer in [0, 2147483647]"));
+    }
+    ids.push_back(id);
+  }
+  return ids;
+}
+
+}  // namespace godwit::cli

@@ -1,0 +1,34 @@
+#pragma once
+// The flags that name a model and how it computes, shared by every command that loads one.
+
+#include <CLI/CLI.hpp>
+
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "engine/engine.h"
+#include "tokenizer/tokenizer.h"
+
+namespace godwit::cli {
+
+struct ModelFlags {
+  std::string model;
+  std::string dtype = "bf16";
+  std::string backend = "auto";
+  std::string rope;
+  int threads = 0;
+};
+
+void AddModelFlags(CLI::App& command, ModelFlags& flags);
+
+DType ParseDType(const std::string& dtype);  // "bf16", "f32"; CLI11 has checked it
+
+// Back end and engine for one offline sequence; `chunk` > 0 is the largest number of prompt tokens computed at once. Why a
+// GPU is not used goes to stderr.
+absl::StatusOr<std::unique_ptr<Engine>> LoadOfflineEngine(const ModelFlags& flags, int64_t chunk);
+
+// "1,5,9" -> ids. INVALID_ARGUMENT names the first part that is no number in [0, 2^31).
+absl::StatusOr<std::vector<int32_t>> ParseTokenIds(const std::string& text);
+
+}  // namespace godwit::cli
