@@ -1,10 +1,10 @@
 // `godwit serve`: the gRPC server.
 
+#include <chrono>
+#include <cmath>
 #include <csignal>
 #include <iostream>
 #include <memory>
-
-#include <chrono>
 #include <thread>
 
 #include "absl/strings/str_format.h"
@@ -19,6 +19,7 @@ struct ServeFlags {
   ModelFlags model;
   ServerOptions server;
   double kv_gib = 0, swap_gib = 0;
+  double max_wait_s = 30, drain_timeout_s = 30;
 };
 
 volatile std::sig_atomic_t g_num_signals = 0;  // SIGTERM or SIGINT: 1 drains, 2 exits at once
@@ -51,6 +52,8 @@ int RunServe(ServeFlags flags) {
   flags.server.engine.kv_bytes = Bytes(flags.kv_gib);
   flags.server.engine.swap_bytes = Bytes(flags.swap_gib);
   flags.server.backend = {flags.model.backend, flags.model.threads};
+  flags.server.max_wait_ms = std::llround(flags.max_wait_s * 1e3);
+  flags.server.drain_timeout_ms = std::llround(flags.drain_timeout_s * 1e3);
   std::signal(SIGTERM, OnSignal);
   std::signal(SIGINT, OnSignal);
 
@@ -87,9 +90,6 @@ void AddListenFlags(CLI::App& command, ServerOptions& options) {
       ->check(CLI::Range(1, 1 << 20));
   command.add_option("--max-message-bytes", options.limits.max_message_bytes, "of one request")
       ->check(CLI::Range(int64_t{1024}, int64_t{1} << 31));
-  command.add_option("--drain-timeout-ms", options.drain_timeout_ms,
-                     "SIGTERM: how long accepted requests may go on")
-      ->check(CLI::Range(int64_t{0}, int64_t{86'400'000}));
 }
 
 void AddCapacityFlags(CLI::App& command, ServeFlags& flags) {
@@ -113,9 +113,12 @@ void AddCapacityFlags(CLI::App& command, ServeFlags& flags) {
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 20));
   command.add_option("--max-waiting-tokens", flags.server.max_waiting_tokens, "prompt tokens in the queue")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 40));
-  command.add_option("--max-wait", flags.server.max_wait_ms,
-                     "ms; a request that waits longer runs before any priority")
-      ->check(CLI::Range(int64_t{0}, int64_t{86'400'000}));
+  command.add_option("--max-wait", flags.max_wait_s,
+                     "seconds; a request that waits longer runs before any priority")
+      ->check(CLI::Range(0.0, 86'400.0));
+  command.add_option("--drain-timeout", flags.drain_timeout_s,
+                     "seconds that accepted requests may go on after SIGTERM")
+      ->check(CLI::Range(0.0, 86'400.0));
   RequestLimits& limits = flags.server.limits;
   command.add_option("--default-max-tokens", limits.default_max_tokens, "of a request that does not say")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 31));
