@@ -7,6 +7,9 @@
 
 namespace godwit {
 
+// Widest attention head: back ends keep a head on the stack or in registers.
+inline constexpr int32_t kMaxHeadDim = 1024;
+
 OpStatus Validate(const EmbedTokensArgs& args);
 OpStatus Validate(const LinearArgs& args);
 OpStatus Validate(const GatedLinearArgs& args);
