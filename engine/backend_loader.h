@@ -13,6 +13,7 @@ namespace godwit {
 struct BackendChoice {
   std::string name = "auto";  // "auto": CUDA when its plugin, a driver and a GPU are there, else CPU and one line says why
   int num_threads = 0;        // CPU: 0 = one per usable core
+  std::string plugin_folder;  // where libgodwit_cuda.so lies; "": beside the executable
 };
 
 // On "auto" with no usable GPU `*why_not_gpu` receives one line (else ""). "cuda" without one is FAILED_PRECONDITION with it.

@@ -57,4 +57,8 @@ struct ModelConfig {
 // INVALID_ARGUMENT naming field, expected and found; UNIMPLEMENTED for a known field with a value that is not built in.
 absl::StatusOr<ModelConfig> ParseModelConfig(absl::string_view text, absl::string_view rope_override);
 
+// config.json of a Hugging Face folder, and what its neighbours add where they exist: eos_token_id of generation_config.json
+// replaces that of config.json; add_bos_token of tokenizer_config.json counts where config.json has no such field.
+absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& folder, absl::string_view rope_override);
+
 }  // namespace godwit

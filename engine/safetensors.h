@@ -35,18 +35,29 @@ class SafetensorsReader {
   const StoredTensor* Find(const std::string& name) const;
   const std::map<std::string, StoredTensor>& tensors() const { return tensors_; }
 
-  // A tensor that must exist with exactly this shape and a float dtype (F32, F16, BF16); f16 is converted to f32 on the way
-  // (`storage` keeps the conversion alive). NOT_FOUND / INVALID_ARGUMENT name file, tensor, expected and found.
+  // The tensor, which must exist with exactly this shape and a float dtype (F32, F16, BF16): NOT_FOUND / INVALID_ARGUMENT
+  // name file, tensor, expected and found.
+  absl::StatusOr<const StoredTensor*> Expect(const std::string& name, const std::vector<int64_t>& shape) const;
+
+  // A tensor that must exist with exactly this shape and a float dtype, as a matrix [shape[0], rest]; f16, and what is not
+  // aligned for its type, is converted to f32 on the way (`storage` keeps the conversion alive). Errors as Expect.
   absl::StatusOr<TensorView> Matrix(const std::string& name, const std::vector<int64_t>& shape,
                                     std::vector<float>& storage) const;
+
+  // Gives the pages of a tensor back to the system; reading it again fetches them from the file.
+  void ReleasePages(const StoredTensor& tensor) const;
 
  private:
   struct Mapping;
   SafetensorsReader();
   absl::Status AddFile(const std::string& path);
+  absl::Status AddShards(const std::string& folder, const std::string& index_path);
   std::vector<std::unique_ptr<Mapping>> mappings_;
   std::map<std::string, StoredTensor> tensors_;
 };
+
+// `count` values of F32, F16 or BF16 starting at `index`, at any alignment, as f32.
+void ToF32(const StoredTensor& tensor, int64_t index, int64_t count, float* to);
 
 struct NamedTensor {
   std::string name;

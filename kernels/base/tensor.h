@@ -52,6 +52,9 @@ inline TensorView MakeView(void* data, DType dtype, int64_t n0, int64_t n1) {
 inline TensorView MakeView(void* data, DType dtype, int64_t n0, int64_t n1, int64_t n2) {
   return {data, dtype, 3, {n0, n1, n2, 0}, n1 * n2};
 }
+inline TensorView MakeView(void* data, DType dtype, int64_t n0, int64_t n1, int64_t n2, int64_t n3) {
+  return {data, dtype, 4, {n0, n1, n2, n3}, n1 * n2 * n3};
+}
 
 // Rows [begin, begin + count) of x.
 inline TensorView RowRange(const TensorView& x, int64_t begin, int64_t count) {
