@@ -1,0 +1,167 @@
+// Sampling by sorting the whole row.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "kernels/base/philox.h"
+#include "kernels/ref/elements.h"
+#include "kernels/ref/ref_backend.h"
+
+namespace godwit {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+bool IsBad(const TensorView& logits, int64_t row) {
+  for (int64_t id = 0; id < logits.row_elements(); ++id) {
+    const double logit = Get(logits, row, id);
+    if (std::isnan(logit) || logit == kInfinity) return true;
+  }
+  return false;
+}
+
+std::vector<double> RowOf(const TensorView& logits, int64_t row) {
+  std::vector<double> result(static_cast<size_t>(logits.row_elements()));
+  for (size_t id = 0; id < result.size(); ++id) result[id] = Get(logits, row, static_cast<int64_t>(id));
+  return result;
+}
+
+// Ids in descending order, ties by lower id.
+std::vector<int32_t> Descending(const std::vector<double>& x) {
+  std::vector<int32_t> ids(x.size());
+  std::iota(ids.begin(), ids.end(), 0);
+  std::stable_sort(ids.begin(), ids.end(), [&](int32_t a, int32_t b) {
+    return x[static_cast<size_t>(a)] > x[static_cast<size_t>(b)];
+  });
+  return ids;
+}
+
+double LogSumExp(const std::vector<double>& x) {
+  const double max = *std::max_element(x.begin(), x.end());
+  if (max == -kInfinity) return 0;
+  double sum = 0;
+  for (const double value : x) sum += std::exp(value - max);
+  return max + std::log(sum);
+}
+
+void WriteTop(const std::vector<double>& logits, int64_t count, const TensorView& ids,
+              const TensorView& logprobs, int64_t row) {
+  const std::vector<int32_t> order = Descending(logits);
+  const double log_sum = LogSumExp(logits);
+  for (int64_t i = 0; i < std::min(count, static_cast<int64_t>(order.size())); ++i) {
+    const int32_t id = order[static_cast<size_t>(i)];
+    ids.row<int32_t>(row)[i] = id;
+    Set(logprobs, row, i, logits[static_cast<size_t>(id)] - log_sum);
+  }
+}
+
+void Penalise(const SampleRow& row, const TensorView& counts, std::vector<double>& logits) {
+  for (int32_t i = 0; i < row.num_biases; ++i) {
+    logits[static_cast<size_t>(row.biases[i].token_id)] += static_cast<double>(row.biases[i].bias);
+  }
+  if (!counts) return;
+  for (size_t id = 0; id < logits.size(); ++id) {
+    const uint32_t count = counts.row<const uint32_t>(row.slot)[id];
+    if (count == 0) continue;
+    const double r = static_cast<double>(row.repetition_penalty);
+    logits[id] = logits[id] > 0 ? logits[id] / r : logits[id] * r;
+    const uint32_t in_output = count & ~kPromptBit;
+    if (in_output == 0) continue;
+    logits[id] -= static_cast<double>(row.presence_penalty) +
+                  static_cast<double>(row.frequency_penalty) * static_cast<double>(in_output);
+  }
+}
+
+// The ids that top_k, top_p and min_p keep, of logits over temperature.
+std::vector<int32_t> Kept(const SampleRow& row, const std::vector<double>& scaled) {
+  std::vector<int32_t> order = Descending(scaled);
+  if (row.top_k > 0 && static_cast<size_t>(row.top_k) < order.size()) {
+    order.resize(static_cast<size_t>(row.top_k));
+  }
+  const double max = scaled[static_cast<size_t>(order[0])];
+  auto weight = [&](int32_t id) { return std::exp(scaled[static_cast<size_t>(id)] - max); };
+  double total = 0;
+  for (const int32_t id : order) total += weight(id);
+  if (row.top_p < 1) {
+    double sum = 0;
+    size_t length = 0;
+    while (length < order.size()) {
+      sum += weight(order[length++]);
+      if (sum >= static_cast<double>(row.top_p) * total) break;
+    }
+    order.resize(length);
+  }
+  const double least = std::min(static_cast<double>(row.min_p), 1.0);
+  std::erase_if(order, [&](int32_t id) { return weight(id) < least; });
+  return order;
+}
+
+double GumbelOf(const SampleRow& row, int32_t id) {
+  const PhiloxWords words =
+      SampleWords(row.seed, static_cast<uint32_t>(id) / 4, row.output_index, row.position);
+  const double u = (static_cast<double>(words.word[id % 4]) + 0.5) / 4294967296.0;
+  return -std::log(-std::log(u));
+}
+
+int32_t Draw(const SampleRow& row, const std::vector<double>& logits) {
+  const int32_t largest = Descending(logits)[0];
+  const double max = logits[static_cast<size_t>(largest)];
+  if (row.temperature == 0 || max == -kInfinity) return largest;
+  std::vector<double> scaled(logits.size());
+  for (size_t id = 0; id < logits.size(); ++id) {
+    scaled[id] = (logits[id] - max) / static_cast<double>(row.temperature);
+  }
+  std::vector<int32_t> kept = Kept(row, scaled);
+  std::sort(kept.begin(), kept.end());
+  int32_t best = largest;
+  double best_value = -kInfinity;
+  for (const int32_t id : kept) {
+    const double value = scaled[static_cast<size_t>(id)] + GumbelOf(row, id);
+    if (value <= best_value) continue;
+    best = id;
+    best_value = value;
+  }
+  return best;
+}
+
+}  // namespace
+
+void RefCountTokens(const CountTokensArgs& args) {
+  for (int64_t i = 0; i < args.token_ids.rows(); ++i) {
+    uint32_t& count = args.counts.row<uint32_t>(args.slot)[*args.token_ids.row<const int32_t>(i)];
+    count = args.is_prompt != 0 ? count | kPromptBit : count + 1;
+  }
+}
+
+bool RefSample(const SampleArgs& args) {
+  for (int32_t r = 0; r < args.num_rows; ++r) {
+    const SampleRow& row = args.rows[r];
+    if (IsBad(args.logits, row.logit_row)) return false;
+    const std::vector<double> raw = RowOf(args.logits, row.logit_row);
+    std::vector<double> logits = raw;
+    Penalise(row, args.counts, logits);
+    const int32_t token = Draw(row, logits);
+    *args.tokens.row<int32_t>(r) = token;
+    if (row.num_logprobs < 0) continue;
+    Set(args.logprobs, r, 0, raw[static_cast<size_t>(token)] - LogSumExp(raw));
+    if (row.num_logprobs > 0) WriteTop(raw, row.num_logprobs, args.top_ids, args.top_logprobs, r);
+  }
+  return true;
+}
+
+bool RefScoreTokens(const ScoreTokensArgs& args) {
+  for (int64_t r = 0; r < args.logits.rows(); ++r) {
+    if (IsBad(args.logits, r)) return false;
+    const std::vector<double> logits = RowOf(args.logits, r);
+    const int32_t target = *args.targets.row<const int32_t>(r);
+    Set(args.logprobs, r, 0,
+        target < 0 ? 0 : logits[static_cast<size_t>(target)] - LogSumExp(logits));
+    WriteTop(logits, args.num_top, args.top_ids, args.top_logprobs, r);
+  }
+  return true;
+}
+
+}  // namespace godwit
