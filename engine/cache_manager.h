@@ -75,7 +75,8 @@ class CacheLease {
 };
 
 // A copy of a whole sequence state, done by StepExecutor::Copy in order with the steps. Ids are captured by value: the
-// manager may hand the source's device ids to others at once, because later steps run after the copy.
+// manager may hand the source's device ids to others at once, because later steps run after the copy. Whoever orders a
+// kFork clears fresh() of the target's lease, or its first step would zero the copy.
 struct CacheCopy {
   enum class Kind { kFork, kSwapOut, kSwapIn };
   Kind kind = Kind::kFork;

@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/cache_manager.h"
 #include "kernels/backend.h"
@@ -19,22 +20,41 @@ class CachePool {
   static absl::StatusOr<std::unique_ptr<CachePool>> Create(Backend& backend, const CacheGeometry& geometry);
   ~CachePool();
 
+  const CacheGeometry& geometry() const { return geometry_; }
+
   // Storage of component i (index into geometry.components).
   void* bases(int component) const;    // [num_slots, base_bytes]
   void* windows(int component) const;  // [num_slots, window_rows, row_bytes]
   void* blocks(int component) const;   // [num_blocks, kPagedBlock * row_bytes]
 
   absl::Status ZeroSlot(int32_t slot);            // bases; in debug builds windows are filled with NaN
-  absl::Status Copy(const CacheCopy& copy);       // base + live rows + blocks
+
+  // Bases, rows that were written, blocks. A swap-out keeps the bytes under host_id until swapped in or dropped;
+  // RESOURCE_EXHAUSTED without host memory for them.
+  absl::Status Copy(const CacheCopy& copy);
+  int64_t num_host_copies() const { return static_cast<int64_t>(host_copies_.size()); }
   void DropHostCopies(std::span<const int64_t> host_ids);
 
  private:
   struct Storage;
+  struct HostCopy {
+    std::unique_ptr<char[]> bytes;
+    int64_t num_bytes = 0;
+  };
   CachePool(Backend& backend, const CacheGeometry& geometry);
+
+  // Calls visit(device data, num_bytes) for each range that a state at `position` occupies, in one fixed order.
+  template <typename Visit>
+  absl::Status ForEachRange(int32_t slot, std::span<const int32_t> blocks, int64_t position, const Visit& visit) const;
+  absl::Status Fork(const CacheCopy& copy);
+  absl::Status SwapOut(const CacheCopy& copy);
+  absl::Status SwapIn(const CacheCopy& copy);
+
   Backend& backend_;
   CacheGeometry geometry_;
-  std::vector<Storage> storage_;
-  std::map<int64_t, std::vector<char>> host_copies_;
+  std::vector<Storage> storage_;              // per component
+  std::vector<char> poison_;                  // NaNs for one window; empty in release builds
+  std::map<int64_t, HostCopy> host_copies_;
 };
 
 }  // namespace godwit

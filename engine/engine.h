@@ -30,7 +30,9 @@ struct ModelCard {
   int64_t num_parameters = 0;
   int64_t weight_bytes = 0, workspace_bytes = 0;
   int64_t context_length = 0;
+  int64_t max_tokens_per_step = 0;
   CacheGeometry geometry;              // components, slots, blocks
+  std::string memory_plan;             // one line
   std::string dtype, backend;
 };
 

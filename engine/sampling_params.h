@@ -26,6 +26,7 @@ struct SamplingParams {
 inline constexpr int kMaxLogitBiases = 1024;
 inline constexpr int kMaxTopLogprobs = 20;
 inline constexpr int kMaxStopTokenIds = 64;
+inline constexpr int kMaxEndTokenIds = 2 * kMaxStopTokenIds;  // stop ids and the model's EOS ids
 
 // INVALID_ARGUMENT naming field, value and limit.
 absl::Status ValidateSampling(const SamplingParams& sampling, int64_t vocab_size);

@@ -1,0 +1,191 @@
+#include "engine/cache_pool.h"
+
+#include <algorithm>
+#include <cassert>
+#include <cstring>
+#include <new>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "engine/device_buffer.h"
+#include "engine/memory_plan.h"
+#include "kernels/base/check.h"
+#include "kernels/base/status.h"
+#include "kernels/ops.h"
+
+namespace godwit {
+namespace {
+
+// All ones is a NaN in bf16 and in f32: a row that is read before it is written shows in the first output.
+constexpr int kPoison = 0xff;
+
+bool PoisonsWindows() {
+  bool debug_build = false;
+  assert((debug_build = true));
+  return debug_build;
+}
+
+}  // namespace
+
+struct CachePool::Storage {
+  DeviceBuffer bases, windows, blocks;
+};
+
+CachePool::CachePool(Backend& backend, const CacheGeometry& geometry)
+    : backend_(backend), geometry_(geometry) {}
+
+CachePool::~CachePool() = default;
+
+absl::StatusOr<std::unique_ptr<CachePool>> CachePool::Create(Backend& backend,
+                                                             const CacheGeometry& geometry) {
+  std::unique_ptr<CachePool> pool(new CachePool(backend, geometry));
+  const auto allocate = [&](int64_t num_bytes, DeviceBuffer& buffer) -> absl::Status {
+    absl::StatusOr<DeviceBuffer> allocated = DeviceBuffer::Allocate(backend, num_bytes);
+    if (allocated.ok()) {
+      buffer = *std::move(allocated);
+      return absl::OkStatus();
+    }
+    return absl::Status(allocated.status().code(),
+                        absl::StrCat("sequence states (", Describe(geometry), "): ",
+                                     allocated.status().message()));
+  };
+  for (const StateComponent& component : geometry.components) {
+    Storage& storage = pool->storage_.emplace_back();
+    RETURN_IF_ERROR(allocate(geometry.num_slots * component.base_bytes, storage.bases));
+    if (component.windowed()) {
+      RETURN_IF_ERROR(allocate(geometry.num_slots * geometry.window_rows * component.row_bytes, storage.windows));
+    }
+    if (component.paged()) {
+      RETURN_IF_ERROR(allocate(geometry.num_blocks * kPagedBlock * component.row_bytes, storage.blocks));
+    }
+  }
+  if (PoisonsWindows()) {
+    int64_t most = 0;
+    for (const StateComponent& component : geometry.components) {
+      if (component.windowed()) most = std::max(most, geometry.window_rows * component.row_bytes);
+    }
+    pool->poison_.assign(static_cast<size_t>(most), static_cast<char>(kPoison));
+  }
+  return pool;
+}
+
+void* CachePool::bases(int component) const {
+  return storage_[static_cast<size_t>(component)].bases.bytes();
+}
+void* CachePool::windows(int component) const {
+  return storage_[static_cast<size_t>(component)].windows.bytes();
+}
+void* CachePool::blocks(int component) const {
+  return storage_[static_cast<size_t>(component)].blocks.bytes();
+}
+
+absl::Status CachePool::ZeroSlot(int32_t slot) {
+  GODWIT_CHECK(slot >= 0 && slot < geometry_.num_slots);
+  for (size_t index = 0; index < storage_.size(); ++index) {
+    const StateComponent& component = geometry_.components[index];
+    if (component.base_bytes > 0) {
+      RETURN_IF_ERROR(backend_.FillZero(storage_[index].bases.bytes() + slot * component.base_bytes,
+                                        component.base_bytes));
+    }
+    if (component.windowed() && !poison_.empty()) {
+      const int64_t num_bytes = geometry_.window_rows * component.row_bytes;
+      RETURN_IF_ERROR(backend_.CopyFromHost(storage_[index].windows.bytes() + slot * num_bytes,
+                                            poison_.data(), num_bytes));
+    }
+  }
+  return absl::OkStatus();
+}
+
+template <typename Visit>
+absl::Status CachePool::ForEachRange(int32_t slot, std::span<const int32_t> blocks, int64_t position,
+                                     const Visit& visit) const {
+  // Position p lies in ring row p % window_rows: up to a full ring, what was written is a prefix of it.
+  const int64_t live_rows = std::min(position, geometry_.window_rows);
+  for (size_t index = 0; index < storage_.size(); ++index) {
+    const StateComponent& component = geometry_.components[index];
+    const Storage& storage = storage_[index];
+    if (component.base_bytes > 0) {
+      RETURN_IF_ERROR(visit(storage.bases.bytes() + slot * component.base_bytes, component.base_bytes));
+    }
+    if (component.windowed() && live_rows > 0) {
+      RETURN_IF_ERROR(visit(storage.windows.bytes() + slot * geometry_.window_rows * component.row_bytes,
+                            live_rows * component.row_bytes));
+    }
+    if (!component.paged()) continue;
+    const int64_t block_bytes = kPagedBlock * component.row_bytes;
+    for (const int32_t block : blocks) {
+      RETURN_IF_ERROR(visit(storage.blocks.bytes() + block * block_bytes, block_bytes));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CachePool::Fork(const CacheCopy& copy) {
+  std::vector<std::pair<char*, int64_t>> sources;
+  RETURN_IF_ERROR(ForEachRange(copy.from_slot, copy.from_blocks, copy.position,
+                               [&](char* data, int64_t num_bytes) {
+                                 sources.emplace_back(data, num_bytes);
+                                 return absl::OkStatus();
+                               }));
+  size_t next = 0;
+  return ForEachRange(copy.to_slot, copy.to_blocks, copy.position, [&](char* data, int64_t num_bytes) {
+    const auto [source, source_bytes] = sources[next++];
+    GODWIT_CHECK(source_bytes == num_bytes);
+    return ToStatus(backend_.CopyOnDevice(data, source, num_bytes));
+  });
+}
+
+absl::Status CachePool::SwapOut(const CacheCopy& copy) {
+  int64_t total = 0;
+  const auto count = [&](char*, int64_t num_bytes) {
+    total += num_bytes;
+    return absl::OkStatus();
+  };
+  RETURN_IF_ERROR(ForEachRange(copy.from_slot, copy.from_blocks, copy.position, count));
+  HostCopy host{.bytes = std::unique_ptr<char[]>(new (std::nothrow) char[static_cast<size_t>(total)]),
+                .num_bytes = total};
+  if (host.bytes == nullptr) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("no host memory for a preempted sequence of ", FormatBytes(total)));
+  }
+  int64_t offset = 0;
+  RETURN_IF_ERROR(ForEachRange(copy.from_slot, copy.from_blocks, copy.position,
+                               [&](char* data, int64_t num_bytes) {
+                                 char* to = host.bytes.get() + std::exchange(offset, offset + num_bytes);
+                                 return ToStatus(backend_.CopyToHost(to, data, num_bytes));
+                               }));
+  RETURN_IF_ERROR(backend_.Synchronize());
+  host_copies_[copy.host_id] = std::move(host);
+  return absl::OkStatus();
+}
+
+absl::Status CachePool::SwapIn(const CacheCopy& copy) {
+  const auto found = host_copies_.find(copy.host_id);
+  GODWIT_CHECK(found != host_copies_.end());
+  const HostCopy& host = found->second;
+  int64_t offset = 0;
+  RETURN_IF_ERROR(ForEachRange(copy.to_slot, copy.to_blocks, copy.position, [&](char* data, int64_t num_bytes) {
+    const char* from = host.bytes.get() + std::exchange(offset, offset + num_bytes);
+    GODWIT_CHECK(offset <= host.num_bytes);
+    return ToStatus(backend_.CopyFromHost(data, from, num_bytes));
+  }));
+  GODWIT_CHECK(offset == host.num_bytes);
+  host_copies_.erase(found);
+  return absl::OkStatus();
+}
+
+absl::Status CachePool::Copy(const CacheCopy& copy) {
+  switch (copy.kind) {
+    case CacheCopy::Kind::kFork: return Fork(copy);
+    case CacheCopy::Kind::kSwapOut: return SwapOut(copy);
+    case CacheCopy::Kind::kSwapIn: return SwapIn(copy);
+  }
+  return absl::OkStatus();
+}
+
+void CachePool::DropHostCopies(std::span<const int64_t> host_ids) {
+  for (const int64_t host_id : host_ids) host_copies_.erase(host_id);
+}
+
+}  // namespace godwit

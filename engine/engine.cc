@@ -1,0 +1,419 @@
+#include "engine/engine.h"
+
+#include <algorithm>
+#include <chrono>
+#include <deque>
+#include <map>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "engine/forward_plan.h"
+#include "engine/memory_plan.h"
+#include "engine/sampler.h"
+#include "engine/step_arena.h"
+#include "engine/step_outputs.h"
+#include "kernels/base/check.h"
+#include "kernels/base/status.h"
+
+namespace godwit {
+namespace {
+
+constexpr int64_t kMaxSequences = 1 << 16;
+constexpr int64_t kMaxTokensPerStep = 1 << 20;
+constexpr int64_t kMaxContext = (int64_t{1} << 31) - 1;  // of a model without a limit of its own
+
+using Clock = std::chrono::steady_clock;
+
+double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+absl::Status CheckRange(absl::string_view name, int64_t value, int64_t low, int64_t high) {
+  if (value >= low && value <= high) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(name, " ", value, " not in [", low, ", ", high, "]"));
+}
+
+absl::Status CheckOptions(const EngineOptions& options) {
+  RETURN_IF_ERROR(CheckRange("max_sequences", options.max_sequences, 1, kMaxSequences));
+  // One block, so that a prompt cut at multiples of kPrefillBlock advances; and a token of every sequence.
+  RETURN_IF_ERROR(CheckRange("max_tokens_per_step", options.max_tokens_per_step,
+                             std::max<int64_t>(kPrefillBlock, options.max_sequences), kMaxTokensPerStep));
+  RETURN_IF_ERROR(CheckRange("kv_bytes", options.kv_bytes, 0, std::numeric_limits<int64_t>::max()));
+  RETURN_IF_ERROR(CheckRange("swap_bytes", options.swap_bytes, 0, std::numeric_limits<int64_t>::max()));
+  RETURN_IF_ERROR(CheckRange("context_length", options.context_length, 0, kMaxContext));
+  RETURN_IF_ERROR(CheckRange("max_steps_in_flight", options.max_steps_in_flight, 1, kMaxStepsInFlight));
+  if (options.dtype != DType::kBF16 && options.dtype != DType::kF32) {
+    return absl::InvalidArgumentError("dtype is neither bf16 nor f32");
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<int64_t> ContextLength(const EngineOptions& options, const ModelConfig& config) {
+  const int64_t model = config.context_length > 0 ? std::min(config.context_length, kMaxContext) : kMaxContext;
+  if (options.context_length == 0) return model;
+  if (options.context_length > model) {
+    return absl::InvalidArgumentError(absl::StrCat("context_length ", options.context_length, " exceeds the model's ",
+                                                   model));
+  }
+  return options.context_length;
+}
+
+// Token ids, positions, rows and block tables of the largest step, besides what the sampler uploads.
+int64_t ArenaBytes(const EngineOptions& options, int64_t num_blocks) {
+  const int64_t tokens = options.max_tokens_per_step;
+  return StepArena::Footprint(tokens * DTypeBytes(DType::kI32)) +
+         StepArena::Footprint(tokens * DTypeBytes(DType::kI64)) +
+         StepArena::Footprint(options.max_sequences * int64_t{sizeof(StepRow)}) +
+         StepArena::Footprint(num_blocks * DTypeBytes(DType::kI32)) +
+         Sampler::ArenaBytes(tokens, options.max_sequences);
+}
+
+SampledToken MakeToken(int32_t token_id, float logprob, const int32_t* top_ids, const float* top_logprobs,
+                       int32_t num_top) {
+  SampledToken token = {.token_id = token_id, .logprob = logprob};
+  token.top.reserve(static_cast<size_t>(std::max(num_top, 0)));
+  for (int32_t rank = 0; rank < num_top; ++rank) token.top.push_back({top_ids[rank], top_logprobs[rank]});
+  return token;
+}
+
+}  // namespace
+
+struct Engine::Impl {
+  // A submitted step until it is collected.
+  struct Step {
+    StepId id = 0;
+    std::vector<BatchRow> rows;
+    std::vector<RowOutputs> outputs;       // per row
+    std::vector<int64_t> positions_after;  // per row
+    int64_t num_tokens = 0;
+    double seconds = 0;
+  };
+
+  absl::Status Init(const EngineOptions& options);
+  absl::Status PlanCaches(const EngineOptions& options);
+
+  absl::StatusOr<ForwardPlan> Upload(std::span<const BatchRow> rows, const StepArrays& arrays, Step& step);
+  absl::Status CopyPendingTokens(const StepArrays& arrays, const TensorView& token_ids);
+  absl::Status ZeroFreshSlots(std::span<const BatchRow> rows);
+  absl::Status Fork(std::span<const BatchRow> rows, const StepArrays& arrays);
+  absl::Status Run(std::span<const BatchRow> rows, const StepArrays& arrays, Step& step);
+  void Commit(const StepArrays& arrays, Step step);
+
+  RowResult Result(const Step& step, size_t row, const StepOutputs& outputs) const;
+  void ResolveTokens(const Step& step, const StepOutputs& outputs);
+  absl::Status CopyOne(const CacheCopy& copy);
+  void DropReleasedHostCopies();
+
+  StepOutputs& OutputsOf(StepId id) { return step_outputs[static_cast<size_t>(id % kMaxStepsInFlight)]; }
+  SlotState& slot(int32_t index) { return slots[static_cast<size_t>(index)]; }
+
+  // Destroyed in reverse: everything that holds device memory before the back end.
+  std::unique_ptr<Backend, BackendDeleter> backend;
+  std::unique_ptr<Model> model;
+  std::unique_ptr<CacheManager> caches;
+  std::unique_ptr<CachePool> pool;
+  std::unique_ptr<Sampler> sampler;
+  std::unique_ptr<StepArena> arena;
+  std::unique_ptr<StepPlanner> planner;
+  std::vector<StepOutputs> step_outputs;     // [kMaxStepsInFlight], by step id
+  ModelCard card;
+  int max_steps_in_flight = 1;
+
+  std::vector<SlotState> slots;              // as the queue will have left them after the last submitted step
+  std::map<int64_t, SlotState> host_slots;   // of swapped sequences, by host id
+  std::deque<Step> in_flight;
+  StepId next_step = 0;
+};
+
+// --- Create -------------------------------------------------------------------------------------------------------------
+
+absl::Status Engine::Impl::PlanCaches(const EngineOptions& options) {
+  const ModelConfig& config = model->config();
+  MemoryPlan plan;
+  plan.weight_bytes = model->weight_bytes();
+  plan.workspace_bytes = model->workspace_bytes();
+  plan.free_bytes = backend->Info().free_bytes;
+  plan.geometry.components = model->state_components();
+  plan.geometry.components.push_back(
+      {.name = "penalties", .base_bytes = config.vocab_size * DTypeBytes(DType::kU32)});
+  plan.geometry.window_rows = WindowRows(options.max_steps_in_flight, kMaxDraftTokens);
+  plan.geometry.num_slots = options.max_sequences;
+  plan.geometry.swap_bytes = options.swap_bytes;
+  plan.step_bytes = ArenaBytes(options, 0) + Sampler::DeviceBytes(config.d_model, config.vocab_size) +
+                    kMaxStepsInFlight * StepOutputs::DeviceBytes(options.max_sequences, options.max_tokens_per_step);
+  ASSIGN_OR_RETURN(plan, PlanMemory(std::move(plan), options.kv_bytes));
+  ASSIGN_OR_RETURN(caches, CacheManager::Create(plan.geometry));
+  ASSIGN_OR_RETURN(pool, CachePool::Create(*backend, plan.geometry));
+  card.weight_bytes = plan.weight_bytes;
+  card.workspace_bytes = plan.workspace_bytes + plan.step_bytes;
+  card.memory_plan = Describe(plan);
+  card.geometry = std::move(plan.geometry);
+  return absl::OkStatus();
+}
+
+absl::Status Engine::Impl::Init(const EngineOptions& options) {
+  RETURN_IF_ERROR(CheckOptions(options));
+  ASSIGN_OR_RETURN(model, LoadModel(options.model_folder,
+                                    {.dtype = options.dtype, .max_tokens_per_step = options.max_tokens_per_step},
+                                    options.rope_override, *backend));
+  card.config = model->config();
+  card.num_parameters = model->num_parameters();
+  card.dtype = options.dtype == DType::kF32 ? "f32" : "bf16";
+  card.backend = backend->Info().name;
+  card.max_tokens_per_step = options.max_tokens_per_step;
+  ASSIGN_OR_RETURN(card.context_length, ContextLength(options, card.config));
+  RETURN_IF_ERROR(PlanCaches(options));
+
+  const int penalties = static_cast<int>(card.geometry.components.size()) - 1;
+  ASSIGN_OR_RETURN(Sampler made_sampler, Sampler::Create(*backend, *model,
+                                                         {.max_tokens_per_step = options.max_tokens_per_step,
+                                                          .num_slots = options.max_sequences,
+                                                          .vocab_size = card.config.vocab_size,
+                                                          .d_model = card.config.d_model,
+                                                          .counts = static_cast<uint32_t*>(pool->bases(penalties))}));
+  sampler = std::make_unique<Sampler>(std::move(made_sampler));
+  ASSIGN_OR_RETURN(StepArena made_arena, StepArena::Create(*backend, ArenaBytes(options, card.geometry.num_blocks)));
+  arena = std::make_unique<StepArena>(std::move(made_arena));
+  for (int index = 0; index < kMaxStepsInFlight; ++index) {
+    ASSIGN_OR_RETURN(StepOutputs outputs,
+                     StepOutputs::Create(*backend, options.max_sequences, options.max_tokens_per_step));
+    step_outputs.push_back(std::move(outputs));
+  }
+  planner = std::make_unique<StepPlanner>(StepLimits{.max_tokens = options.max_tokens_per_step,
+                                                     .num_slots = options.max_sequences,
+                                                     .window_rows = card.geometry.window_rows,
+                                                     .vocab_size = card.config.vocab_size});
+  slots.resize(static_cast<size_t>(options.max_sequences));
+  max_steps_in_flight = options.max_steps_in_flight;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options,
+                                                       std::unique_ptr<Backend, BackendDeleter> backend) {
+  auto impl = std::make_unique<Impl>();
+  impl->backend = std::move(backend);
+  RETURN_IF_ERROR(impl->Init(options));
+  return std::unique_ptr<Engine>(new Engine(std::move(impl)));
+}
+
+Engine::Engine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Engine::~Engine() = default;
+const ModelCard& Engine::card() const { return impl_->card; }
+CacheManager& Engine::caches() { return *impl_->caches; }
+
+// --- Submit -------------------------------------------------------------------------------------------------------------
+
+absl::StatusOr<ForwardPlan> Engine::Impl::Upload(std::span<const BatchRow> rows, const StepArrays& arrays, Step& step) {
+  arena->Clear();
+  ForwardPlan plan;
+  plan.num_tokens = std::ssize(arrays.token_ids);
+  plan.num_decode_tokens = arrays.num_decode_tokens;
+  plan.token_ids = MakeView(arena->Push(arrays.token_ids), DType::kI32, plan.num_tokens);
+  plan.positions = MakeView(arena->Push(arrays.positions), DType::kI64, plan.num_tokens);
+  plan.rows = arena->Push(arrays.rows);
+  plan.num_rows = static_cast<int32_t>(arrays.rows.size());
+  plan.block_tables = arena->Push(arrays.block_tables);
+  const std::span<const RowOutputs> outputs = sampler->Plan(rows, arrays, *arena);
+  step.outputs.assign(outputs.begin(), outputs.end());
+  RETURN_IF_ERROR(arena->Upload());
+  RETURN_IF_ERROR(CopyPendingTokens(arrays, plan.token_ids));
+  return plan;
+}
+
+// Tokens that a step in flight draws go from its outputs to this step's inputs without passing the host. Rows that kept their
+// order since then, the usual case, are one copy.
+absl::Status Engine::Impl::CopyPendingTokens(const StepArrays& arrays, const TensorView& token_ids) {
+  for (size_t first = 0, next; first < arrays.pending.size(); first = next) {
+    const PendingToken& run = arrays.pending[first];
+    const auto follows = [&](size_t index) {
+      const int32_t offset = static_cast<int32_t>(index - first);
+      const PendingToken& pending = arrays.pending[index];
+      return pending.step == run.step && pending.token == run.token + offset && pending.draw == run.draw + offset;
+    };
+    for (next = first + 1; next < arrays.pending.size() && follows(next);) ++next;
+    RETURN_IF_ERROR(backend->CopyOnDevice(token_ids.row<int32_t>(run.token),
+                                          OutputsOf(run.step).device_draws().tokens + run.draw,
+                                          static_cast<int64_t>(next - first) * DTypeBytes(DType::kI32)));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Engine::Impl::ZeroFreshSlots(std::span<const BatchRow> rows) {
+  for (const BatchRow& row : rows) {
+    if (row.lease->fresh()) RETURN_IF_ERROR(pool->ZeroSlot(row.lease->slot()));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Engine::Impl::Fork(std::span<const BatchRow> rows, const StepArrays& arrays) {
+  for (size_t batch_row = 0; batch_row < rows.size(); ++batch_row) {
+    const BatchRow& row = rows[batch_row];
+    if (row.outputs.size() < 2) continue;
+    const StepRow& step_row = arrays.rows[static_cast<size_t>(arrays.row_of_batch[batch_row])];
+    const int64_t position = step_row.position + step_row.num_tokens;
+    const int64_t num_blocks = card.geometry.blocks_for(position);
+    const auto blocks = [&](const CacheLease& lease) {
+      return std::vector<int32_t>(lease.blocks().begin(), lease.blocks().begin() + num_blocks);
+    };
+    for (const RowOutput& output : row.outputs.subspan(1)) {
+      RETURN_IF_ERROR(pool->Copy({.kind = CacheCopy::Kind::kFork,
+                                  .from_slot = row.lease->slot(),
+                                  .to_slot = output.lease->slot(),
+                                  .from_blocks = blocks(*row.lease),
+                                  .to_blocks = blocks(*output.lease),
+                                  .position = position}));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Engine::Impl::Run(std::span<const BatchRow> rows, const StepArrays& arrays, Step& step) {
+  ASSIGN_OR_RETURN(const ForwardPlan plan, Upload(rows, arrays, step));
+  RETURN_IF_ERROR(ZeroFreshSlots(rows));
+  ASSIGN_OR_RETURN(const TensorView hidden, model->Forward(plan, *pool));
+  RETURN_IF_ERROR(sampler->CountPrompts(arrays, plan.token_ids));
+  RETURN_IF_ERROR(Fork(rows, arrays));
+  StepOutputs& outputs = OutputsOf(step.id);
+  RETURN_IF_ERROR(sampler->Draw(hidden, outputs));
+  RETURN_IF_ERROR(sampler->Score(hidden, outputs));
+  return sampler->ReadBack(outputs);
+}
+
+void Engine::Impl::Commit(const StepArrays& arrays, Step step) {
+  for (size_t batch_row = 0; batch_row < step.rows.size(); ++batch_row) {
+    const BatchRow& row = step.rows[batch_row];
+    const StepRow& step_row = arrays.rows[static_cast<size_t>(arrays.row_of_batch[batch_row])];
+    const SlotState after = {.position = step_row.position + step_row.num_tokens, .base = step_row.base_after};
+    step.positions_after.push_back(after.position);
+    slot(row.lease->slot()) = after;
+    row.lease->clear_fresh();
+    int32_t draw = static_cast<int32_t>(step.outputs[batch_row].draw_begin);
+    for (const RowOutput& output : row.outputs) {
+      SlotState& state = slot(output.lease->slot());
+      state = after;
+      state.pending_step = step.id;
+      state.pending_draw = draw++;
+      output.lease->clear_fresh();
+    }
+  }
+  next_step = step.id + 1;
+  in_flight.push_back(std::move(step));
+}
+
+absl::StatusOr<StepId> Engine::Submit(std::span<const BatchRow> rows) {
+  Impl& impl = *impl_;
+  const Clock::time_point start = Clock::now();
+  GODWIT_CHECK(std::ssize(impl.in_flight) < impl.max_steps_in_flight);
+  impl.DropReleasedHostCopies();
+  RETURN_IF_ERROR(impl.planner->Check(rows, impl.slots));
+  const StepArrays& arrays = impl.planner->Plan(rows, impl.slots);
+  Impl::Step step = {.id = impl.next_step, .rows = {rows.begin(), rows.end()}};
+  step.num_tokens = std::ssize(arrays.token_ids);
+  RETURN_IF_ERROR(impl.Run(rows, arrays, step));
+  step.seconds = SecondsSince(start);
+  const StepId id = step.id;
+  impl.Commit(arrays, std::move(step));
+  return id;
+}
+
+// --- Collect ------------------------------------------------------------------------------------------------------------
+
+RowResult Engine::Impl::Result(const Step& step, size_t row_index, const StepOutputs& outputs) const {
+  const BatchRow& row = step.rows[row_index];
+  const RowOutputs& range = step.outputs[row_index];
+  RowResult result;
+  result.num_computed = step.positions_after[row_index];
+  const OutputArrays& draws = outputs.draws();
+  for (int64_t draw = range.draw_begin; draw < range.draw_end; ++draw) {
+    const int32_t num_logprobs = row.outputs[static_cast<size_t>(draw - range.draw_begin)].sampling->num_logprobs;
+    result.outputs.push_back({MakeToken(draws.tokens[draw], num_logprobs >= 0 ? draws.logprobs[draw] : 0.0f,
+                                        draws.top_ids + draw * kMaxTopLogprobs,
+                                        draws.top_logprobs + draw * kMaxTopLogprobs, num_logprobs)});
+  }
+  if (row.score_targets.empty()) return result;
+  const OutputArrays& scores = outputs.scores();
+  int64_t score = 0;
+  for (const int32_t target : row.score_targets) {
+    // With row.logits every token was scored, else only those with a target.
+    if (target >= 0) {
+      const int64_t top = StepOutputs::ScoreTop(range.score_begin, score, range.num_score_top);
+      result.scores.push_back(MakeToken(target, scores.logprobs[range.score_begin + score], scores.top_ids + top,
+                                        scores.top_logprobs + top, range.num_score_top));
+    }
+    if (target >= 0 || row.logits != nullptr) ++score;
+  }
+  GODWIT_CHECK(score == range.score_end - range.score_begin);
+  return result;
+}
+
+// The host now knows the tokens that this step drew. A slot that a later step has written since keeps what that said.
+void Engine::Impl::ResolveTokens(const Step& step, const StepOutputs& outputs) {
+  for (size_t row_index = 0; row_index < step.rows.size(); ++row_index) {
+    const BatchRow& row = step.rows[row_index];
+    row.lease->set_position(step.positions_after[row_index]);
+    for (const RowOutput& output : row.outputs) {
+      output.lease->set_position(step.positions_after[row_index]);
+      SlotState& state = slot(output.lease->slot());
+      if (state.pending_step != step.id) continue;
+      state.last_token = outputs.draws().tokens[state.pending_draw];
+      state.pending_step = -1;
+    }
+  }
+}
+
+absl::StatusOr<StepResult> Engine::Collect(StepId id) {
+  Impl& impl = *impl_;
+  GODWIT_CHECK(!impl.in_flight.empty());
+  GODWIT_CHECK(impl.in_flight.front().id == id);
+  const Impl::Step step = std::move(impl.in_flight.front());
+  impl.in_flight.pop_front();
+  const Clock::time_point start = Clock::now();
+  RETURN_IF_ERROR(impl.backend->Synchronize());
+  const StepOutputs& outputs = impl.OutputsOf(id);
+  StepResult result;
+  result.num_tokens = step.num_tokens;
+  result.forward_seconds = step.seconds + SecondsSince(start);
+  impl.ResolveTokens(step, outputs);
+  result.rows.reserve(step.rows.size());
+  for (size_t row = 0; row < step.rows.size(); ++row) result.rows.push_back(impl.Result(step, row, outputs));
+  return result;
+}
+
+// --- Copy ---------------------------------------------------------------------------------------------------------------
+
+absl::Status Engine::Impl::CopyOne(const CacheCopy& copy) {
+  if (copy.kind == CacheCopy::Kind::kSwapIn) {
+    const auto found = host_slots.find(copy.host_id);
+    GODWIT_CHECK(found != host_slots.end());
+    GODWIT_CHECK(found->second.position == copy.position);
+    RETURN_IF_ERROR(pool->Copy(copy));
+    slot(copy.to_slot) = found->second;
+    host_slots.erase(found);
+    return absl::OkStatus();
+  }
+  // Copied where no step in flight can still change it; position 0: never used, so the slot's record is another sequence's.
+  const SlotState from = copy.position == 0 ? SlotState{} : slot(copy.from_slot);
+  GODWIT_CHECK(from.position == copy.position);
+  GODWIT_CHECK(from.pending_step < 0);
+  RETURN_IF_ERROR(pool->Copy(copy));
+  if (copy.kind == CacheCopy::Kind::kFork) {
+    slot(copy.to_slot) = from;
+  } else {
+    host_slots[copy.host_id] = from;
+  }
+  return absl::OkStatus();
+}
+
+void Engine::Impl::DropReleasedHostCopies() {
+  const std::vector<int64_t> host_ids = caches->TakeReleasedHostIds();
+  pool->DropHostCopies(host_ids);
+  for (const int64_t host_id : host_ids) host_slots.erase(host_id);
+}
+
+absl::Status Engine::Copy(std::span<const CacheCopy> copies) {
+  for (const CacheCopy& copy : copies) RETURN_IF_ERROR(impl_->CopyOne(copy));
+  impl_->DropReleasedHostCopies();
+  return absl::OkStatus();
+}
+
+}  // namespace godwit

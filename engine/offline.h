@@ -1,0 +1,45 @@
+#pragma once
+// One request on an engine without scheduler or threads: what `godwit generate` and `godwit score` run.
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/engine.h"
+#include "engine/sampling_params.h"
+
+namespace godwit {
+
+struct OfflineGenerateOptions {
+  SamplingParams sampling;
+  uint64_t seed = 0;
+  int64_t max_tokens = 128;
+  bool ignore_eos = false;
+  int64_t chunk = 0;  // prompt tokens per step, any N; 0: the engine's own (multiples of kPrefillBlock)
+  // Called with each drawn token that belongs to the output (not EOS); may be empty.
+  std::function<void(const SampledToken&)> on_token;
+};
+
+struct OfflineGenerateResult {
+  std::vector<SampledToken> tokens;  // without the EOS that ended it
+  bool ended_by_eos = false;
+  double prefill_seconds = 0, decode_seconds = 0;
+};
+
+// INVALID_ARGUMENT: empty prompt, id out of range, prompt + max_tokens over the context.
+absl::StatusOr<OfflineGenerateResult> GenerateOffline(Engine& engine, std::span<const int32_t> prompt,
+                                                      const OfflineGenerateOptions& options);
+
+struct OfflineScoreResult {
+  double total_logprob = 0;  // of tokens 1..T-1
+  double perplexity = 0;     // exp(-total / (T - 1))
+  double seconds = 0;
+};
+
+// logits: [T, vocab] f32 to fill, or null.
+absl::StatusOr<OfflineScoreResult> ScoreOffline(Engine& engine, std::span<const int32_t> token_ids, int64_t chunk,
+                                                float* logits);
+
+}  // namespace godwit
