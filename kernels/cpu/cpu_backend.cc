@@ -1,0 +1,170 @@
+#include "kernels/cpu/cpu_backend.h"
+
+#include <sched.h>
+
+#include <cstring>
+#include <string>
+#include <unordered_map>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "kernels/base/check.h"
+#include "kernels/base/status.h"
+#include "kernels/cpu/count_tokens.h"
+#include "kernels/cpu/cpu_context.h"
+#include "kernels/cpu/embed_tokens.h"
+#include "kernels/cpu/gather_rows.h"
+#include "kernels/cpu/lightning_attention.h"
+#include "kernels/cpu/linear.h"
+#include "kernels/cpu/memory.h"
+#include "kernels/cpu/packed_matrix.h"
+#include "kernels/cpu/paged_attention.h"
+#include "kernels/cpu/rope.h"
+#include "kernels/cpu/sample.h"
+#include "kernels/cpu/score_tokens.h"
+#include "kernels/cpu/select_isa.h"
+#include "kernels/validate.h"
+
+namespace godwit {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(int num_threads, const IsaTable& isa)
+      : pool_(num_threads),
+        context_{pool_, isa, scratch_, ""},
+        description_(
+            absl::StrCat(isa.name, ", ", num_threads, num_threads == 1 ? " thread" : " threads")) {}
+  ~CpuBackend() {
+    for (const auto& [data, num_bytes] : allocations_) ReleaseMemory(data, num_bytes);
+  }
+
+  DeviceInfo Info() const override {
+    const MemoryInfo memory = ReadMemoryInfo();
+    return {"cpu", description_.c_str(), memory.total_bytes, memory.free_bytes};
+  }
+
+  OpStatus Allocate(int64_t num_bytes, void** data) override;
+  void Free(void* data) override;
+
+  OpStatus CopyFromHost(void* to, const void* from, int64_t num_bytes) override {
+    return CopyOnDevice(to, from, num_bytes);
+  }
+  OpStatus CopyToHost(void* to, const void* from, int64_t num_bytes) override {
+    return CopyOnDevice(to, from, num_bytes);
+  }
+  OpStatus CopyOnDevice(void* to, const void* from, int64_t num_bytes) override {
+    if (num_bytes > 0) std::memmove(to, from, static_cast<size_t>(num_bytes));
+    return {};
+  }
+  OpStatus FillZero(void* data, int64_t num_bytes) override {
+    if (num_bytes > 0) std::memset(data, 0, static_cast<size_t>(num_bytes));
+    return {};
+  }
+
+  OpStatus AllocateMatrix(int64_t num_rows, int64_t num_columns, DType dtype,
+                          MatrixView* matrix) override;
+  OpStatus PackMatrixRows(const MatrixView& matrix, int64_t first_row,
+                          const TensorView& source) override {
+    return CpuPackMatrixRows(context_, matrix, first_row, source);
+  }
+
+  OpStatus EmbedTokens(const EmbedTokensArgs& args) override { return Call(CpuEmbedTokens, args); }
+  OpStatus Linear(const LinearArgs& args) override { return Call(CpuLinear, args); }
+  OpStatus GatedLinear(const GatedLinearArgs& args) override { return Call(CpuGatedLinear, args); }
+  OpStatus GatherRows(const GatherRowsArgs& args) override { return Call(CpuGatherRows, args); }
+  OpStatus LightningAttention(const LightningAttentionArgs& args) override {
+    return Call(CpuLightningAttention, args);
+  }
+  OpStatus Rope(const RopeArgs& args) override { return Call(CpuRope, args); }
+  OpStatus PagedAttention(const PagedAttentionArgs& args) override {
+    return Call(CpuPagedAttention, args);
+  }
+  OpStatus CountTokens(const CountTokensArgs& args) override { return Call(CpuCountTokens, args); }
+  OpStatus Sample(const SampleArgs& args) override { return Call(CpuSample, args); }
+  OpStatus ScoreTokens(const ScoreTokensArgs& args) override { return Call(CpuScoreTokens, args); }
+
+  // One rank: the sum over ranks is x itself.
+  OpStatus AllReduce(const TensorView&) override { return {}; }
+  // Ops compute when called.
+  OpStatus Synchronize() override { return {}; }
+  void Destroy() override { delete this; }
+
+ private:
+  template <typename Args>
+  OpStatus Call(OpStatus (*op)(CpuContext&, const Args&), const Args& args) {
+    if (OpStatus status = Validate(args); !status.ok()) return status;
+    return op(context_, args);
+  }
+
+  ThreadPool pool_;
+  Scratch scratch_;
+  CpuContext context_;
+  std::string description_;
+  std::unordered_map<void*, int64_t> allocations_;
+};
+
+OpStatus CpuBackend::Allocate(int64_t num_bytes, void** data) {
+  if (num_bytes < 0) {
+    return context_.Fail(OpCode::kInvalidArgument,
+                         absl::StrCat("allocation of ", num_bytes, " bytes"));
+  }
+  const int64_t size = num_bytes == 0 ? 1 : num_bytes;
+  // The system promises more than it has; what it cannot keep it kills the process for, later.
+  const MemoryInfo memory = ReadMemoryInfo();
+  void* const result = size <= memory.free_bytes ? AcquireMemory(size) : nullptr;
+  if (result == nullptr) {
+    return context_.Fail(
+        OpCode::kResourceExhausted,
+        absl::StrCat("allocation of ", num_bytes, " bytes: ", memory.free_bytes, " are free"));
+  }
+  allocations_.emplace(result, size);
+  *data = result;
+  return {};
+}
+
+void CpuBackend::Free(void* data) {
+  if (data == nullptr) return;
+  const auto found = allocations_.find(data);
+  GODWIT_CHECK(found != allocations_.end());
+  ReleaseMemory(data, found->second);
+  allocations_.erase(found);
+}
+
+OpStatus CpuBackend::AllocateMatrix(int64_t num_rows, int64_t num_columns, DType dtype,
+                                    MatrixView* matrix) {
+  if (num_rows < 1 || num_columns < 1 || (dtype != DType::kF32 && dtype != DType::kBF16)) {
+    return context_.Fail(
+        OpCode::kInvalidArgument,
+        absl::StrCat("matrix [", num_rows, ", ", num_columns, "] of dtype ",
+                     static_cast<int>(dtype), ": sizes >= 1 and f32 or bf16 expected"));
+  }
+  MatrixView result{nullptr, dtype, num_rows, num_columns};
+  if (OpStatus status = Allocate(PackedBytes(result), &result.data); !status.ok()) return status;
+  *matrix = result;
+  return {};
+}
+
+int CoresOfThisProcess() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) != 0) return 1;
+  return CPU_COUNT(&set);
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Backend, BackendDeleter>> CreateCpuBackend(
+    const CpuOptions& options) {
+  if (options.num_threads < 0 || options.num_threads > kMaxThreads) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("threads ", options.num_threads, " not in [1, ", kMaxThreads, "]"));
+  }
+  ASSIGN_OR_RETURN(const IsaTable* isa, SelectIsa(options.isa));
+  const int num_threads = options.num_threads == 0 ? CoresOfThisProcess() : options.num_threads;
+  return std::unique_ptr<Backend, BackendDeleter>(new CpuBackend(num_threads, *isa));
+}
+
+}  // namespace godwit

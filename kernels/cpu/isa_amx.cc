@@ -1,0 +1,27 @@
+// One instruction set: see isa.h. The order of the includes is their dependency.
+// clang-format off
+#include "kernels/cpu/simd_avx512-inl.h"
+#include "kernels/cpu/simd_math-inl.h"
+#include "kernels/cpu/vector_ops-inl.h"
+#include "kernels/cpu/form_rows-inl.h"
+#include "kernels/cpu/finish-inl.h"
+#include "kernels/cpu/product-inl.h"
+#include "kernels/cpu/product_amx-inl.h"
+
+namespace godwit {
+namespace {
+constexpr BF16Product kBF16Product = {2, FormRows<RowFormat::kBF16>, ProductAmx};
+}  // namespace
+}  // namespace godwit
+
+#include "kernels/cpu/isa_table-inl.h"
+// clang-format on
+
+namespace godwit {
+
+const IsaTable& AmxIsa() {
+  static constexpr IsaTable kTable = MakeIsaTable("amx");
+  return kTable;
+}
+
+}  // namespace godwit

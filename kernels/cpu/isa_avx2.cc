@@ -1,0 +1,26 @@
+// One instruction set: see isa.h. The order of the includes is their dependency.
+// clang-format off
+#include "kernels/cpu/simd_avx2-inl.h"
+#include "kernels/cpu/simd_math-inl.h"
+#include "kernels/cpu/vector_ops-inl.h"
+#include "kernels/cpu/form_rows-inl.h"
+#include "kernels/cpu/finish-inl.h"
+#include "kernels/cpu/product-inl.h"
+
+namespace godwit {
+namespace {
+constexpr BF16Product kBF16Product = {4, FormRows<RowFormat::kBF16Widened>, PlainProduct<true>};
+}  // namespace
+}  // namespace godwit
+
+#include "kernels/cpu/isa_table-inl.h"
+// clang-format on
+
+namespace godwit {
+
+const IsaTable& Avx2Isa() {
+  static constexpr IsaTable kTable = MakeIsaTable("avx2");
+  return kTable;
+}
+
+}  // namespace godwit
