@@ -18,7 +18,8 @@ check_edges() {
       if (folder == "kernels") return to == "kernels/base"
       if (folder ~ /^kernels\/(ref|cpu|cuda)$/) return to == "kernels" || to == "kernels/base"
       if (folder == "engine") return to ~ /^kernels(\/base|\/cpu)?$/
-      if (folder == "scheduler") return path ~ /^engine\/(batch|cache_manager)\.h$/
+      if (folder == "scheduler")
+        return path ~ /^engine\/(batch|cache_manager)\.h$/ || to == "kernels/base"
       if (folder == "server") return to ~ /^(scheduler|tokenizer|proto|engine)$/
       if (folder == "cli") return to ~ /^(server|proto|tokenizer|engine)$/
       return 0
@@ -29,8 +30,8 @@ check_edges() {
       if (path ~ /^prometheus\//) return "^(server|tests)/"
       if (path ~ /^sentencepiece/) return "^tokenizer/[a-z_]*\\.cc$"
       if (path ~ /^nlohmann\//)
-        return "^(engine/(json_object|safetensors)\\.cc$|tokenizer/[a-z_]*\\.cc$|tests/|bench/)"
-      if (path ~ /^CLI\//) return "^cli/"
+        return "^(engine/(json_object|safetensors)\\.cc$|cli/|tests/|bench/)"
+      if (path ~ /^CLI\//) return "^(cli|bench)/"
       if (path ~ /^(cuda|cublas|cub\/|thrust\/|cooperative_groups|mma\.h|nv)/) return "^kernels/cuda/"
       if (path ~ /^(dnnl|oneapi|cblas|mkl)/) return "^kernels/cpu/"
       if (path ~ /^(gtest|gmock)\//) return "^tests/"
