@@ -1,6 +1,6 @@
 #pragma once
-// The engine thread: mailbox -> Plan -> Submit -> Collect -> Apply, with up to two steps in flight. Sole owner of scheduler,
-// executor and caches while it runs.
+// The engine thread: mailbox -> Plan -> Submit -> Collect -> Apply, with up to two steps in flight.
+// Sole owner of scheduler, executor and caches while it runs.
 
 #include <functional>
 #include <memory>
@@ -16,15 +16,16 @@ namespace godwit {
 // Measured per step, called on the engine thread; must be short and not block.
 struct StepReport {
   int64_t num_tokens = 0, num_rows = 0;
-  TimeNs step_ns = 0;        // from Plan to the end of Apply
-  TimeNs forward_ns = 0;     // of which the executor's own time
+  TimeNs step_ns =
+      0;  // to the end of Apply, from Plan or from the end of the step before, the later
+  TimeNs forward_ns = 0;  // of which the executor's own time
   SchedulerStats stats;
 };
 
 struct EngineLoopOptions {
   SchedulerOptions scheduler;
-  int64_t max_mailbox = 1024;                     // requests not yet seen by the engine thread
-  std::function<void(const StepReport&)> on_step; // may be empty
+  int64_t max_mailbox = 1024;                      // requests not yet seen by the engine thread
+  std::function<void(const StepReport&)> on_step;  // may be empty
 };
 
 class EngineLoop {
@@ -33,20 +34,25 @@ class EngineLoop {
   EngineLoop(EngineLoopOptions options, StepExecutor& executor, CacheManager& caches);
   ~EngineLoop();  // Stop()
 
-  // Any thread. OK: exactly one kDone event will arrive on request.stream. RESOURCE_EXHAUSTED: mailbox or queue full (the
-  // queue's size is counted here, at once); UNAVAILABLE: draining or stopped; INVALID_ARGUMENT: can never run.
+  // Any thread. OK: exactly one kDone event will arrive on request.stream. RESOURCE_EXHAUSTED:
+  // mailbox or queue full (the queue's size is counted here, at once); UNAVAILABLE: draining or
+  // stopped; INVALID_ARGUMENT: can never run.
   absl::Status Submit(GenerateRequest request);
 
   // Any thread: a request's cancel flag was set; wakes the engine thread if it sleeps.
   void Wake();
 
-  // No new requests; returns when all have ended or at `timeout_ns` (then the rest ends with UNAVAILABLE).
+  // No new requests; returns when all have ended. What has not after `timeout_ns` (a duration) ends
+  // with UNAVAILABLE at the next step boundary.
   void Drain(TimeNs timeout_ns);
+  // Ends everything with UNAVAILABLE at the next step boundary and joins the thread. Not from a
+  // notify callback. May be called again.
   void Stop();
 
-  SchedulerStats stats() const;        // any thread; of the last step
-  TimeNs last_heartbeat() const;       // any thread; the thread is alive if this is younger than a few seconds
-  bool device_lost() const;            // an executor call returned UNAVAILABLE
+  SchedulerStats stats() const;  // any thread; of the last step
+  TimeNs last_heartbeat()
+      const;  // any thread; the thread is alive if this is younger than a few seconds
+  bool device_lost() const;  // an executor call returned UNAVAILABLE
 
  private:
   struct Impl;

@@ -1,8 +1,8 @@
 #pragma once
 // A request as the scheduler knows it: token ids, limits, priorities. No text, no gRPC, no device.
 
-#include <cstdint>
 #include <atomic>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -23,78 +23,88 @@ inline constexpr TimeNs kNever = INT64_MAX;
 enum class FinishReason { kEos, kStopToken, kStopString, kLength, kTimeLimit };
 enum class Phase { kWaiting, kPrefilling, kDecoding, kSwapped, kFinished };
 
-// Finds a stop string. Called on the engine thread with each output's new tokens, before they are confirmed; returns the index
-// of the last token to keep and which stop matched, or nothing. <= 20 us, no lock. Stateful per output.
+// Finds a stop string. Called on the engine thread with each output's new tokens, before they are
+// confirmed; returns the index of the last token to keep and which stop matched, or nothing. <= 20
+// us, no lock. Stateful per output.
 struct StopMatch {
-  int64_t last_token = 0;   // index into the span of new tokens; it and those before are kept
-  int32_t stop_index = 0;   // which of the request's stop strings
+  int64_t last_token = 0;  // index into the span of new tokens; it and those before are kept
+  int32_t stop_index = 0;  // which of the request's stop strings
 };
 using FindStop = std::function<std::optional<StopMatch>(std::span<const SampledToken> new_tokens)>;
 
+// The token that ended an output by its id is named here and is in no kTokens event; with a stop
+// string the tokens up to and with the one that completes it are delivered.
 struct FinishInfo {
   FinishReason reason = FinishReason::kLength;
-  int32_t stop_token_id = -1;   // kEos, kStopToken
-  int32_t stop_index = -1;      // kStopString
+  int32_t stop_token_id = -1;  // kEos, kStopToken
+  int32_t stop_index = -1;     // kStopString
 };
 
-struct RequestTimings {         // all TimeNs; kNever when it did not happen
-  TimeNs submitted = kNever, admitted = kNever, first_token = kNever, last_token = kNever, finished = kNever;
-  TimeNs queue_ns = 0;          // waiting and swapped
+struct RequestTimings {  // all TimeNs; kNever when it did not happen
+  TimeNs submitted = kNever, admitted = kNever, first_token = kNever, last_token = kNever,
+         finished = kNever;
+  TimeNs queue_ns = 0;  // waiting and swapped
   int64_t num_preemptions = 0;
 };
 
 // What the engine thread tells the request's owner. Pushed in order; never blocks.
 struct TokenEvent {
   enum class Kind {
-    kPrompt,    // once, when the prompt is computed: scores of prompt tokens if asked for
+    kPrompt,    // once, when the prompt is computed: scores of prompt tokens 1.. if asked for
     kTokens,    // new confirmed tokens of one output
-    kFinished,  // one output ended
+    kFinished,  // one output ended by itself or by the time limit; none when kDone is an error, and
+                // none for a max_tokens of 0 that ends after its kPrompt
     kDone,      // last event, exactly once: status and timings. Nothing follows
   };
   Kind kind = Kind::kTokens;
   int32_t output_index = 0;
   std::vector<SampledToken> tokens;  // kPrompt: scores; kTokens
   FinishInfo finish;                 // kFinished
-  absl::Status status;               // kDone: OK, CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE, RESOURCE_EXHAUSTED, INTERNAL
-  Phase phase = Phase::kWaiting;     // kDone with an error: where it happened
-  RequestTimings timings;            // kDone
+  absl::Status
+      status;  // kDone: OK, CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE, RESOURCE_EXHAUSTED, INTERNAL
+  Phase phase = Phase::kWaiting;  // kDone with an error: where it happened
+  RequestTimings timings;         // kDone
 };
 
 // The consumer side of a request. Push runs on the engine thread; Drain and Cancel on any thread.
 class TokenStream {
  public:
-  // notify: called on the engine thread after events were pushed to an empty mailbox; must not block, may be called after
-  // the consumer lost interest. No lock is held.
+  // notify: called on the engine thread after events were pushed to an empty mailbox; must not
+  // block, may be called after the consumer lost interest. No lock is held.
   explicit TokenStream(std::function<void()> notify) : notify_(std::move(notify)) {}
 
+  // Never blocks. A kTokens event joins the one of the same output that still waits here, so the
+  // events of one output keep their order and those of different outputs may change places.
   void Push(std::vector<TokenEvent> events);
+  // Everything pushed since the last call.
   std::vector<TokenEvent> Drain();
 
-  // The engine looks at step boundaries.
+  // The engine looks at step boundaries; EngineLoop::Wake() makes it look now if it sleeps.
   void Cancel() { cancelled_.store(true, std::memory_order_release); }
   bool cancelled() const { return cancelled_.load(std::memory_order_acquire); }
 
  private:
   std::function<void()> notify_;
-  std::mutex mutex_;                  // guards events_
-  std::vector<TokenEvent> events_;    // bounded: n * (max_tokens + 1) + 2 events, merged per output by Push
+  std::mutex mutex_;                // guards events_
+  std::vector<TokenEvent> events_;  // at most 2 n + 2 (kPrompt, n kTokens, n kFinished, kDone)
   std::atomic<bool> cancelled_{false};
 };
 
 struct GenerateRequest {
-  std::string id;                       // for logs
-  std::vector<int32_t> token_ids;       // >= 1
+  std::string id;                  // for logs
+  std::vector<int32_t> token_ids;  // >= 1
   SamplingParams sampling;
   uint64_t seed = 0;
-  int32_t num_outputs = 1;              // n; prefills once and forks
-  int64_t max_tokens = 0;               // per output; 0: prompt scoring only (Score)
-  std::vector<int32_t> eos_token_ids;   // empty with ignore_eos
+  int32_t num_outputs = 1;             // n; prefills once and forks
+  int64_t max_tokens = 0;              // per output; 0: prompt scoring only (Score)
+  std::vector<int32_t> eos_token_ids;  // empty with ignore_eos
   std::vector<int32_t> stop_token_ids;
-  std::vector<FindStop> find_stop;      // one per output, or empty
-  int32_t priority = 0;                 // higher runs first; [-100, 100]
-  TimeNs deadline = kNever;             // DEADLINE_EXCEEDED in every phase
-  TimeNs time_limit = kNever;           // absolute; ends OK with kTimeLimit (what was generated stands)
-  int32_t prompt_logprobs = -1;         // -1: none; n: score each prompt token after the first, with n most likely
+  std::vector<FindStop> find_stop;  // one per output, or empty
+  int32_t priority = 0;             // higher runs first; [-100, 100]
+  TimeNs deadline = kNever;         // DEADLINE_EXCEEDED in every phase
+  TimeNs time_limit = kNever;       // absolute; ends OK with kTimeLimit (what was generated stands)
+  int32_t prompt_logprobs =
+      -1;  // -1: none; n: score each prompt token after the first, with n most likely
   std::shared_ptr<TokenStream> stream;  // required
 };
 

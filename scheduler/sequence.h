@@ -1,8 +1,8 @@
 #pragma once
-// The engine thread's record of one output of one request. Owned and changed by the scheduler only.
+// The engine thread's record of a request and of each of its outputs. Owned and changed by the
+// scheduler only.
 
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "engine/cache_manager.h"
@@ -12,16 +12,47 @@ namespace godwit {
 
 struct RequestGroup;  // the request and its n sequences
 
+// One output of one request. Until the prompt is computed only sequences[0] has rows; its last
+// prompt chunk forks its state to the others.
 struct Sequence {
   RequestGroup* group = nullptr;
   int32_t output_index = 0;
+  CacheLease lease;                // may not be swapped or released while steps_in_flight > 0
+  int64_t confirmed_position = 0;  // tokens in the state, as of the last applied step
+  int64_t num_output = 0;          // tokens kept
+  int64_t num_drawn = 0;           // kept or in flight, one for each step in flight
+  int64_t last_step = -1;          // number of the last step with a row of it
+  int steps_in_flight = 0;
+  bool finished = false;  // results still in flight are dropped
+};
+
+// Phases: kWaiting -> kPrefilling -> kDecoding -> kFinished; kSwapped between any two rows.
+struct RequestGroup {
+  GenerateRequest request;  // token_ids carries one more id, -1: then the score targets of the
+                            // prompt tokens [a, b) are token_ids[a + 1, b + 1)
+  int64_t prompt_length = 0;
+  int64_t order = 0;  // of arrival; also names the group
   Phase phase = Phase::kWaiting;
-  CacheLease lease;
-  int64_t num_computed = 0;        // prompt tokens submitted so far, then position after the last submitted step
-  int64_t num_output = 0;          // confirmed output tokens
-  int64_t num_output_submitted = 0;  // draws submitted, confirmed or in flight
-  int steps_in_flight = 0;         // its lease may not be swapped or released while > 0
-  bool stopped = false;            // finished; results still in flight are dropped
+  std::vector<Sequence> sequences;  // n; never resized, rows point to the leases
+  int64_t num_prompt_submitted = 0;
+  int64_t num_prompt_confirmed = 0;
+
+  int64_t admission = 0;    // order of admission and resumption
+  TimeNs queued_since = 0;  // waiting or swapped
+  TimeNs last_row = 0;      // time of the last row, or of admission
+  int num_bypassed = 0;     // later requests that were admitted before it
+  bool aged = false;        // for good: first in its queue, never preempted
+  bool held = false;        // gets no rows in this plan, so that it can be preempted in the next
+
+  RequestTimings timings;
+  std::vector<SampledToken> prompt_scores;
+  std::vector<TokenEvent> events;  // of this step, pushed at its end
+
+  // Tokens that one sequence reserves.
+  int64_t num_reserved() const { return prompt_length + request.max_tokens; }
+  int64_t num_live() const;  // sequences that have not finished
+  int64_t steps_in_flight() const;
+  bool prompt_submitted() const { return num_prompt_submitted == prompt_length; }
 };
 
 }  // namespace godwit

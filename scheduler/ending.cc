@@ -1,0 +1,106 @@
+// How requests end: by themselves, by cancel, deadline, time limit or error, in every phase.
+
+#include <algorithm>
+#include <iterator>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/base/check.h"
+#include "scheduler/scheduler_impl.h"
+
+namespace godwit {
+namespace {
+
+absl::string_view PhaseName(Phase phase) {
+  switch (phase) {
+    case Phase::kWaiting:
+      return "waiting";
+    case Phase::kPrefilling:
+      return "prefilling";
+    case Phase::kDecoding:
+      return "decoding";
+    case Phase::kSwapped:
+      return "swapped";
+    case Phase::kFinished:
+      break;
+  }
+  return "finished";
+}
+
+}  // namespace
+
+void Scheduler::Impl::Reap(TimeNs now) {
+  for (const GroupPtr& group : queue_) ReapGroup(*group, now);
+  for (const GroupPtr& group : running_) ReapGroup(*group, now);
+  Sweep();
+}
+
+void Scheduler::Impl::ReapGroup(RequestGroup& group, TimeNs now) {
+  const GenerateRequest& request = group.request;
+  if (request.stream->cancelled()) {
+    EndGroup(group, absl::CancelledError(absl::StrCat("cancelled while ", PhaseName(group.phase))),
+             now);
+  } else if (request.time_limit <= now && request.time_limit <= request.deadline) {
+    for (Sequence& sequence : group.sequences) {
+      if (!sequence.finished) FinishOutput(sequence, {.reason = FinishReason::kTimeLimit}, now);
+    }
+  } else if (request.deadline <= now) {
+    EndGroup(group,
+             absl::DeadlineExceededError(
+                 absl::StrCat("deadline exceeded while ", PhaseName(group.phase))),
+             now);
+  }
+}
+
+void Scheduler::Impl::FinishOutput(Sequence& sequence, FinishInfo finish, TimeNs now) {
+  GODWIT_CHECK(!sequence.finished);
+  RequestGroup& group = *sequence.group;
+  sequence.finished = true;
+  group.events.push_back({.kind = TokenEvent::Kind::kFinished,
+                          .output_index = sequence.output_index,
+                          .finish = finish});
+  if (group.num_live() == 0) EndGroup(group, absl::OkStatus(), now);
+}
+
+void Scheduler::Impl::EndGroup(RequestGroup& group, absl::Status status, TimeNs now) {
+  GODWIT_CHECK(group.phase != Phase::kFinished);
+  if (group.phase == Phase::kWaiting || group.phase == Phase::kSwapped) {
+    group.timings.queue_ns += now - group.queued_since;
+    --(group.phase == Phase::kSwapped ? num_swapped_ : num_waiting_);
+    if (group.phase == Phase::kWaiting) num_waiting_tokens_ -= group.prompt_length;
+  }
+  group.timings.finished = now;
+  group.events.push_back({.kind = TokenEvent::Kind::kDone,
+                          .status = std::move(status),
+                          .phase = group.phase,
+                          .timings = group.timings});
+  group.phase = Phase::kFinished;
+  for (Sequence& sequence : group.sequences) sequence.finished = true;
+}
+
+// Releases and pushes for all groups that ended, those outside a step too, which Land does not see.
+void Scheduler::Impl::Sweep() {
+  const auto goes_on = [](const GroupPtr& group) { return group->phase != Phase::kFinished; };
+  for (std::vector<GroupPtr>* groups : {&queue_, &running_}) {
+    if (std::all_of(groups->begin(), groups->end(), goes_on)) continue;
+    const auto first = std::stable_partition(groups->begin(), groups->end(), goes_on);
+    std::move(first, groups->end(), std::back_inserter(ending_));
+    groups->erase(first, groups->end());
+  }
+  for (const GroupPtr& group : ending_) {
+    for (Sequence& sequence : group->sequences) {
+      if (sequence.steps_in_flight == 0) sequence.lease.Release();
+    }
+    group->request.stream->Push(std::exchange(group->events, {}));
+  }
+  std::erase_if(ending_, [](const GroupPtr& group) { return group->steps_in_flight() == 0; });
+}
+
+void Scheduler::Impl::AbortAll(const absl::Status& status, TimeNs now) {
+  for (const std::vector<GroupPtr>* groups : {&queue_, &running_}) {
+    for (const GroupPtr& group : *groups) EndGroup(*group, status, now);
+  }
+  Sweep();
+}
+
+}  // namespace godwit

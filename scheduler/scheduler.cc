@@ -1,0 +1,226 @@
+// The rows of one step.
+
+#include "scheduler/scheduler.h"
+
+#include <algorithm>
+#include <tuple>
+#include <utility>
+
+#include "kernels/base/check.h"
+#include "scheduler/scheduler_impl.h"
+
+namespace godwit {
+
+StepPlan::StepPlan() = default;
+StepPlan::StepPlan(StepPlan&&) noexcept = default;
+StepPlan& StepPlan::operator=(StepPlan&&) noexcept = default;
+StepPlan::~StepPlan() = default;
+
+void StepPlan::Record::Clear() {
+  rows.clear();
+  drawers.clear();
+  outputs.clear();
+  copied_orders.clear();
+  num_tokens = 0;
+}
+
+int64_t RequestGroup::num_live() const {
+  return std::count_if(sequences.begin(), sequences.end(),
+                       [](const Sequence& sequence) { return !sequence.finished; });
+}
+
+int64_t RequestGroup::steps_in_flight() const {
+  int64_t count = 0;
+  for (const Sequence& sequence : sequences) count += sequence.steps_in_flight;
+  return count;
+}
+
+Scheduler::Impl::Impl(SchedulerOptions options, CacheManager& caches)
+    : options_(options), caches_(caches) {
+  GODWIT_CHECK(options_.max_tokens_per_step >= kMinTokensPerStep);
+  GODWIT_CHECK(options_.max_steps_in_flight >= 1);
+  GODWIT_CHECK(options_.max_steps_in_flight <= kMaxStepsInFlight);
+  GODWIT_CHECK(options_.max_waiting >= 1);
+  GODWIT_CHECK(options_.context_length >= 1);
+}
+
+StepPlan Scheduler::Impl::TakeSpare() {
+  if (spares_.empty()) {
+    StepPlan plan;
+    plan.record = std::make_unique<StepPlan::Record>();
+    return plan;
+  }
+  StepPlan plan = std::move(spares_.back());
+  spares_.pop_back();
+  return plan;
+}
+
+StepPlan Scheduler::Impl::Plan(TimeNs now) {
+  GODWIT_CHECK(steps_in_flight_ < options_.max_steps_in_flight);
+  Reap(now);
+  for (const GroupPtr& group : running_) group->held = false;
+  AgeQueue(now);
+  StepPlan plan = TakeSpare();
+  Admit(plan, now);
+  FailStuck(now);
+  PlanDecodeRows(plan);
+  PlanPrompts(plan, now);
+  Publish(plan);
+  // Whoever runs alone always gets a row, else the loop would spin.
+  GODWIT_CHECK(!plan.rows.empty() || running_.empty() || steps_in_flight_ > 0);
+  if (!plan.rows.empty()) {
+    ++steps_in_flight_;
+    ++next_step_;
+  }
+  return plan;
+}
+
+bool Scheduler::Impl::prompt_pending() const {
+  return std::any_of(running_.begin(), running_.end(), [](const GroupPtr& group) {
+    return !group->prompt_submitted() && !group->held;
+  });
+}
+
+void Scheduler::Impl::PlanDecodeRows(StepPlan& plan) {
+  ready_.clear();
+  for (const GroupPtr& group : running_) {
+    if (group->held || !group->prompt_submitted()) continue;
+    for (Sequence& sequence : group->sequences) {
+      if (!sequence.finished && sequence.num_drawn < group->request.max_tokens) {
+        ready_.push_back(&sequence);
+      }
+    }
+  }
+  const int64_t num_kept_back = prompt_pending() ? kPrefillBlock : 0;
+  const int64_t max_rows = options_.max_tokens_per_step - num_kept_back;
+  if (std::ssize(ready_) > max_rows) {
+    std::stable_sort(ready_.begin(), ready_.end(), [](const Sequence* a, const Sequence* b) {
+      return a->last_step < b->last_step;
+    });
+    ready_.resize(static_cast<size_t>(max_rows));
+  }
+  for (Sequence* sequence : ready_) AddDecodeRow(*sequence, plan);
+}
+
+void Scheduler::Impl::PlanPrompts(StepPlan& plan, TimeNs now) {
+  prompts_.clear();
+  for (const GroupPtr& group : running_) {
+    if (group->held || group->prompt_submitted()) continue;
+    if (now - group->last_row >= options_.max_wait) group->aged = true;
+    prompts_.push_back(group.get());
+  }
+  const auto key = [](const RequestGroup* group) {
+    return std::tuple(!group->aged, group->aged ? 0 : -group->request.priority, group->admission);
+  };
+  std::sort(prompts_.begin(), prompts_.end(),
+            [&](const RequestGroup* a, const RequestGroup* b) { return key(a) < key(b); });
+  for (RequestGroup* group : prompts_) {
+    const int64_t budget = options_.max_tokens_per_step - plan.record->num_tokens;
+    const int64_t begin = group->num_prompt_submitted;
+    int64_t end = group->prompt_length;
+    // begin is a multiple of kPrefillBlock: every cut before it was.
+    if (end - begin > budget) end = begin + budget / kPrefillBlock * kPrefillBlock;
+    if (end == begin) continue;  // the end of a shorter prompt may still fit
+    group->last_row = now;
+    AddPromptRow(*group, end - begin, plan);
+  }
+}
+
+void Scheduler::Impl::AddPromptRow(RequestGroup& group, int64_t num_tokens, StepPlan& plan) {
+  Sequence& sequence = group.sequences[0];
+  const int64_t begin = group.num_prompt_submitted;
+  const std::span<const int32_t> token_ids(group.request.token_ids);
+  const auto first = static_cast<size_t>(begin), count = static_cast<size_t>(num_tokens);
+  BatchRow row{.token_ids = token_ids.subspan(first, count),
+               .first_position = begin,
+               .confirmed_position = sequence.confirmed_position,
+               .prompt_length = group.prompt_length,
+               .lease = &sequence.lease};
+  if (group.request.prompt_logprobs >= 0) {
+    row.score_targets = token_ids.subspan(first + 1, count);
+    row.num_score_top = group.request.prompt_logprobs;
+  }
+  plan.rows.push_back(row);
+  plan.record->rows.push_back({.sequence = &sequence,
+                               .num_prompt_tokens = num_tokens,
+                               .first_output = plan.record->outputs.size()});
+  plan.record->num_tokens += num_tokens;
+  group.num_prompt_submitted += num_tokens;
+  ++sequence.steps_in_flight;
+  if (!group.prompt_submitted() || group.request.max_tokens == 0) return;
+  for (Sequence& output : group.sequences) {
+    if (&output != &sequence) ++output.steps_in_flight;
+    AddOutput(output, plan);
+  }
+}
+
+void Scheduler::Impl::AddDecodeRow(Sequence& sequence, StepPlan& plan) {
+  plan.rows.push_back({.confirmed_position = sequence.confirmed_position,
+                       .prompt_length = sequence.group->prompt_length,
+                       .lease = &sequence.lease});
+  plan.record->rows.push_back({.sequence = &sequence, .first_output = plan.record->outputs.size()});
+  ++plan.record->num_tokens;
+  ++sequence.steps_in_flight;
+  AddOutput(sequence, plan);
+}
+
+void Scheduler::Impl::AddOutput(Sequence& sequence, StepPlan& plan) {
+  const GenerateRequest& request = sequence.group->request;
+  plan.record->outputs.push_back({.lease = &sequence.lease,
+                                  .sampling = &request.sampling,
+                                  .seed = request.seed,
+                                  .output_index = sequence.output_index});
+  plan.record->drawers.push_back(&sequence);
+  ++plan.record->rows.back().num_outputs;
+  ++sequence.num_drawn;
+  sequence.last_step = next_step_;
+}
+
+void Scheduler::Impl::Publish(StepPlan& plan) {
+  const std::span<const RowOutput> outputs(plan.record->outputs);
+  for (size_t row = 0; row < plan.rows.size(); ++row) {
+    const StepPlan::Record::Row& record = plan.record->rows[row];
+    plan.rows[row].outputs = outputs.subspan(record.first_output, record.num_outputs);
+  }
+}
+
+SchedulerStats Scheduler::Impl::Stats() const {
+  const CacheGeometry& geometry = caches_.geometry();
+  const int64_t num_blocks = geometry.has_paged() ? geometry.num_blocks : 0;
+  return {.num_waiting = num_waiting_,
+          .num_waiting_tokens = num_waiting_tokens_,
+          .num_running = std::ssize(running_),
+          .num_swapped = num_swapped_,
+          .slots_used = geometry.num_slots - caches_.free_slots(),
+          .slots_total = geometry.num_slots,
+          .blocks_used = num_blocks - caches_.free_blocks(),
+          .blocks_total = num_blocks,
+          .num_preemptions = num_preemptions_,
+          .num_steps = num_steps_,
+          .prompt_tokens = prompt_tokens_,
+          .generation_tokens = generation_tokens_};
+}
+
+Scheduler::Scheduler(SchedulerOptions options, CacheManager& caches)
+    : impl_(std::make_unique<Impl>(options, caches)) {}
+Scheduler::~Scheduler() = default;
+
+absl::Status Scheduler::Add(GenerateRequest request, TimeNs now) {
+  return impl_->Add(std::move(request), now);
+}
+StepPlan Scheduler::Plan(TimeNs now) { return impl_->Plan(now); }
+void Scheduler::Apply(StepPlan plan, StepResult result, TimeNs now) {
+  impl_->Apply(std::move(plan), std::move(result), now);
+}
+void Scheduler::Fail(StepPlan plan, const absl::Status& status, TimeNs now) {
+  impl_->Fail(std::move(plan), status, now);
+}
+void Scheduler::AbortAll(const absl::Status& status, TimeNs now) { impl_->AbortAll(status, now); }
+
+bool Scheduler::idle() const {
+  return impl_->queue_.empty() && impl_->running_.empty() && impl_->ending_.empty();
+}
+
+SchedulerStats Scheduler::stats() const { return impl_->Stats(); }
+
+}  // namespace godwit
