@@ -16,7 +16,6 @@ struct RequestLimits {
 inline constexpr int kMaxStopStrings = 16;
 inline constexpr int kMaxStopBytes = 256;         // of one stop string
 inline constexpr int kMaxRequestIdBytes = 128;
-inline constexpr int kMaxPriority = 100;          // [-100, 100]
 inline constexpr int64_t kMaxTimeLimitMs = (int64_t{1} << 31) - 1;
 
 }  // namespace godwit

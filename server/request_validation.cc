@@ -10,6 +10,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status.h"
+#include "scheduler/scheduler.h"
 #include "server/status_mapping.h"
 
 namespace godwit {
@@ -204,9 +205,6 @@ void ReadStopping(const v1::StoppingOptions& from, const ServedModel& model, con
   }
   request.stop_token_ids.assign(from.stop_token_ids().begin(), from.stop_token_ids().end());
   if (!from.ignore_eos()) request.eos_token_ids = model.eos_token_ids();
-  prepared.end_token_ids = request.eos_token_ids;
-  prepared.end_token_ids.insert(prepared.end_token_ids.end(), request.stop_token_ids.begin(),
-                                request.stop_token_ids.end());
   prepared.include_stop = from.include_stop_in_output();
   if (from.has_time_limit_ms() &&
       check.InRange<int64_t>("stopping.time_limit_ms", from.time_limit_ms(), 1, kMaxTimeLimitMs)) {
@@ -234,7 +232,11 @@ void ReadScheduling(const v1::SchedulingOptions& from, GenerateRequest& request,
 // Fills in what follows from a request whose fields are all valid.
 void Complete(const v1::GenerateRequest& from, const ServedModel& model, PreparedGenerate& prepared) {
   GenerateRequest& request = prepared.request;
-  if (request.sampling.min_tokens > 0) request.sampling.end_token_ids = prepared.end_token_ids;
+  if (request.sampling.min_tokens > 0) {
+    std::vector<int32_t>& end_ids = request.sampling.end_token_ids;
+    end_ids = request.eos_token_ids;
+    end_ids.insert(end_ids.end(), request.stop_token_ids.begin(), request.stop_token_ids.end());
+  }
   prepared.starts_text = model.StartsText(request.token_ids);
   prepared.stops = std::make_shared<StopAutomaton>(
       std::vector<std::string>(from.stopping().stop().begin(), from.stopping().stop().end()));

@@ -25,7 +25,6 @@ struct Arrival {
 struct PreparedGenerate {
   GenerateRequest request;  // no stream yet; id is never empty
   std::shared_ptr<const StopAutomaton> stops;
-  std::vector<int32_t> end_token_ids;  // EOS (unless ignored) and stop ids
   std::string echo_text;               // with echo
   bool echo = false;
   bool logprobs = false;

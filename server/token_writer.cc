@@ -1,16 +1,10 @@
 #include "server/token_writer.h"
 
-#include <algorithm>
 #include <utility>
 
 #include "server/utf8.h"
 
 namespace godwit {
-
-bool TokenWriter::EndsOutput(int32_t token_id) const {
-  return std::find(options_.end_token_ids.begin(), options_.end_token_ids.end(), token_id) !=
-         options_.end_token_ids.end();
-}
 
 void TokenWriter::Read(const SampledToken& token) {
   ++num_tokens_;
@@ -27,13 +21,13 @@ void TokenWriter::Read(const SampledToken& token) {
 }
 
 int64_t TokenWriter::NumTokensToShow() const {
-  // A complete stop string, or a token that ends the output, stays here until Finish decides.
+  // A complete stop string stays here until Finish decides.
   int64_t limit = static_cast<int64_t>(bytes_.size()) - options_.stops->depth(state_);
   if (match_end_.has_value()) limit = *match_end_ - static_cast<int64_t>(options_.stops->stop(match_index_).size());
   int64_t num_shown = 0, boundary = 0;
   for (size_t at = 0; at < held_.size(); ++at) {
     const int64_t end = held_[at].end;
-    if (end > limit || EndsOutput(held_[at].token.token_id)) break;
+    if (end > limit) break;
     while (boundary < end) {
       const Utf8Prefix prefix = ReadUtf8(std::string_view(bytes_).substr(boundary));
       if (prefix.kind == Utf8Prefix::Kind::kIncomplete) return num_shown;
@@ -70,11 +64,6 @@ std::optional<TextDelta> TokenWriter::Finish(const FinishInfo& finish) {
   if (finish.reason == FinishReason::kStopString && match_end_.has_value()) {
     num_bytes = *match_end_;
     if (!options_.include_stop) num_bytes -= static_cast<int64_t>(options_.stops->stop(match_index_).size());
-  }
-  const bool ended_by_token =
-      finish.reason == FinishReason::kEos || finish.reason == FinishReason::kStopToken;
-  if (ended_by_token && !options_.include_stop && held_.back().token.token_id == finish.stop_token_id) {
-    num_bytes = held_.size() < 2 ? 0 : held_[held_.size() - 2].end;
   }
   return Take(static_cast<int64_t>(held_.size()), num_bytes);
 }

@@ -22,8 +22,7 @@ struct TextDelta {
 
 struct TokenWriterOptions {
   std::shared_ptr<const StopAutomaton> stops;  // required, may be empty
-  std::vector<int32_t> end_token_ids;          // EOS and stop ids that end the output: their text is not shown
-  bool include_stop = false;                   // show what stopped the output
+  bool include_stop = false;                   // show the stop string
 };
 
 class TokenWriter {
@@ -34,7 +33,7 @@ class TokenWriter {
   // New confirmed tokens, in order. Returns what can be shown now, or nothing.
   std::optional<TextDelta> Append(std::span<const SampledToken> tokens);
 
-  // The output has ended: all that was held back, less what stopped it.
+  // The output has ended: all that was held back, less the stop string.
   std::optional<TextDelta> Finish(const FinishInfo& finish);
 
   int64_t num_tokens() const { return num_tokens_; }
@@ -47,7 +46,6 @@ class TokenWriter {
   void Read(const SampledToken& token);
   int64_t NumTokensToShow() const;
   TextDelta Take(int64_t num_tokens, int64_t num_bytes);
-  bool EndsOutput(int32_t token_id) const;
 
   TokenWriterOptions options_;
   PieceReader pieces_;
