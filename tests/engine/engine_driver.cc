@@ -1,0 +1,253 @@
+#include "tests/engine/engine_driver.h"
+
+#include <algorithm>
+#include <cstring>
+#include <random>
+#include <utility>
+
+#include "gtest/gtest.h"
+#include "kernels/base/check.h"
+#include "kernels/cpu/cpu_backend.h"
+
+namespace godwit {
+namespace {
+
+constexpr int64_t kProbeTokens = 3;
+
+template <typename T>
+T Must(absl::StatusOr<T> value) {
+  if (!value.ok()) ADD_FAILURE() << value.status();
+  GODWIT_CHECK(value.ok());
+  return *std::move(value);
+}
+
+bool SameBitsOf(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+struct Sequence {
+  const DriverRequest* request = nullptr;
+  std::vector<CacheLease> leases;      // per output
+  std::vector<RowOutput> row_outputs;  // per output
+  std::vector<DriverOutput> outputs;
+  int64_t next = 0;                    // prompt tokens submitted
+  int64_t num_chunks = 0;
+  int64_t draws_submitted = 0;
+  int64_t steps_in_flight = 0;
+  int64_t resume_step = -1;            // while swapped out
+  bool was_swapped = false;
+
+  bool prefilled() const { return next == std::ssize(request->prompt); }
+  bool finished() const { return std::ssize(outputs[0].tokens) == request->max_tokens; }
+};
+
+class Driver {
+ public:
+  Driver(Engine& engine, int steps_in_flight, const std::vector<DriverRequest>& requests)
+      : engine_(engine), steps_in_flight_(steps_in_flight) {
+    for (const DriverRequest& request : requests) Add(request);
+  }
+
+  std::vector<DriverOutput> Run() {
+    while (std::any_of(sequences_.begin(), sequences_.end(), [](const Sequence& s) { return !s.finished(); })) {
+      Swap();
+      if (Plan()) Submit();
+      if (!steps_.empty() && (idle_ || std::ssize(steps_) == steps_in_flight_)) Collect();
+      ++num_steps_;
+      GODWIT_CHECK(num_steps_ < 100'000);
+    }
+    while (!steps_.empty()) Collect();
+    std::vector<DriverOutput> outputs;
+    for (Sequence& sequence : sequences_) {
+      for (size_t output = 0; output < sequence.outputs.size(); ++output) {
+        Probe(sequence, output);
+        outputs.push_back(std::move(sequence.outputs[output]));
+      }
+    }
+    return outputs;
+  }
+
+ private:
+  struct Step {
+    StepId id = 0;
+    std::vector<BatchRow> rows;
+    std::vector<Sequence*> sequences;  // per row
+    std::vector<int> outputs;          // per row: the output that a decode row continues; -1: prefill
+  };
+
+  void Add(const DriverRequest& request) {
+    Sequence& sequence = sequences_.emplace_back();
+    sequence.request = &request;
+    sequence.leases.resize(static_cast<size_t>(request.num_outputs));
+    sequence.outputs.resize(static_cast<size_t>(request.num_outputs));
+    for (int output = 0; output < request.num_outputs; ++output) {
+      CacheLease& lease = sequence.leases[static_cast<size_t>(output)];
+      lease = Must(engine_.caches().Reserve(std::ssize(request.prompt) + request.max_tokens + kProbeTokens));
+      sequence.row_outputs.push_back({.lease = &lease,
+                                      .sampling = &request.sampling,
+                                      .seed = request.seed,
+                                      .output_index = request.output_index + output});
+    }
+  }
+
+  void Swap() {
+    for (Sequence& sequence : sequences_) {
+      const DriverRequest& request = *sequence.request;
+      if (sequence.resume_step >= 0 && num_steps_ >= sequence.resume_step) {
+        for (CacheLease& lease : sequence.leases) Copy(Must(engine_.caches().SwapIn(lease)));
+        sequence.resume_step = -1;
+      }
+      if (WaitsForSwap(sequence) && sequence.steps_in_flight == 0) {
+        for (CacheLease& lease : sequence.leases) Copy(Must(engine_.caches().SwapOut(lease)));
+        sequence.was_swapped = true;
+        sequence.resume_step = num_steps_ + request.swap_steps;
+      }
+    }
+  }
+
+  static bool WaitsForSwap(const Sequence& sequence) {
+    return !sequence.was_swapped && sequence.draws_submitted == sequence.request->swap_after;
+  }
+
+  void Copy(const CacheCopy& copy) {
+    const absl::Status copied = engine_.Copy(std::span(&copy, 1));
+    EXPECT_TRUE(copied.ok()) << copied;
+  }
+
+  // False: nothing to run in this step.
+  bool Plan() {
+    step_ = {};
+    for (Sequence& sequence : sequences_) {
+      if (num_steps_ < sequence.request->start_step || sequence.resume_step >= 0 || WaitsForSwap(sequence)) continue;
+      if (!sequence.prefilled()) {
+        AddPrefill(sequence);
+      } else if (sequence.draws_submitted < sequence.request->max_tokens) {
+        for (size_t output = 0; output < sequence.leases.size(); ++output) AddDecode(sequence, output);
+        ++sequence.draws_submitted;
+        ++sequence.steps_in_flight;
+      }
+    }
+    idle_ = step_.rows.empty();
+    return !idle_;
+  }
+
+  void AddPrefill(Sequence& sequence) {
+    const DriverRequest& request = *sequence.request;
+    int64_t count = std::ssize(request.prompt) - sequence.next;
+    if (sequence.num_chunks < std::ssize(request.cuts)) {
+      count = std::min(count, request.cuts[static_cast<size_t>(sequence.num_chunks)]);
+    }
+    BatchRow row = {.first_position = sequence.next,
+                    .confirmed_position = sequence.leases[0].position(),
+                    .prompt_length = std::ssize(request.prompt),
+                    .lease = &sequence.leases[0]};
+    row.token_ids = std::span(request.prompt).subspan(static_cast<size_t>(sequence.next), static_cast<size_t>(count));
+    sequence.next += count;
+    ++sequence.num_chunks;
+    ++sequence.steps_in_flight;
+    if (sequence.prefilled()) {
+      row.outputs = sequence.row_outputs;
+      ++sequence.draws_submitted;
+    }
+    Push(row, sequence, -1);
+  }
+
+  void AddDecode(Sequence& sequence, size_t output) {
+    CacheLease& lease = sequence.leases[output];
+    Push({.confirmed_position = lease.position(),
+          .prompt_length = std::ssize(sequence.request->prompt),
+          .lease = &lease,
+          .outputs = std::span(&sequence.row_outputs[output], 1)},
+         sequence, static_cast<int>(output));
+  }
+
+  void Push(const BatchRow& row, Sequence& sequence, int output) {
+    step_.rows.push_back(row);
+    step_.sequences.push_back(&sequence);
+    step_.outputs.push_back(output);
+  }
+
+  void Submit() {
+    step_.id = Must(engine_.Submit(step_.rows));
+    steps_.push_back(std::move(step_));
+  }
+
+  void Collect() {
+    const Step step = std::move(steps_.front());
+    steps_.pop_front();
+    const StepResult result = Must(engine_.Collect(step.id));
+    GODWIT_CHECK(result.rows.size() == step.rows.size());
+    for (size_t row = 0; row < step.rows.size(); ++row) {
+      Sequence& sequence = *step.sequences[row];
+      EXPECT_EQ(result.rows[row].num_computed, step.rows[row].lease->position());
+      if (step.outputs[row] <= 0) --sequence.steps_in_flight;
+      for (size_t output = 0; output < result.rows[row].outputs.size(); ++output) {
+        const size_t to = step.outputs[row] < 0 ? output : static_cast<size_t>(step.outputs[row]);
+        for (const SampledToken& token : result.rows[row].outputs[output]) {
+          sequence.outputs[to].tokens.push_back(token);
+        }
+      }
+    }
+  }
+
+  void Probe(Sequence& sequence, size_t output) {
+    CacheLease& lease = sequence.leases[output];
+    const std::vector<int32_t> tokens = {sequence.outputs[output].tokens.back().token_id, 7, 9};
+    std::vector<float>& probe = sequence.outputs[output].probe;
+    probe.resize(tokens.size() * static_cast<size_t>(engine_.card().config.vocab_size));
+    const BatchRow row = {.token_ids = tokens,
+                          .first_position = lease.position(),
+                          .confirmed_position = lease.position(),
+                          .prompt_length = std::ssize(sequence.request->prompt),
+                          .lease = &lease,
+                          .logits = probe.data()};
+    Must(engine_.Collect(Must(engine_.Submit(std::span(&row, 1)))));
+  }
+
+  Engine& engine_;
+  int steps_in_flight_;
+  std::deque<Sequence> sequences_;
+  std::deque<Step> steps_;
+  Step step_;
+  bool idle_ = false;
+  int64_t num_steps_ = 0;
+};
+
+}  // namespace
+
+std::vector<int32_t> DriverOutput::ids() const {
+  std::vector<int32_t> ids;
+  for (const SampledToken& token : tokens) ids.push_back(token.token_id);
+  return ids;
+}
+
+bool DriverOutput::SameBits(const DriverOutput& other) const {
+  const auto logprobs = [](const DriverOutput& output) {
+    std::vector<float> values;
+    for (const SampledToken& token : output.tokens) {
+      values.push_back(token.logprob);
+      for (const TopLogprob& top : token.top) values.push_back(top.logprob);
+    }
+    return values;
+  };
+  return ids() == other.ids() && SameBitsOf(logprobs(*this), logprobs(other)) && SameBitsOf(probe, other.probe);
+}
+
+std::unique_ptr<Engine> MakeEngine(const TinyModel& model, EngineOptions options) {
+  options.model_folder = model.folder();
+  return Must(Engine::Create(options, Must(CreateCpuBackend({.num_threads = 2}))));
+}
+
+std::vector<DriverOutput> Drive(Engine& engine, int steps_in_flight, const std::vector<DriverRequest>& requests) {
+  return Driver(engine, steps_in_flight, requests).Run();
+}
+
+std::vector<int32_t> RandomTokens(uint64_t seed, int64_t count, int32_t vocab_size) {
+  std::mt19937_64 random(seed);
+  std::uniform_int_distribution<int32_t> uniform(3, vocab_size - 1);
+  std::vector<int32_t> tokens(static_cast<size_t>(count));
+  for (int32_t& token : tokens) token = uniform(random);
+  return tokens;
+}
+
+}  // namespace godwit
