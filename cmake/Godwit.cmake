@@ -63,8 +63,10 @@ endfunction()
 function(godwit_isa_sources target)
   cmake_parse_arguments(I "" "ISA" "SRCS" ${ARGN})
   set(flags_portable)
-  set(flags_avx2 -march=x86-64-v3)
-  set(flags_avx512bf16 -march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512)
+  # Exactly what kernels/cpu/select_isa.cc asks the processor for.
+  set(flags_avx2 -mavx2 -mfma -mf16c)
+  set(flags_avx512bf16 ${flags_avx2} -mavx512f -mavx512bw -mavx512cd -mavx512dq -mavx512vl
+    -mavx512bf16 -mprefer-vector-width=512)
   set(flags_amx ${flags_avx512bf16} -mamx-tile -mamx-bf16)
   if(NOT DEFINED flags_${I_ISA})
     if(NOT I_ISA STREQUAL "portable")
