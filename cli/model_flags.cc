@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iostream>
+#include <limits>
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
@@ -37,6 +38,8 @@ absl::StatusOr<std::unique_ptr<Engine>> LoadOfflineEngine(const ModelFlags& flag
   options.rope_override = flags.rope;
   options.dtype = ParseDType(flags.dtype);
   options.max_sequences = 1;
+  // Whoever runs a model offline decides how far: the checkpoint's length is a limit for serving.
+  options.context_length = std::numeric_limits<int32_t>::max();
   if (chunk > 0) options.max_tokens_per_step = std::max<int64_t>(chunk, kPrefillBlock);
   return Engine::Create(options, std::move(backend));
 }

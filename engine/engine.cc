@@ -48,14 +48,11 @@ absl::Status CheckOptions(const EngineOptions& options) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<int64_t> ContextLength(const EngineOptions& options, const ModelConfig& config) {
-  const int64_t model = config.context_length > 0 ? std::min(config.context_length, kMaxContext) : kMaxContext;
-  if (options.context_length == 0) return model;
-  if (options.context_length > model) {
-    return absl::InvalidArgumentError(absl::StrCat("context_length ", options.context_length, " exceeds the model's ",
-                                                   model));
-  }
-  return options.context_length;
+// An operator's own length wins, also over the checkpoint's: a file that states 4096 with factor 8 does not say whether that
+// is before or after scaling.
+int64_t ContextLength(const EngineOptions& options, const ModelConfig& config) {
+  if (options.context_length > 0) return options.context_length;
+  return config.context_length > 0 ? std::min(config.context_length, kMaxContext) : kMaxContext;
 }
 
 // Token ids, positions, rows and block tables of the largest step, besides what the sampler uploads.
@@ -161,7 +158,7 @@ absl::Status Engine::Impl::Init(const EngineOptions& options) {
   card.dtype = options.dtype == DType::kF32 ? "f32" : "bf16";
   card.backend = backend->Info().name;
   card.max_tokens_per_step = options.max_tokens_per_step;
-  ASSIGN_OR_RETURN(card.context_length, ContextLength(options, card.config));
+  card.context_length = ContextLength(options, card.config);
   RETURN_IF_ERROR(PlanCaches(options));
 
   const int penalties = static_cast<int>(card.geometry.components.size()) - 1;
