@@ -28,6 +28,7 @@ TestServer::TestServer(TestServerOptions options) : engine_(options.engine) {
   ServerOptions server = options.server;
   server.listen = "127.0.0.1:0";
   if (server.model_name.empty()) server.model_name = "fake";
+  if (server.metrics_listen == ServerOptions().metrics_listen) server.metrics_listen = "";
   ServerParts parts = {.card = engine_.card(), .executor = &engine_, .caches = &engine_.caches()};
   if (options.with_tokenizer) parts.tokenizer = std::make_shared<ByteTokenizer>();
   auto created = Server::CreateWithParts(server, parts);

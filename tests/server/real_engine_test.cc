@@ -1,0 +1,234 @@
+// The whole server over the real engine: a folder is loaded, text goes in and comes out through gRPC.
+
+#include <grpcpp/create_channel.h>
+#include <grpcpp/security/credentials.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "tests/engine/tiny_model.h"
+#include "tests/server/server_fixture.h"
+
+namespace godwit {
+namespace {
+
+namespace fs = std::filesystem;
+
+ServerOptions OptionsFor(const std::string& folder) {
+  ServerOptions options;
+  options.engine.model_folder = folder;
+  options.engine.dtype = DType::kF32;
+  options.engine.max_sequences = 8;
+  options.engine.kv_bytes = 64 << 20;
+  options.backend = {.name = "cpu", .num_threads = 2};
+  options.listen = "127.0.0.1:0";
+  options.metrics_listen = "";
+  return options;
+}
+
+class RealServer {
+ public:
+  explicit RealServer(const ServerOptions& options) {
+    auto created = Server::Create(options, &notes_);
+    EXPECT_TRUE(created.ok()) << created.status();
+    if (!created.ok()) return;
+    server_ = *std::move(created);
+    stub_ = v1::Inference::NewStub(grpc::CreateChannel("127.0.0.1:" + std::to_string(server_->port()),
+                                                       grpc::InsecureChannelCredentials()));
+  }
+  bool ok() const { return server_ != nullptr; }
+  Server& server() { return *server_; }
+  const std::string& notes() const { return notes_; }
+  grpc::Status Generate(const v1::GenerateRequest& request, v1::GenerateResponse* response) {
+    grpc::ClientContext context;
+    return stub_->Generate(&context, request, response);
+  }
+  grpc::Status Stream(const v1::GenerateRequest& request, std::vector<v1::GenerateEvent>* events) {
+    grpc::ClientContext context;
+    const auto reader = stub_->GenerateStream(&context, request);
+    for (v1::GenerateEvent event; reader->Read(&event);) events->push_back(event);
+    return reader->Finish();
+  }
+  grpc::Status Score(const v1::ScoreRequest& request, v1::ScoreResponse* response) {
+    grpc::ClientContext context;
+    return stub_->Score(&context, request, response);
+  }
+
+ private:
+  std::string notes_;
+  std::unique_ptr<Server> server_;
+  std::unique_ptr<v1::Inference::Stub> stub_;
+};
+
+TEST(Stories260KTest, AllGreedyContinuationsThroughTheServer) {
+  const char* data = std::getenv("GODWIT_TEST_DATA");
+  if (data == nullptr) GTEST_SKIP() << "GODWIT_TEST_DATA is not set";
+  const fs::path folder = fs::path(data) / "assets" / "models" / "stories260K";
+  if (!fs::exists(folder)) GTEST_SKIP() << folder << " does not exist";
+  std::string error;
+  const std::unique_ptr<Tokenizer> tokenizer = LoadTokenizer(folder.string(), &error);
+  ASSERT_NE(tokenizer, nullptr) << error;
+  RealServer server(OptionsFor(folder.string()));
+  ASSERT_TRUE(server.ok());
+  EXPECT_EQ(server.server().model_name(), "stories260K");
+  std::ifstream file(folder / "greedy.json");
+  const nlohmann::json cases = nlohmann::json::parse(file).at("cases");
+  EXPECT_EQ(cases.size(), 5u);
+  for (const auto& expected : cases) {
+    const std::string prompt = expected.at("prompt");
+    SCOPED_TRACE(prompt);
+    const std::vector<int32_t> prompt_ids = expected.at("prompt_ids"), greedy_ids = expected.at("greedy_ids");
+    v1::GenerateRequest request;
+    request.set_prompt(prompt);
+    request.mutable_sampling()->set_temperature(0);
+    request.mutable_stopping()->set_max_tokens(static_cast<int64_t>(greedy_ids.size()));
+    request.mutable_stopping()->set_ignore_eos(true);
+    request.mutable_response()->set_echo(true);
+    std::vector<v1::GenerateEvent> events;
+    const grpc::Status status = server.Stream(request, &events);
+    ASSERT_TRUE(status.ok()) << status.error_message();
+    const v1::GenerateResponse response = Concatenate(events);
+    const auto& echoed = response.prompt().token_ids();
+    EXPECT_EQ(std::vector<int32_t>(echoed.begin(), echoed.end()), prompt_ids);
+    const auto& ids = response.outputs(0).token_ids();
+    EXPECT_EQ(std::vector<int32_t>(ids.begin(), ids.end()), greedy_ids);
+    // The text is what the model's own decoder adds to the prompt's.
+    std::vector<int32_t> whole = prompt_ids;
+    whole.insert(whole.end(), greedy_ids.begin(), greedy_ids.end());
+    const std::string before = tokenizer->Decode(prompt_ids), after = tokenizer->Decode(whole);
+    EXPECT_EQ(before + response.outputs(0).text(), after);
+  }
+}
+
+class TinyServerTest : public testing::TestWithParam<TinyFamily> {
+ protected:
+  v1::GenerateRequest Request(uint64_t seed, int64_t max_tokens) {
+    v1::GenerateRequest request;
+    for (int32_t id = 0; id < 100; ++id) {
+      request.mutable_token_ids()->add_ids(static_cast<int32_t>((seed * 31 + static_cast<uint64_t>(id) * 7) % 320));
+    }
+    request.mutable_sampling()->set_seed(seed);
+    request.mutable_stopping()->set_max_tokens(max_tokens);
+    request.mutable_stopping()->set_ignore_eos(true);
+    return request;
+  }
+  std::vector<int32_t> Ids(const v1::Output& output) {
+    return {output.token_ids().begin(), output.token_ids().end()};
+  }
+  const TinyModel model_{{.family = GetParam()}};
+};
+
+TEST_P(TinyServerTest, ARequestGetsTheSameTokensInACrowdAsAlone) {
+  RealServer server(OptionsFor(model_.folder()));
+  ASSERT_TRUE(server.ok());
+  EXPECT_NE(server.notes().find("tokenizer"), std::string::npos);
+  v1::GenerateResponse alone;
+  ASSERT_TRUE(server.Generate(Request(7, 40), &alone).ok());
+  std::vector<std::thread> crowd;
+  for (uint64_t client = 100; client < 117; ++client) {
+    crowd.emplace_back([&, client] {
+      std::vector<v1::GenerateEvent> events;
+      EXPECT_TRUE(server.Stream(Request(client, 30), &events).ok());
+    });
+  }
+  v1::GenerateResponse crowded;
+  ASSERT_TRUE(server.Generate(Request(7, 40), &crowded).ok());
+  for (std::thread& client : crowd) client.join();
+  EXPECT_EQ(Ids(crowded.outputs(0)), Ids(alone.outputs(0)));
+}
+
+TEST_P(TinyServerTest, EachOutputIsWhatItsIndexDrawsAndTheFirstIsThatOfN1) {
+  RealServer server(OptionsFor(model_.folder()));
+  ASSERT_TRUE(server.ok());
+  v1::GenerateResponse one, four;
+  v1::GenerateRequest request = Request(3, 20);
+  ASSERT_TRUE(server.Generate(request, &one).ok());
+  request.mutable_sampling()->set_n(4);
+  ASSERT_TRUE(server.Generate(request, &four).ok());
+  ASSERT_EQ(four.outputs_size(), 4);
+  EXPECT_EQ(Ids(four.outputs(0)), Ids(one.outputs(0)));
+  EXPECT_NE(Ids(four.outputs(1)), Ids(four.outputs(0)));
+}
+
+// Score and prompt_logprobs give the same numbers, and greedy decoding's log-probabilities are near them.
+TEST_P(TinyServerTest, ScoreAgreesWithPromptLogprobsAndWithDecoding) {
+  RealServer server(OptionsFor(model_.folder()));
+  ASSERT_TRUE(server.ok());
+  v1::GenerateRequest request = Request(5, 12);
+  request.mutable_sampling()->set_temperature(0);
+  request.mutable_response()->set_logprobs(true);
+  request.mutable_response()->set_top_logprobs(2);
+  request.mutable_response()->set_prompt_logprobs(2);
+  v1::GenerateResponse generated;
+  ASSERT_TRUE(server.Generate(request, &generated).ok());
+  v1::ScoreRequest score;
+  *score.mutable_token_ids() = request.token_ids();
+  *score.mutable_continuation_token_ids()->mutable_ids() = generated.outputs(0).token_ids();
+  v1::ScoreResponse continuation;
+  const grpc::Status status = server.Score(score, &continuation);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  ASSERT_EQ(continuation.logprobs_size(), 12);
+  for (int at = 0; at < 12; ++at) {
+    const v1::TokenLogprob& decoded = generated.outputs(0).logprobs(at);
+    EXPECT_EQ(decoded.top(0).token_id(), decoded.token_id());  // greedy
+    EXPECT_LE(decoded.logprob(), 0);
+    EXPECT_NEAR(continuation.logprobs(at).logprob(), decoded.logprob(), 1e-3);
+  }
+  score.clear_continuation();
+  score.set_top_logprobs(2);
+  v1::ScoreResponse prompt;
+  ASSERT_TRUE(server.Score(score, &prompt).ok());
+  ASSERT_EQ(prompt.logprobs_size(), 99);
+  for (int at = 0; at < 99; ++at) {
+    EXPECT_EQ(prompt.logprobs(at).SerializeAsString(), generated.prompt().logprobs(at + 1).SerializeAsString());
+  }
+}
+
+TEST_P(TinyServerTest, TwoStepsInFlightGiveTheSameTokens) {
+  ServerOptions options = OptionsFor(model_.folder());
+  v1::GenerateResponse one, two;
+  {
+    RealServer server(options);
+    ASSERT_TRUE(server.ok());
+    ASSERT_TRUE(server.Generate(Request(11, 40), &one).ok());
+  }
+  options.engine.max_steps_in_flight = 2;
+  RealServer server(options);
+  ASSERT_TRUE(server.ok());
+  ASSERT_TRUE(server.Generate(Request(11, 40), &two).ok());
+  EXPECT_EQ(Ids(one.outputs(0)), Ids(two.outputs(0)));
+}
+
+TEST_P(TinyServerTest, LogitBiasAndPenaltiesReachTheSampler) {
+  RealServer server(OptionsFor(model_.folder()));
+  ASSERT_TRUE(server.ok());
+  v1::GenerateRequest request = Request(5, 8);
+  request.mutable_sampling()->set_temperature(0);
+  (*request.mutable_sampling()->mutable_logit_bias())[42] = 100;
+  v1::GenerateResponse response;
+  ASSERT_TRUE(server.Generate(request, &response).ok());
+  EXPECT_EQ(Ids(response.outputs(0)), std::vector<int32_t>(8, 42));
+  request.mutable_sampling()->set_frequency_penalty(2);
+  (*request.mutable_sampling()->mutable_logit_bias())[42] = 3;
+  ASSERT_TRUE(server.Generate(request, &response).ok());
+  const std::vector<int32_t> ids = Ids(response.outputs(0));
+  EXPECT_LT(std::count(ids.begin(), ids.end(), 42), 8);
+}
+
+INSTANTIATE_TEST_SUITE_P(Families, TinyServerTest, testing::Values(TinyFamily::kTransnormer, TinyFamily::kLlama),
+                         [](const auto& info) {
+                           return info.param == TinyFamily::kTransnormer ? "Transnormer" : "Llama";
+                         });
+
+TEST(ServerCreateTest, NamesWhatIsWrongWithAFolder) {
+  std::string notes;
+  const absl::Status status = Server::Create(OptionsFor("/nonexistent"), &notes).status();
+  EXPECT_FALSE(status.ok());
+  EXPECT_NE(status.message().find("/nonexistent"), std::string::npos) << status;
+}
+
+}  // namespace
+}  // namespace godwit
