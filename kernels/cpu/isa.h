@@ -34,6 +34,7 @@ struct IsaTable {
   // product_args.h
   int64_t activation_bytes;  // of an element of a formed input row under bf16 weights: 2, or 4
                              // where they are widened once
+  int64_t stream_rows;       // up to so many rows product_bf16 reads each panel once, front to back
   void (*form_rows_bf16)(const FormRowsArgs& args);
   void (*form_rows_f32)(const FormRowsArgs& args);
   void (*product_bf16)(const PackedProductArgs& args);

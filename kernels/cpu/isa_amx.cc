@@ -10,7 +10,7 @@
 
 namespace godwit {
 namespace {
-constexpr BF16Product kBF16Product = {2, FormRows<RowFormat::kBF16>, ProductAmx};
+constexpr BF16Product kBF16Product = {2, 2 * kTileRows, FormRows<RowFormat::kBF16>, ProductAmx};
 }  // namespace
 }  // namespace godwit
 

@@ -9,7 +9,7 @@
 
 namespace godwit {
 namespace {
-constexpr BF16Product kBF16Product = {4, FormRows<RowFormat::kBF16Widened>, PlainProduct<true>};
+constexpr BF16Product kBF16Product = {4, kPlainRows, FormRows<RowFormat::kBF16Widened>, PlainProduct<true>};
 }  // namespace
 }  // namespace godwit
 

@@ -10,7 +10,7 @@
 
 namespace godwit {
 namespace {
-constexpr BF16Product kBF16Product = {2, FormRows<RowFormat::kBF16>, ProductBF16};
+constexpr BF16Product kBF16Product = {2, kDotRows, FormRows<RowFormat::kBF16>, ProductBF16};
 }  // namespace
 }  // namespace godwit
 

@@ -10,6 +10,7 @@ constexpr IsaTable MakeIsaTable(const char* name) {
   return {
       .name = name,
       .activation_bytes = kBF16Product.activation_bytes,
+      .stream_rows = kBF16Product.stream_rows,
       .form_rows_bf16 = kBF16Product.form_rows,
       .form_rows_f32 = FormRows<RowFormat::kF32>,
       .product_bf16 = kBF16Product.product,

@@ -11,16 +11,17 @@
 namespace godwit {
 namespace {
 
-// Rows that one pass over the weights serves. A slice of them (kBlockColumns deep, 256 KiB in BF16)
-// and a block of results (kResultBytes) share a second-level cache of 1 MiB.
+// Rows that one pass over the weights serves. A slice of them (one block of k deep, 128 KiB) and a
+// block of results (kResultBytes) share a second-level cache of 1 MiB with the panels.
 constexpr int64_t kRowChunk = 256;
-// k per pass when there are more rows than one tile: such a part of a BF16 panel is 32 KiB, of a
-// first-level cache of 48.
-constexpr int64_t kBlockColumns = 512;
 constexpr int64_t kResultBytes = 256 << 10;
-// Rows that are one tile of every set: the panel goes by once, whole.
-constexpr int64_t kStreamRows = 6;
-constexpr int64_t kStreamPanels = 8;
+// Up to this many rows a panel goes by once, whole; with more, by blocks of k of so many lines: 128
+// lines of 4 panels are 32 KiB of a first-level cache of 48.
+constexpr int64_t kBlockLines = 128;
+// Panels per call of a product: a multiple of what every set reads side by side (8, 6 and 4).
+constexpr int64_t kStreamPanels = 24;
+constexpr int64_t kBlockPanels = 16;
+constexpr int64_t kPanelGroup = 4;
 // From here on column blocks are handed out one by one, so that a thread that is held up does not
 // hold up the others.
 constexpr int64_t kDynamicRows = 32;
@@ -33,8 +34,6 @@ constexpr int64_t kFormedRowsPerTask = 8;
 constexpr int64_t kSerialProducts = 16384;
 // Keeps formed rows of a power of two from falling into one set of the cache.
 constexpr int64_t kRowSkewBytes = 64;
-// Ahead of the stream: what the memory's latency times its bandwidth asks for, per thread.
-constexpr int64_t kStreamPrefetchBytes = 4096;
 
 int64_t RoundUp(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -88,7 +87,6 @@ class Product {
   bool redundant_;
   int64_t block_panels_;
   int64_t block_columns_;
-  int64_t prefetch_bytes_;
   int64_t rows_bytes_;
   int64_t results_bytes_;
 };
@@ -100,18 +98,15 @@ void Product::ChooseBlocks() {
   dynamic_ = num_rows_ >= kDynamicRows && num_threads > 1;
   redundant_ =
       !dynamic_ && (num_rows_ == 1 || num_rows_ * args_.w.num_columns <= kRedundantElements);
-  if (num_rows_ <= kStreamRows) {
+  if (num_rows_ <= context_.isa.stream_rows) {
     block_panels_ = kStreamPanels;
     block_columns_ = k_padded_;
-    prefetch_bytes_ = kStreamPrefetchBytes;
   } else {
     const int64_t panels_that_fit = kResultBytes / (tile_rows * kPanelRows * 4 * products);
     const int64_t panels_per_share = num_panels_ / (num_threads * kBlocksPerThread);
-    block_panels_ =
-        std::clamp<int64_t>(std::min(panels_that_fit, panels_per_share), 1, kStreamPanels);
-    block_columns_ = std::min(kBlockColumns, k_padded_);
-    prefetch_bytes_ =
-        block_panels_ == 1 ? block_columns_ * kPanelRows * DTypeBytes(args_.w.dtype) : panel_bytes_;
+    const int64_t panels = std::min({panels_that_fit, panels_per_share, kBlockPanels});
+    block_panels_ = std::max(panels / kPanelGroup * kPanelGroup, kPanelGroup);
+    block_columns_ = std::min(kBlockLines * 4 / DTypeBytes(args_.w.dtype), k_padded_);
   }
   rows_bytes_ = RoundUp(tile_rows * row_bytes_, 4096);
   results_bytes_ = RoundUp(tile_rows * block_panels_ * kPanelRows * 4 * products, 4096);
@@ -146,19 +141,26 @@ void Product::ComputePanels(int64_t begin, int64_t end, const char* rows, float*
                             .num_rows = num_rows_,
                             .b_panel_bytes = panel_bytes_,
                             .num_panels = end - begin,
-                            .c_stride = c_stride,
-                            .prefetch_bytes = prefetch_bytes_};
+                            .c_stride = c_stride};
+  const int64_t column_bytes = kPanelRows * DTypeBytes(args_.w.dtype);
+  const char* const w = static_cast<const char*>(args_.w.data) + begin * panel_bytes_;
+  const char* const w_up = static_cast<const char*>(args_.up.data) + begin * panel_bytes_;
   for (int64_t k = 0; k < k_padded_; k += block_columns_) {
-    const int64_t offset = begin * panel_bytes_ + k * kPanelRows * DTypeBytes(args_.w.dtype);
+    const int64_t k_next = k + block_columns_;
     part.k = std::min(block_columns_, k_padded_ - k);
     part.accumulate = k > 0;
     part.a = rows + k * activation_bytes_;
-    part.b = static_cast<const char*>(args_.w.data) + offset;
+    part.b = w + k * column_bytes;
     part.c = c;
+    // After the last block of k come the next panels, which this thread may or may not be given.
+    const char* const next =
+        k_next < k_padded_ ? w + k_next * column_bytes : w + (end - begin) * panel_bytes_;
+    part.next_b = up == nullptr ? next : w_up + k * column_bytes;
     product_(part);
     if (up == nullptr) continue;
-    part.b = static_cast<const char*>(args_.up.data) + offset;
+    part.b = w_up + k * column_bytes;
     part.c = up;
+    part.next_b = next;
     product_(part);
   }
   const int64_t column = begin * kPanelRows;

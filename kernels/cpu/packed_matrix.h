@@ -2,16 +2,17 @@
 // The one layout of a weight matrix [n, k] in memory, for decode and prefill and every instruction
 // set:
 //
-//   bf16: [ceil(n / 32)][k_padded / 2][32][2]      f32: [ceil(n / 32)][k_padded][32]      k_padded
-//   = 32 ceil(k / 32)
+//   bf16: [ceil(n / 16)][k_padded / 2][16][2]   f32: [ceil(n / 16)][k_padded][16]   k_padded = 32
+//   ceil(k / 32)
 //
-// A panel is 32 output features; in it k advances, and at each k (pair of k in bf16) the 32
-// features lie side by side. So: one thread's features are one contiguous stream (matvec at memory
-// bandwidth); the two halves of a bf16 row of 128 bytes are operands of vdpbf16ps as they stand; 16
-// such rows are two B tiles of AMX; and the part of a panel that belongs to a range of k is
-// contiguous, 32 KiB for 512 k, which is what the blocked product keeps in the first-level cache.
-// Padding is zero. Example, bf16, n = 2, k = 3: (w00 w01)(w10 w11)(0 0) x 30, (w02 0)(w12 0)(0 0) x
-// 30, zeros to k = 32.
+// A panel is 16 output features; in it k advances, and at each k (pair of k in bf16) the 16
+// features lie side by side: one cache line, one operand of vdpbf16ps as it stands, and 16 such
+// lines are a B tile of AMX. A panel is one contiguous stream; a product reads up to 8 of them side
+// by side, because one stream does not keep the memory busy (measured in docs/performance.md), and
+// takes the part of a few panels that belongs to a range of k into the first-level cache when it
+// has many rows. Padding is zero.
+// Example, bf16, n = 2, k = 3: (w00 w01)(w10 w11)(0 0) x 14, (w02 0)(w12 0)(0 0) x 14, zeros to k
+// = 32.
 
 #include <cstdint>
 
@@ -21,7 +22,7 @@
 
 namespace godwit {
 
-inline constexpr int64_t kPanelRows = 32;
+inline constexpr int64_t kPanelRows = 16;
 inline constexpr int64_t kPackedColumns =
     32;  // k is padded to a multiple: the depth of an AMX tile in bf16
 

@@ -33,7 +33,7 @@ struct FormRowsArgs {
   int64_t out_stride_bytes = 0;
 };
 
-// c[num_rows, 32 num_panels] = (accumulate ? c : 0) + a . b^T over k.
+// c[num_rows, 16 num_panels] = (accumulate ? c : 0) + a . b^T over k.
 struct PackedProductArgs {
   const void* a =
       nullptr;  // formed rows at the first k; readable to a multiple of kRowPadding rows
@@ -47,8 +47,10 @@ struct PackedProductArgs {
                          // unspecified
   int64_t c_stride = 0;  // floats; a multiple of 16
   bool accumulate = false;
-  int64_t prefetch_bytes =
-      0;  // how far ahead in b to ask for lines; what is there need not be mapped
+  // What the caller multiplies next (panels as far apart as b's): fetched into the second-level
+  // cache meanwhile, when there are rows enough for the arithmetic to leave the memory time. Need
+  // not be mapped.
+  const void* next_b = nullptr;
 };
 inline constexpr int64_t kTileRows = 16;  // of an AMX tile
 inline constexpr int64_t kRowPadding =

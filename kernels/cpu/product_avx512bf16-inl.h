@@ -1,5 +1,5 @@
-// The packed product with vdpbf16ps: the sum of two BF16 products into an f32 lane. A row of the
-// panel is two operands as it stands; a pair of the formed row is broadcast.
+// The packed product with vdpbf16ps: the sum of two BF16 products into an f32 lane. A line of a
+// panel is an operand as it stands; a pair of the formed row is broadcast.
 
 #include <immintrin.h>
 
@@ -10,84 +10,115 @@
 namespace godwit {
 namespace {
 
-inline constexpr int64_t kPairBytes = 128;  // of a panel: one pair of k for 32 features
-
-// kRows x kPanels panels: 2 kRows kPanels accumulators. Rows are addressed from every third one, so
-// that base, base + stride and base + 2 stride take three general registers for nine rows and none
-// is spilled.
+// kRows x kPanels accumulators. Every loop over them is unrolled by name: g++ keeps an array in
+// registers only if no index is a variable. Rows are addressed from every third one, so that base,
+// base + stride and base + 2 stride take three general registers for nine rows and none is spilled.
 template <int kRows, int kPanels>
 inline void DotTile(const PackedProductArgs& args, const char* a, const char* b, float* c) {
-  constexpr int kVectors = 2 * kPanels;
   constexpr int kBases = (kRows + 2) / 3;
-  __m512 acc[kRows][kVectors];
+  __m512 acc[kRows][kPanels];
+#pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row) {
-    for (int v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kPanels; ++v) {
       acc[row][v] =
           args.accumulate ? _mm512_loadu_ps(c + row * args.c_stride + v * 16) : _mm512_setzero_ps();
     }
   }
   const int64_t stride = args.a_stride_bytes;
   const int64_t panel_bytes = args.b_panel_bytes;
-  const int64_t prefetch = args.prefetch_bytes;
   const char* base[kBases];
+#pragma GCC unroll 16
   for (int i = 0; i < kBases; ++i) base[i] = a + 3 * i * stride;
   for (int64_t k = 0; k < args.k; k += 2) {
-    __m512bh w[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const char* const from = b + v / 2 * panel_bytes + v % 2 * 64;
-      w[v] = (__m512bh)_mm512_loadu_si512(from);
-      _mm_prefetch(from + prefetch, _MM_HINT_T0);
-    }
+    __m512bh w[kPanels];
+#pragma GCC unroll 16
+    for (int v = 0; v < kPanels; ++v) w[v] = (__m512bh)_mm512_loadu_si512(b + v * panel_bytes);
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
       int32_t pair;
       __builtin_memcpy(&pair, base[row / 3] + row % 3 * stride, 4);
       const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[row][v] = _mm512_dpbf16_ps(acc[row][v], x, w[v]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kPanels; ++v) acc[row][v] = _mm512_dpbf16_ps(acc[row][v], x, w[v]);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int i = 0; i < kBases; ++i) base[i] += 4;
-    b += kPairBytes;
+    b += 64;
   }
+#pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row) {
-    for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 16
+    for (int v = 0; v < kPanels; ++v)
       _mm512_storeu_ps(c + row * args.c_stride + v * 16, acc[row][v]);
   }
 }
 
-inline constexpr int kTallRows = 12;  // x 1 panel: 24 accumulators
-inline constexpr int kPairRows = 6;   // x 2 panels: 24 accumulators
+// Panels side by side for a number of rows: as many as leave every accumulator, operand and
+// broadcast in 32 registers.
+template <int kRows>
+inline constexpr int kDotPanels = kRows <= 2   ? 8
+                                  : kRows <= 6 ? 4
+                                               : 2;
+inline constexpr int kDotRows =
+    12;  // with fewer rows than a tile of 12 x 2 one pass over the weights serves all
+inline constexpr int kBlockedRows = 6;  // with more, 6 x 4: 10 loads for 24 products, against 14
 
 template <int kRows, int kPanels>
-inline void DotRowsOf(int64_t rows, const PackedProductArgs& args, const char* a, const char* b,
-                      float* c) {
-  if constexpr (kRows > 1) {
-    if (rows < kRows) return DotRowsOf<kRows - 1, kPanels>(rows, args, a, b, c);
+inline void DotPanels(const PackedProductArgs& args, int64_t first_panel) {
+  const char* const a = static_cast<const char*>(args.a);
+  int64_t panel = first_panel;
+  for (; panel + kPanels <= args.num_panels; panel += kPanels) {
+    DotTile<kRows, kPanels>(args, a, static_cast<const char*>(args.b) + panel * args.b_panel_bytes,
+                            args.c + panel * 16);
   }
-  DotTile<kRows, kPanels>(args, a, b, c);
+  if constexpr (kPanels > 1) DotPanels<kRows, kPanels / 2>(args, panel);
+}
+
+template <int kRows>
+inline void DotRowsOf(const PackedProductArgs& args) {
+  if constexpr (kRows > 1) {
+    if (args.num_rows < kRows) return DotRowsOf<kRows - 1>(args);
+  }
+  DotPanels<kRows, kDotPanels<kRows>>(args, 0);
+}
+
+// The tiles of all rows over one group of panels, whose part of k stays in the first-level cache.
+template <int kPanels>
+inline void DotBlock(const PackedProductArgs& args, int64_t panel, const char* next) {
+  const char* const b = static_cast<const char*>(args.b) + panel * args.b_panel_bytes;
+  // Tiles of equal height: 13 rows are 5, 4 and 4, not 6, 6 and 1.
+  const int64_t num_tiles = (args.num_rows + kBlockedRows - 1) / kBlockedRows;
+  const int64_t num_lines = args.k / 2 * kPanels;
+  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+    const int64_t begin = args.num_rows * tile / num_tiles;
+    const int64_t end = args.num_rows * (tile + 1) / num_tiles;
+    PrefetchShare(args, next, num_lines * tile / num_tiles, num_lines * (tile + 1) / num_tiles);
+    const char* const a = static_cast<const char*>(args.a) + begin * args.a_stride_bytes;
+    float* const c = args.c + begin * args.c_stride + panel * 16;
+    switch (end - begin) {
+      case 6:
+        DotTile<6, kPanels>(args, a, b, c);
+        break;
+      case 5:
+        DotTile<5, kPanels>(args, a, b, c);
+        break;
+      case 4:
+        DotTile<4, kPanels>(args, a, b, c);
+        break;
+      default:
+        DotTile<3, kPanels>(args, a, b, c);
+        break;
+    }
+  }
 }
 
 void ProductBF16(const PackedProductArgs& args) {
-  const char* const a = static_cast<const char*>(args.a);
-  const char* b = static_cast<const char*>(args.b);
+  if (args.num_rows <= kDotRows) return DotRowsOf<kDotRows>(args);
   int64_t panel = 0;
-  if (args.num_rows <= kPairRows) {
-    for (; panel + 2 <= args.num_panels; panel += 2, b += 2 * args.b_panel_bytes) {
-      DotRowsOf<kPairRows, 2>(args.num_rows, args, a, b, args.c + panel * 32);
-    }
-  }
-  // Tiles of equal height: 13 rows are 7 and 6, not 12 and 1.
-  const int64_t num_tiles = (args.num_rows + kTallRows - 1) / kTallRows;
-  for (; panel < args.num_panels; ++panel, b += args.b_panel_bytes) {
-    for (int64_t tile = 0; tile < num_tiles; ++tile) {
-      const int64_t begin = args.num_rows * tile / num_tiles;
-      const int64_t end = args.num_rows * (tile + 1) / num_tiles;
-      DotRowsOf<kTallRows, 1>(end - begin, args, a + begin * args.a_stride_bytes, b,
-                              args.c + begin * args.c_stride + panel * 32);
-    }
-  }
+  for (; panel + 4 <= args.num_panels; panel += 4)
+    DotBlock<4>(args, panel, NextPanels(args, panel + 4));
+  for (; panel < args.num_panels; ++panel) DotBlock<1>(args, panel, NextPanels(args, panel + 1));
 }
 
 }  // namespace
