@@ -352,8 +352,11 @@ absl::StatusOr<PreparedScore> PrepareScore(const v1::ScoreRequest& from, const S
   ReadScheduling(from.scheduling(), request, check);
   RETURN_IF_ERROR(check.status());
   ASSIGN_OR_RETURN(request.token_ids, PromptTokens(from, model));
-  if (from.has_continuation_text()) RETURN_IF_ERROR(AppendText(from, model, prepared));
-  if (from.has_continuation_token_ids()) RETURN_IF_ERROR(AppendIds(from, model, prepared));
+  if (from.has_continuation_text()) {
+    RETURN_IF_ERROR(AppendText(from, model, prepared));
+  } else if (from.has_continuation_token_ids()) {
+    RETURN_IF_ERROR(AppendIds(from, model, prepared));
+  }
   RETURN_IF_ERROR(CheckScoreLength(prepared, model));
   request.max_tokens = 0;
   request.prompt_logprobs = from.top_logprobs();

@@ -179,7 +179,9 @@ absl::StatusOr<std::unique_ptr<Server>> Server::CreateWithParts(const ServerOpti
   GODWIT_CHECK(parts.executor != nullptr);
   GODWIT_CHECK(parts.caches != nullptr);
   Authenticator authenticator;
-  if (!options.token_file.empty()) ASSIGN_OR_RETURN(authenticator, Authenticator::FromFile(options.token_file));
+  if (!options.token_file.empty()) {
+    ASSIGN_OR_RETURN(authenticator, Authenticator::FromFile(options.token_file));
+  }
   ServerOptions named = options;
   if (named.model_name.empty()) named.model_name = "model";
   auto impl = std::make_unique<Impl>(named, parts, std::move(authenticator));

@@ -77,7 +77,9 @@ absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> MakeCredentials(const S
   ASSIGN_OR_RETURN(pair.cert_chain, ReadPem("TLS certificate", options.tls_cert_file));
   ASSIGN_OR_RETURN(pair.private_key, ReadPem("TLS key", options.tls_key_file));
   ssl.pem_key_cert_pairs.push_back(std::move(pair));
-  if (mutual) ASSIGN_OR_RETURN(ssl.pem_root_certs, ReadPem("client CA", options.tls_client_ca_file));
+  if (mutual) {
+    ASSIGN_OR_RETURN(ssl.pem_root_certs, ReadPem("client CA", options.tls_client_ca_file));
+  }
   return grpc::SslServerCredentials(ssl);
 }
 

@@ -42,41 +42,53 @@ const std::vector<BadRequestCase>& Cases() {
   static const std::vector<BadRequestCase> cases = {
       // Input.
       {"NoInput", [](auto& r) { r.clear_prompt(); }, kInvalid, "input"},
-      {"PromptNotUtf8", [](auto& r) { r.set_prompt("a\xFFz"); }, kInvalid, "prompt", "MALFORMED_MESSAGE"},
-      {"PromptLoneSurrogate", [](auto& r) { r.set_prompt("\xED\xA0\x80"); }, kInvalid, "prompt", "MALFORMED_MESSAGE"},
-      {"PromptCutCharacter", [](auto& r) { r.set_prompt("\xE4\xB8"); }, kInvalid, "prompt", "MALFORMED_MESSAGE"},
-      {"PromptIsContext", [](auto& r) { r.set_prompt(std::string(4095, 'x')); }, kInvalid, "stopping.max_tokens",
-       "CONTEXT_LENGTH_EXCEEDED"},
+      {"PromptNotUtf8", [](auto& r) { r.set_prompt("a\xFFz"); }, kInvalid, "prompt",
+       "MALFORMED_MESSAGE"},
+      {"PromptLoneSurrogate", [](auto& r) { r.set_prompt("\xED\xA0\x80"); }, kInvalid, "prompt",
+       "MALFORMED_MESSAGE"},
+      {"PromptCutCharacter", [](auto& r) { r.set_prompt("\xE4\xB8"); }, kInvalid, "prompt",
+       "MALFORMED_MESSAGE"},
+      {"PromptIsContext", [](auto& r) { r.set_prompt(std::string(4095, 'x')); }, kInvalid,
+       "stopping.max_tokens", "CONTEXT_LENGTH_EXCEEDED"},
       {"PromptAboveContextWithoutMaxTokens",
        [](auto& r) {
          r.set_prompt(std::string(5000, 'x'));
          r.mutable_stopping()->clear_max_tokens();
        },
        kInvalid, "input", "CONTEXT_LENGTH_EXCEEDED"},
-      {"PromptTooManyBytes", [](auto& r) { r.set_prompt(std::string(70'000, 'x')); }, kInvalid, "prompt"},
-      {"OneMillionNewlines", [](auto& r) { r.set_prompt(std::string(1'000'000, '\n')); }, kInvalid, "prompt"},
+      {"PromptTooManyBytes", [](auto& r) { r.set_prompt(std::string(70'000, 'x')); }, kInvalid,
+       "prompt"},
+      {"OneMillionNewlines", [](auto& r) { r.set_prompt(std::string(1'000'000, '\n')); }, kInvalid,
+       "prompt"},
       {"TokenIdsEmpty", [](auto& r) { r.mutable_token_ids(); }, kInvalid, "token_ids.ids"},
-      {"TokenIdIsVocab", [](auto& r) { r.mutable_token_ids()->add_ids(ByteTokenizer::kVocab); }, kInvalid,
-       "token_ids.ids[0]"},
+      {"TokenIdIsVocab", [](auto& r) { r.mutable_token_ids()->add_ids(ByteTokenizer::kVocab); },
+       kInvalid, "token_ids.ids[0]"},
       {"TokenIdNegative",
        [](auto& r) {
          r.mutable_token_ids()->add_ids(1);
          r.mutable_token_ids()->add_ids(-1);
        },
        kInvalid, "token_ids.ids[1]"},
-      {"TokenId2To32Minus1", [](auto& r) { r.mutable_token_ids()->add_ids(static_cast<int32_t>(0xFFFFFFFFu)); },
-       kInvalid, "token_ids.ids[0]"},
+      {"TokenId2To32Minus1",
+       [](auto& r) { r.mutable_token_ids()->add_ids(static_cast<int32_t>(0xFFFFFFFFu)); }, kInvalid,
+       "token_ids.ids[0]"},
       // Names.
       {"UnknownModel", [](auto& r) { r.set_model("other"); }, StatusCode::NOT_FOUND, ""},
-      {"RequestIdTooLong", [](auto& r) { r.set_request_id(std::string(129, 'x')); }, kInvalid, "request_id"},
+      {"RequestIdTooLong", [](auto& r) { r.set_request_id(std::string(129, 'x')); }, kInvalid,
+       "request_id"},
       {"RequestIdWithNewline", [](auto& r) { r.set_request_id("a\nb"); }, kInvalid, "request_id"},
       {"RequestIdNotAscii", [](auto& r) { r.set_request_id("é"); }, kInvalid, "request_id"},
-      {"RequestIdNotUtf8", [](auto& r) { r.set_request_id("\xFF"); }, kInvalid, "request_id", "MALFORMED_MESSAGE"},
+      {"RequestIdNotUtf8", [](auto& r) { r.set_request_id("\xFF"); }, kInvalid, "request_id",
+       "MALFORMED_MESSAGE"},
       // Sampling.
-      {"TemperatureNan", Sampling([](auto& s) { s.set_temperature(kNan); }), kInvalid, "sampling.temperature"},
-      {"TemperatureInf", Sampling([](auto& s) { s.set_temperature(kInf); }), kInvalid, "sampling.temperature"},
-      {"TemperatureNegative", Sampling([](auto& s) { s.set_temperature(-1); }), kInvalid, "sampling.temperature"},
-      {"TemperatureHuge", Sampling([](auto& s) { s.set_temperature(1e30f); }), kInvalid, "sampling.temperature"},
+      {"TemperatureNan", Sampling([](auto& s) { s.set_temperature(kNan); }), kInvalid,
+       "sampling.temperature"},
+      {"TemperatureInf", Sampling([](auto& s) { s.set_temperature(kInf); }), kInvalid,
+       "sampling.temperature"},
+      {"TemperatureNegative", Sampling([](auto& s) { s.set_temperature(-1); }), kInvalid,
+       "sampling.temperature"},
+      {"TemperatureHuge", Sampling([](auto& s) { s.set_temperature(1e30f); }), kInvalid,
+       "sampling.temperature"},
       {"TopKNegative", Sampling([](auto& s) { s.set_top_k(-1); }), kInvalid, "sampling.top_k"},
       {"TopPZero", Sampling([](auto& s) { s.set_top_p(0); }), kInvalid, "sampling.top_p"},
       {"TopPAboveOne", Sampling([](auto& s) { s.set_top_p(1.0001f); }), kInvalid, "sampling.top_p"},
@@ -97,37 +109,42 @@ const std::vector<BadRequestCase>& Cases() {
       {"NNegative", Sampling([](auto& s) { s.set_n(-3); }), kInvalid, "sampling.n"},
       {"NBillion", Sampling([](auto& s) { s.set_n(1'000'000'000); }), kInvalid, "sampling.n"},
       {"NAboveSlots", Sampling([](auto& s) { s.set_n(5); }), kInvalid, "sampling.n"},
-      {"LogitBiasUnknownId", Sampling([](auto& s) { (*s.mutable_logit_bias())[260] = 1; }), kInvalid,
-       "sampling.logit_bias[260]"},
-      {"LogitBiasNegativeId", Sampling([](auto& s) { (*s.mutable_logit_bias())[-1] = 1; }), kInvalid,
-       "sampling.logit_bias[-1]"},
+      {"LogitBiasUnknownId", Sampling([](auto& s) { (*s.mutable_logit_bias())[260] = 1; }),
+       kInvalid, "sampling.logit_bias[260]"},
+      {"LogitBiasNegativeId", Sampling([](auto& s) { (*s.mutable_logit_bias())[-1] = 1; }),
+       kInvalid, "sampling.logit_bias[-1]"},
       {"LogitBiasNan", Sampling([](auto& s) { (*s.mutable_logit_bias())[7] = kNan; }), kInvalid,
        "sampling.logit_bias[7]"},
-      {"LogitBiasMinusInf", Sampling([](auto& s) { (*s.mutable_logit_bias())[7] = -kInf; }), kInvalid,
-       "sampling.logit_bias[7]"},
+      {"LogitBiasMinusInf", Sampling([](auto& s) { (*s.mutable_logit_bias())[7] = -kInf; }),
+       kInvalid, "sampling.logit_bias[7]"},
       {"LogitBiasTooMany", Sampling([](auto& s) {
          for (int id = 0; id < 1025; ++id) (*s.mutable_logit_bias())[id] = 1;
        }),
        kInvalid, "sampling.logit_bias"},
       // Stopping.
-      {"MaxTokensZero", Stopping([](auto& s) { s.set_max_tokens(0); }), kInvalid, "stopping.max_tokens"},
-      {"MaxTokensNegative", Stopping([](auto& s) { s.set_max_tokens(-1); }), kInvalid, "stopping.max_tokens"},
+      {"MaxTokensZero", Stopping([](auto& s) { s.set_max_tokens(0); }), kInvalid,
+       "stopping.max_tokens"},
+      {"MaxTokensNegative", Stopping([](auto& s) { s.set_max_tokens(-1); }), kInvalid,
+       "stopping.max_tokens"},
       {"MaxTokensAboveCap", Stopping([](auto& s) { s.set_max_tokens((1 << 20) + 1); }), kInvalid,
        "stopping.max_tokens"},
-      {"MaxTokensAboveContext", Stopping([](auto& s) { s.set_max_tokens(4094); }), kInvalid, "stopping.max_tokens",
-       "CONTEXT_LENGTH_EXCEEDED"},
-      {"MaxTokensOverflow", Stopping([](auto& s) { s.set_max_tokens(std::numeric_limits<int64_t>::max()); }), kInvalid,
+      {"MaxTokensAboveContext", Stopping([](auto& s) { s.set_max_tokens(4094); }), kInvalid,
+       "stopping.max_tokens", "CONTEXT_LENGTH_EXCEEDED"},
+      {"MaxTokensOverflow",
+       Stopping([](auto& s) { s.set_max_tokens(std::numeric_limits<int64_t>::max()); }), kInvalid,
        "stopping.max_tokens"},
-      {"MinTokensAboveMax", Stopping([](auto& s) { s.set_min_tokens(11); }), kInvalid, "stopping.min_tokens"},
-      {"MinTokensNegative", Stopping([](auto& s) { s.set_min_tokens(-1); }), kInvalid, "stopping.min_tokens"},
+      {"MinTokensAboveMax", Stopping([](auto& s) { s.set_min_tokens(11); }), kInvalid,
+       "stopping.min_tokens"},
+      {"MinTokensNegative", Stopping([](auto& s) { s.set_min_tokens(-1); }), kInvalid,
+       "stopping.min_tokens"},
       {"StopEmpty", Stopping([](auto& s) { s.add_stop(""); }), kInvalid, "stopping.stop[0]"},
       {"StopTooLong", Stopping([](auto& s) {
          s.add_stop("ok");
          s.add_stop(std::string(257, 'x'));
        }),
        kInvalid, "stopping.stop[1]"},
-      {"StopOneMegabyte", Stopping([](auto& s) { s.add_stop(std::string(1 << 20, 'x')); }), kInvalid,
-       "stopping.stop[0]"},
+      {"StopOneMegabyte", Stopping([](auto& s) { s.add_stop(std::string(1 << 20, 'x')); }),
+       kInvalid, "stopping.stop[0]"},
       {"StopTenThousand", Stopping([](auto& s) {
          for (int at = 0; at < 10'000; ++at) s.add_stop("x");
        }),
@@ -143,7 +160,8 @@ const std::vector<BadRequestCase>& Cases() {
          for (int at = 0; at < 65; ++at) s.add_stop_token_ids(1);
        }),
        kInvalid, "stopping.stop_token_ids"},
-      {"TimeLimitZero", Stopping([](auto& s) { s.set_time_limit_ms(0); }), kInvalid, "stopping.time_limit_ms"},
+      {"TimeLimitZero", Stopping([](auto& s) { s.set_time_limit_ms(0); }), kInvalid,
+       "stopping.time_limit_ms"},
       {"TimeLimitHuge", Stopping([](auto& s) { s.set_time_limit_ms(int64_t{1} << 40); }), kInvalid,
        "stopping.time_limit_ms"},
       // Response.
@@ -164,30 +182,34 @@ const std::vector<BadRequestCase>& Cases() {
       {"PromptLogprobsNegative", Response([](auto& o) { o.set_prompt_logprobs(-1); }), kInvalid,
        "response.prompt_logprobs"},
       // Scheduling.
-      {"PriorityTooHigh", [](auto& r) { r.mutable_scheduling()->set_priority(101); }, kInvalid, "scheduling.priority"},
-      {"PriorityTooLow", [](auto& r) { r.mutable_scheduling()->set_priority(-101); }, kInvalid, "scheduling.priority"},
-      {"QueueTimeout", [](auto& r) { r.mutable_scheduling()->set_queue_timeout_ms(1); }, kUnimplemented,
-       "scheduling.queue_timeout_ms", "FIELD_NOT_IMPLEMENTED"},
+      {"PriorityTooHigh", [](auto& r) { r.mutable_scheduling()->set_priority(101); }, kInvalid,
+       "scheduling.priority"},
+      {"PriorityTooLow", [](auto& r) { r.mutable_scheduling()->set_priority(-101); }, kInvalid,
+       "scheduling.priority"},
+      {"QueueTimeout", [](auto& r) { r.mutable_scheduling()->set_queue_timeout_ms(1); },
+       kUnimplemented, "scheduling.queue_timeout_ms", "FIELD_NOT_IMPLEMENTED"},
       {"TtftSlo", [](auto& r) { r.mutable_scheduling()->set_ttft_slo_ms(1); }, kUnimplemented,
        "scheduling.ttft_slo_ms", "FIELD_NOT_IMPLEMENTED"},
       {"TpotSlo", [](auto& r) { r.mutable_scheduling()->set_tpot_slo_ms(0); }, kUnimplemented,
        "scheduling.tpot_slo_ms", "FIELD_NOT_IMPLEMENTED"},
       // Groups that are not implemented.
-      {"StateEmpty", [](auto& r) { r.mutable_state(); }, kUnimplemented, "state", "FIELD_NOT_IMPLEMENTED"},
-      {"StateSession", [](auto& r) { r.mutable_state()->set_session_id("s"); }, kUnimplemented, "state.session_id",
+      {"StateEmpty", [](auto& r) { r.mutable_state(); }, kUnimplemented, "state",
        "FIELD_NOT_IMPLEMENTED"},
-      {"StateSaveAs", [](auto& r) { r.mutable_state()->set_save_as("s"); }, kUnimplemented, "state.save_as",
-       "FIELD_NOT_IMPLEMENTED"},
-      {"SpeculationMode", [](auto& r) { r.mutable_speculation()->set_mode(v1::SpeculationOptions::MODE_ON); },
+      {"StateSession", [](auto& r) { r.mutable_state()->set_session_id("s"); }, kUnimplemented,
+       "state.session_id", "FIELD_NOT_IMPLEMENTED"},
+      {"StateSaveAs", [](auto& r) { r.mutable_state()->set_save_as("s"); }, kUnimplemented,
+       "state.save_as", "FIELD_NOT_IMPLEMENTED"},
+      {"SpeculationMode",
+       [](auto& r) { r.mutable_speculation()->set_mode(v1::SpeculationOptions::MODE_ON); },
        kUnimplemented, "speculation.mode", "FIELD_NOT_IMPLEMENTED"},
-      {"SpeculationDraft", [](auto& r) { r.mutable_speculation()->set_max_draft_tokens(0); }, kUnimplemented,
-       "speculation.max_draft_tokens", "FIELD_NOT_IMPLEMENTED"},
+      {"SpeculationDraft", [](auto& r) { r.mutable_speculation()->set_max_draft_tokens(0); },
+       kUnimplemented, "speculation.max_draft_tokens", "FIELD_NOT_IMPLEMENTED"},
       {"GuidedSchema", [](auto& r) { r.mutable_guided()->set_json_schema("{}"); }, kUnimplemented,
        "guided.json_schema", "FIELD_NOT_IMPLEMENTED"},
-      {"GuidedRegex", [](auto& r) { r.mutable_guided()->set_regex("(a+)+"); }, kUnimplemented, "guided.regex",
-       "FIELD_NOT_IMPLEMENTED"},
-      {"GuidedChoice", [](auto& r) { r.mutable_guided()->mutable_choice(); }, kUnimplemented, "guided.choice",
-       "FIELD_NOT_IMPLEMENTED"},
+      {"GuidedRegex", [](auto& r) { r.mutable_guided()->set_regex("(a+)+"); }, kUnimplemented,
+       "guided.regex", "FIELD_NOT_IMPLEMENTED"},
+      {"GuidedChoice", [](auto& r) { r.mutable_guided()->mutable_choice(); }, kUnimplemented,
+       "guided.choice", "FIELD_NOT_IMPLEMENTED"},
   };
   return cases;
 }
@@ -207,12 +229,13 @@ class BadRequestTest : public testing::Test {
     grpc::ClientContext context;
     grpc::Status status;
     bool done = false;
-    stub.UnaryCall(&context, method, grpc::StubOptions(), &request, &response, [&](grpc::Status result) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      status = std::move(result);
-      done = true;
-      wake_.notify_one();
-    });
+    stub.UnaryCall(&context, method, grpc::StubOptions(), &request, &response,
+                   [&](grpc::Status result) {
+                     std::lock_guard<std::mutex> lock(mutex_);
+                     status = std::move(result);
+                     done = true;
+                     wake_.notify_one();
+                   });
     std::unique_lock<std::mutex> lock(mutex_);
     wake_.wait(lock, [&] { return done; });
     return status;
@@ -314,11 +337,12 @@ TEST_F(BadRequestTest, ContextErrorsTellLimitAndGot) {
 }
 
 TEST_F(BadRequestTest, BytesThatAreNoMessageAreRefused) {
-  for (const char* method :
-       {"/godwit.v1.Inference/Generate", "/godwit.v1.Inference/Score", "/godwit.v1.Tokenizer/Tokenize",
-        "/godwit.v1.Tokenizer/Detokenize", "/godwit.v1.Models/GetModel", "/godwit.v1.Models/ListModels"}) {
+  for (const char* method : {"/godwit.v1.Inference/Generate", "/godwit.v1.Inference/Score",
+                             "/godwit.v1.Tokenizer/Tokenize", "/godwit.v1.Tokenizer/Detokenize",
+                             "/godwit.v1.Models/GetModel", "/godwit.v1.Models/ListModels"}) {
     const grpc::Status status = SendRaw(method, "\xFF\xFF\xFF\xFF");
-    EXPECT_EQ(status.error_code(), StatusCode::INVALID_ARGUMENT) << method << ": " << status.error_message();
+    EXPECT_EQ(status.error_code(), StatusCode::INVALID_ARGUMENT)
+        << method << ": " << status.error_message();
     EXPECT_EQ(ReasonOfStatus(status), "MALFORMED_MESSAGE");
   }
 }
@@ -396,13 +420,16 @@ TEST_F(BadRequestTest, ScoreIsCheckedToo) {
       {[](auto& r) { r.clear_prompt(); }, StatusCode::INVALID_ARGUMENT, "input"},
       {[](auto& r) { r.set_prompt(""); }, StatusCode::INVALID_ARGUMENT, "input"},  // BOS alone
       {[](auto& r) { r.set_prompt("\xFF"); }, StatusCode::INVALID_ARGUMENT, "prompt"},
-      {[](auto& r) { r.set_prompt(std::string(4096, 'x')); }, StatusCode::INVALID_ARGUMENT, "input"},
+      {[](auto& r) { r.set_prompt(std::string(4096, 'x')); }, StatusCode::INVALID_ARGUMENT,
+       "input"},
       {[](auto& r) { r.mutable_token_ids()->add_ids(1); }, StatusCode::INVALID_ARGUMENT, "input"},
-      {[](auto& r) { r.mutable_token_ids()->add_ids(777); }, StatusCode::INVALID_ARGUMENT, "token_ids.ids[0]"},
+      {[](auto& r) { r.mutable_token_ids()->add_ids(777); }, StatusCode::INVALID_ARGUMENT,
+       "token_ids.ids[0]"},
       {[](auto& r) { r.set_top_logprobs(21); }, StatusCode::INVALID_ARGUMENT, "top_logprobs"},
-      {[](auto& r) { r.set_continuation_text(""); }, StatusCode::INVALID_ARGUMENT, "continuation_text"},
-      {[](auto& r) { r.mutable_continuation_token_ids()->add_ids(1); }, StatusCode::INVALID_ARGUMENT,
-       "continuation_token_ids"},
+      {[](auto& r) { r.set_continuation_text(""); }, StatusCode::INVALID_ARGUMENT,
+       "continuation_text"},
+      {[](auto& r) { r.mutable_continuation_token_ids()->add_ids(1); },
+       StatusCode::INVALID_ARGUMENT, "continuation_token_ids"},
       {[](auto& r) {
          r.mutable_token_ids()->add_ids(1);
          r.set_continuation_text("x");
@@ -418,8 +445,10 @@ TEST_F(BadRequestTest, ScoreIsCheckedToo) {
     bad.spoil(request);
     v1::ScoreResponse response;
     const grpc::Status status = server_.Score(request, &response);
-    EXPECT_EQ(status.error_code(), bad.code) << request.ShortDebugString() << status.error_message();
-    EXPECT_EQ(ViolatedField(status), bad.field) << request.ShortDebugString() << status.error_message();
+    EXPECT_EQ(status.error_code(), bad.code)
+        << request.ShortDebugString() << status.error_message();
+    EXPECT_EQ(ViolatedField(status), bad.field)
+        << request.ShortDebugString() << status.error_message();
   }
 }
 
@@ -439,7 +468,8 @@ TEST_F(BadRequestTest, TokenizerAndModelsAreCheckedToo) {
   model.set_model("other");
   v1::ModelCard card;
   grpc::ClientContext third;
-  const grpc::Status status = v1::Models::NewStub(server_.channel())->GetModel(&third, model, &card);
+  const grpc::Status status =
+      v1::Models::NewStub(server_.channel())->GetModel(&third, model, &card);
   EXPECT_EQ(status.error_code(), StatusCode::NOT_FOUND);
   google::rpc::ResourceInfo resource;
   ASSERT_TRUE(GetDetail(status, &resource));

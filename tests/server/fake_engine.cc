@@ -50,7 +50,8 @@ ModelCard FakeEngine::card() const {
   card.config.add_bos = options_.add_bos;
   card.num_parameters = 1234;
   card.context_length = options_.context_length;
-  card.geometry.components = {{.name = "layers.0.lightning", .base_bytes = 1024, .row_bytes = 32, .block = 16}};
+  card.geometry.components = {
+      {.name = "layers.0.lightning", .base_bytes = 1024, .row_bytes = 32, .block = 16}};
   card.geometry.window_rows = WindowRows(1, 0);
   card.geometry.num_slots = options_.num_slots;
   card.geometry.swap_bytes = 1 << 20;
@@ -60,8 +61,9 @@ ModelCard FakeEngine::card() const {
 }
 
 int32_t FakeEngine::Letter(uint64_t seed, int32_t output_index, int64_t index) {
-  const uint64_t mixed = (seed + 31 * static_cast<uint64_t>(output_index) + 7 * static_cast<uint64_t>(index)) *
-                         0x9E3779B97F4A7C15u;
+  const uint64_t mixed =
+      (seed + 31 * static_cast<uint64_t>(output_index) + 7 * static_cast<uint64_t>(index)) *
+      0x9E3779B97F4A7C15u;
   return 'a' + static_cast<int32_t>((mixed >> 40) % 26);
 }
 
@@ -117,7 +119,8 @@ RowResult FakeEngine::Compute(const BatchRow& row, Pending& pending) {
   for (const int32_t target : row.score_targets) {
     if (target < 0) continue;
     SampledToken score = {.token_id = target, .logprob = -0.25f * static_cast<float>(target % 16)};
-    for (int top = 0; top < row.num_score_top; ++top) score.top.push_back({.token_id = top, .logprob = -1.0f});
+    for (int top = 0; top < row.num_score_top; ++top)
+      score.top.push_back({.token_id = top, .logprob = -1.0f});
     result.scores.push_back(std::move(score));
   }
   pending.result.num_tokens += result.num_computed;

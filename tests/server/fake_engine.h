@@ -1,5 +1,6 @@
 #pragma once
-// A StepExecutor without a model: tokens are a function of (seed, output, index), steps can be slowed down or held.
+// A StepExecutor without a model: tokens are a function of (seed, output, index), steps can be
+// slowed down or held.
 
 #include <condition_variable>
 #include <cstdint>

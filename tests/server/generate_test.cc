@@ -58,7 +58,8 @@ TEST_F(GenerateTest, AStreamIsPromptThenDeltasThenFinishedThenOneSummary) {
   for (size_t at = 1; at + 2 < events.size(); ++at) EXPECT_TRUE(events[at].has_delta());
   EXPECT_TRUE(events[events.size() - 2].has_finished());
   EXPECT_TRUE(events.back().has_summary());
-  for (const GenerateEvent& event : events) EXPECT_EQ(event.request_id(), events.front().request_id());
+  for (const GenerateEvent& event : events)
+    EXPECT_EQ(event.request_id(), events.front().request_id());
   EXPECT_FALSE(events.front().request_id().empty());
 }
 
@@ -126,7 +127,8 @@ TEST_F(GenerateTest, IgnoreEosGoesOn) {
 }
 
 TEST_F(GenerateTest, AStopTokenEndsTheOutputAndIsNamed) {
-  server_.engine().set_next_token([](uint64_t, int32_t, int64_t index) { return 'a' + static_cast<int32_t>(index); });
+  server_.engine().set_next_token(
+      [](uint64_t, int32_t, int64_t index) { return 'a' + static_cast<int32_t>(index); });
   GenerateRequest request = SimpleRequest(10);
   request.mutable_stopping()->add_stop_token_ids('c');
   const GenerateResponse response = GenerateOk(request);
@@ -136,7 +138,8 @@ TEST_F(GenerateTest, AStopTokenEndsTheOutputAndIsNamed) {
 }
 
 TEST_F(GenerateTest, AStopStringIsCutUnlessAskedFor) {
-  server_.engine().set_next_token([](uint64_t, int32_t, int64_t index) { return 'a' + static_cast<int32_t>(index); });
+  server_.engine().set_next_token(
+      [](uint64_t, int32_t, int64_t index) { return 'a' + static_cast<int32_t>(index); });
   GenerateRequest request = SimpleRequest(10);
   request.mutable_stopping()->add_stop("xyz");
   request.mutable_stopping()->add_stop("cde");
@@ -230,7 +233,8 @@ TEST_F(GenerateTest, TimeLimitEndsWithOk) {
 }
 
 TEST_F(GenerateTest, TimeLimitInTheQueueStillGivesPromptAndSummary) {
-  server_.engine().AllowSteps(1);  // the second step is held until the limit of the second request is over
+  server_.engine().AllowSteps(
+      1);  // the second step is held until the limit of the second request is over
   std::thread holder([this] {
     GenerateResponse response;
     server_.Generate(SimpleRequest(3), &response);

@@ -1,9 +1,9 @@
 // What operators see: metrics, and reflection.
 
-#include <google/protobuf/descriptor.pb.h>
-#include <sys/socket.h>
-#include <netinet/in.h>
 #include <arpa/inet.h>
+#include <google/protobuf/descriptor.pb.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include <cstdio>
@@ -32,7 +32,8 @@ std::string Scrape(int port) {
     const std::string request = "GET /metrics HTTP/1.0\r\n\r\n";
     if (write(connection, request.data(), request.size()) > 0) {
       char buffer[4096];
-      for (ssize_t size; (size = read(connection, buffer, sizeof buffer)) > 0;) page.append(buffer, size);
+      for (ssize_t size; (size = read(connection, buffer, sizeof buffer)) > 0;)
+        page.append(buffer, size);
     }
   }
   close(connection);
@@ -72,7 +73,8 @@ TEST_F(MetricsTest, TellWhatHappened) {
   request.set_model("other");
   EXPECT_FALSE(server_.Generate(request, &response).ok());
   const std::string model = "{model_name=\"fake\"}";
-  ASSERT_TRUE(Eventually([&] { return Value(Page(), "godwit_generation_tokens_total" + model) == 45; }));
+  ASSERT_TRUE(
+      Eventually([&] { return Value(Page(), "godwit_generation_tokens_total" + model) == 45; }));
   const std::string page = Page();
   EXPECT_EQ(Value(page, "godwit_prompt_tokens_total" + model), 6);
   EXPECT_EQ(Value(page, "godwit_num_requests_running" + model), 0);
@@ -80,7 +82,9 @@ TEST_F(MetricsTest, TellWhatHappened) {
   EXPECT_EQ(Value(page, "godwit_state_slots" + model), 4);
   EXPECT_EQ(Value(page, "godwit_state_slots_used" + model), 0);
   EXPECT_EQ(Value(page, "godwit_kv_cache_usage_perc" + model), 0);
-  EXPECT_EQ(Value(page, "godwit_request_success_total{finished_reason=\"length\",model_name=\"fake\"}"), 3);
+  EXPECT_EQ(
+      Value(page, "godwit_request_success_total{finished_reason=\"length\",model_name=\"fake\"}"),
+      3);
   EXPECT_EQ(Value(page, "godwit_request_prompt_tokens_count" + model), 2);
   EXPECT_EQ(Value(page, "godwit_request_generation_tokens_sum" + model), 45);
   EXPECT_EQ(Value(page, "godwit_time_to_first_token_seconds_count" + model), 2);
@@ -88,17 +92,25 @@ TEST_F(MetricsTest, TellWhatHappened) {
   EXPECT_GE(Value(page, "godwit_inter_token_latency_seconds_count" + model), 30);
   EXPECT_EQ(Value(page, "godwit_request_params_n_sum" + model), 3);
   EXPECT_EQ(Value(page, "godwit_iteration_tokens_sum" + model), 6 + 2 * 19 + 4);
-  EXPECT_EQ(Value(page, "godwit_step_overhead_seconds_count" + model), server_.engine().num_steps());
-  EXPECT_EQ(Value(page, "godwit_request_rejected_total{code=\"INVALID_ARGUMENT\",model_name=\"fake\","
-                        "reason=\"invalid_argument\"}"),
+  EXPECT_EQ(Value(page, "godwit_step_overhead_seconds_count" + model),
+            server_.engine().num_steps());
+  EXPECT_EQ(Value(page,
+                  "godwit_request_rejected_total{code=\"INVALID_ARGUMENT\",model_name=\"fake\","
+                  "reason=\"invalid_argument\"}"),
             1);
-  EXPECT_EQ(Value(page, "godwit_request_rejected_total{code=\"NOT_FOUND\",model_name=\"fake\",reason=\"not_found\"}"), 1);
-  EXPECT_EQ(Value(page, "grpc_server_handled_total{grpc_code=\"OK\",grpc_method=\"GenerateStream\","
-                        "grpc_service=\"godwit.v1.Inference\",grpc_type=\"server_stream\"}"),
+  EXPECT_EQ(Value(page,
+                  "godwit_request_rejected_total{code=\"NOT_FOUND\",model_name=\"fake\",reason="
+                  "\"not_found\"}"),
             1);
-  EXPECT_EQ(Value(page, "grpc_server_handled_total{grpc_code=\"INVALID_ARGUMENT\",grpc_method=\"Generate\","
-                        "grpc_service=\"godwit.v1.Inference\",grpc_type=\"unary\"}"),
+  EXPECT_EQ(Value(page,
+                  "grpc_server_handled_total{grpc_code=\"OK\",grpc_method=\"GenerateStream\","
+                  "grpc_service=\"godwit.v1.Inference\",grpc_type=\"server_stream\"}"),
             1);
+  EXPECT_EQ(
+      Value(page,
+            "grpc_server_handled_total{grpc_code=\"INVALID_ARGUMENT\",grpc_method=\"Generate\","
+            "grpc_service=\"godwit.v1.Inference\",grpc_type=\"unary\"}"),
+      1);
   EXPECT_NE(page.find("godwit_build_info{backend=\"fake\""), std::string::npos);
 }
 
@@ -110,20 +122,23 @@ TEST_F(MetricsTest, CountFailuresByPhase) {
   EXPECT_EQ(server_.inference()->Generate(&context, SimpleRequest(4000), &response).error_code(),
             grpc::StatusCode::DEADLINE_EXCEEDED);
   EXPECT_TRUE(Eventually([&] {
-    return Value(Page(), "godwit_request_failed_total{code=\"DEADLINE_EXCEEDED\",model_name=\"fake\","
-                         "phase=\"decoding\"}") == 1;
+    return Value(Page(),
+                 "godwit_request_failed_total{code=\"DEADLINE_EXCEEDED\",model_name=\"fake\","
+                 "phase=\"decoding\"}") == 1;
   }));
 }
 
 TEST_F(MetricsTest, PromtoolFindsNothing) {
-  if (std::system("promtool --version > /dev/null 2>&1") != 0) GTEST_SKIP() << "promtool is not installed";
+  if (std::system("promtool --version > /dev/null 2>&1") != 0)
+    GTEST_SKIP() << "promtool is not installed";
   v1::GenerateResponse response;
   ASSERT_TRUE(server_.Generate(SimpleRequest(5), &response).ok());
   v1::GenerateRequest bad = SimpleRequest(0);
   EXPECT_FALSE(server_.Generate(bad, &response).ok());
   const TestFile page(Page());
   const TestFile out("");
-  const std::string command = "promtool check metrics < " + page.path() + " > " + out.path() + " 2>&1";
+  const std::string command =
+      "promtool check metrics < " + page.path() + " > " + out.path() + " 2>&1";
   const int result = std::system(command.c_str());
   std::ifstream file(out.path());
   const std::string findings((std::istreambuf_iterator<char>(file)), {});
@@ -168,15 +183,19 @@ void CheckReflection(TestServer& server) {
   requests[3].set_file_containing_symbol("no.such.Thing");
   const auto responses = Ask<Reflection, Request, Response>(server, requests);
   std::set<std::string> names;
-  for (const auto& service : responses[0].list_services_response().service()) names.insert(service.name());
-  EXPECT_EQ(names, (std::set<std::string>{"godwit.v1.Inference", "godwit.v1.Tokenizer", "godwit.v1.Models",
-                                          "grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection",
-                                          "grpc.reflection.v1alpha.ServerReflection"}));
+  for (const auto& service : responses[0].list_services_response().service())
+    names.insert(service.name());
+  EXPECT_EQ(names,
+            (std::set<std::string>{"godwit.v1.Inference", "godwit.v1.Tokenizer", "godwit.v1.Models",
+                                   "grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection",
+                                   "grpc.reflection.v1alpha.ServerReflection"}));
   google::protobuf::FileDescriptorProto file;
   ASSERT_GE(responses[1].file_descriptor_response().file_descriptor_proto_size(), 1);
-  ASSERT_TRUE(file.ParseFromString(responses[1].file_descriptor_response().file_descriptor_proto(0)));
+  ASSERT_TRUE(
+      file.ParseFromString(responses[1].file_descriptor_response().file_descriptor_proto(0)));
   EXPECT_EQ(file.name(), "godwit/v1/inference.proto");
-  EXPECT_GE(responses[2].file_descriptor_response().file_descriptor_proto_size(), 2);  // and duration.proto
+  EXPECT_GE(responses[2].file_descriptor_response().file_descriptor_proto_size(),
+            2);  // and duration.proto
   EXPECT_EQ(responses[3].error_response().error_code(), grpc::StatusCode::NOT_FOUND);
   EXPECT_EQ(responses[4].error_response().error_code(), grpc::StatusCode::INVALID_ARGUMENT);
 }
@@ -187,9 +206,10 @@ TEST(ReflectionTest, BothVersionsDescribeTheServices) {
   TestServer server(options);
   namespace v1 = grpc::reflection::v1;
   namespace v1alpha = grpc::reflection::v1alpha;
-  CheckReflection<v1::ServerReflection, v1::ServerReflectionRequest, v1::ServerReflectionResponse>(server);
-  CheckReflection<v1alpha::ServerReflection, v1alpha::ServerReflectionRequest, v1alpha::ServerReflectionResponse>(
+  CheckReflection<v1::ServerReflection, v1::ServerReflectionRequest, v1::ServerReflectionResponse>(
       server);
+  CheckReflection<v1alpha::ServerReflection, v1alpha::ServerReflectionRequest,
+                  v1alpha::ServerReflectionResponse>(server);
 }
 
 TEST(ReflectionTest, IsOffByDefault) {

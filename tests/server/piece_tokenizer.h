@@ -1,5 +1,6 @@
 #pragma once
-// A tokenizer whose vocabulary is a list of pieces: id = index. For tests of the server's text handling.
+// A tokenizer whose vocabulary is a list of pieces: id = index. For tests of the server's text
+// handling.
 
 #include <string>
 #include <utility>

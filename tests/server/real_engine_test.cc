@@ -1,4 +1,5 @@
-// The whole server over the real engine: a folder is loaded, text goes in and comes out through gRPC.
+// The whole server over the real engine: a folder is loaded, text goes in and comes out through
+// gRPC.
 
 #include <grpcpp/create_channel.h>
 #include <grpcpp/security/credentials.h>
@@ -36,8 +37,8 @@ class RealServer {
     EXPECT_TRUE(created.ok()) << created.status();
     if (!created.ok()) return;
     server_ = *std::move(created);
-    stub_ = v1::Inference::NewStub(grpc::CreateChannel("127.0.0.1:" + std::to_string(server_->port()),
-                                                       grpc::InsecureChannelCredentials()));
+    stub_ = v1::Inference::NewStub(grpc::CreateChannel(
+        "127.0.0.1:" + std::to_string(server_->port()), grpc::InsecureChannelCredentials()));
   }
   bool ok() const { return server_ != nullptr; }
   Server& server() { return *server_; }
@@ -80,7 +81,8 @@ TEST(Stories260KTest, AllGreedyContinuationsThroughTheServer) {
   for (const auto& expected : cases) {
     const std::string prompt = expected.at("prompt");
     SCOPED_TRACE(prompt);
-    const std::vector<int32_t> prompt_ids = expected.at("prompt_ids"), greedy_ids = expected.at("greedy_ids");
+    const std::vector<int32_t> prompt_ids = expected.at("prompt_ids"),
+                               greedy_ids = expected.at("greedy_ids");
     v1::GenerateRequest request;
     request.set_prompt(prompt);
     request.mutable_sampling()->set_temperature(0);
@@ -108,7 +110,8 @@ class TinyServerTest : public testing::TestWithParam<TinyFamily> {
   v1::GenerateRequest Request(uint64_t seed, int64_t max_tokens) {
     v1::GenerateRequest request;
     for (int32_t id = 0; id < 100; ++id) {
-      request.mutable_token_ids()->add_ids(static_cast<int32_t>((seed * 31 + static_cast<uint64_t>(id) * 7) % 320));
+      request.mutable_token_ids()->add_ids(
+          static_cast<int32_t>((seed * 31 + static_cast<uint64_t>(id) * 7) % 320));
     }
     request.mutable_sampling()->set_seed(seed);
     request.mutable_stopping()->set_max_tokens(max_tokens);
@@ -153,7 +156,8 @@ TEST_P(TinyServerTest, EachOutputIsWhatItsIndexDrawsAndTheFirstIsThatOfN1) {
   EXPECT_NE(Ids(four.outputs(1)), Ids(four.outputs(0)));
 }
 
-// Score and prompt_logprobs give the same numbers, and greedy decoding's log-probabilities are near them.
+// Score and prompt_logprobs give the same numbers, and greedy decoding's log-probabilities are near
+// them.
 TEST_P(TinyServerTest, ScoreAgreesWithPromptLogprobsAndWithDecoding) {
   RealServer server(OptionsFor(model_.folder()));
   ASSERT_TRUE(server.ok());
@@ -183,7 +187,8 @@ TEST_P(TinyServerTest, ScoreAgreesWithPromptLogprobsAndWithDecoding) {
   ASSERT_TRUE(server.Score(score, &prompt).ok());
   ASSERT_EQ(prompt.logprobs_size(), 99);
   for (int at = 0; at < 99; ++at) {
-    EXPECT_EQ(prompt.logprobs(at).SerializeAsString(), generated.prompt().logprobs(at + 1).SerializeAsString());
+    EXPECT_EQ(prompt.logprobs(at).SerializeAsString(),
+              generated.prompt().logprobs(at + 1).SerializeAsString());
   }
 }
 
@@ -218,7 +223,8 @@ TEST_P(TinyServerTest, LogitBiasAndPenaltiesReachTheSampler) {
   EXPECT_LT(std::count(ids.begin(), ids.end(), 42), 8);
 }
 
-INSTANTIATE_TEST_SUITE_P(Families, TinyServerTest, testing::Values(TinyFamily::kTransnormer, TinyFamily::kLlama),
+INSTANTIATE_TEST_SUITE_P(Families, TinyServerTest,
+                         testing::Values(TinyFamily::kTransnormer, TinyFamily::kLlama),
                          [](const auto& info) {
                            return info.param == TinyFamily::kTransnormer ? "Transnormer" : "Llama";
                          });

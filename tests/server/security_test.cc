@@ -17,8 +17,8 @@ namespace {
 
 using grpc::StatusCode;
 
-grpc::Status GenerateOver(const std::shared_ptr<grpc::ChannelCredentials>& credentials, TestServer& server,
-                          const std::string& authorization = "") {
+grpc::Status GenerateOver(const std::shared_ptr<grpc::ChannelCredentials>& credentials,
+                          TestServer& server, const std::string& authorization = "") {
   const auto channel =
       grpc::CreateChannel("localhost:" + std::to_string(server.server().port()), credentials);
   grpc::ClientContext context;
@@ -28,7 +28,8 @@ grpc::Status GenerateOver(const std::shared_ptr<grpc::ChannelCredentials>& crede
   return v1::Inference::NewStub(channel)->Generate(&context, SimpleRequest(2), &response);
 }
 
-std::shared_ptr<grpc::ChannelCredentials> Tls(const std::string& roots, const TestKeyPair& client = {}) {
+std::shared_ptr<grpc::ChannelCredentials> Tls(const std::string& roots,
+                                              const TestKeyPair& client = {}) {
   return grpc::SslCredentials({.pem_root_certs = roots,
                                .pem_private_key = client.key,
                                .pem_cert_chain = client.certificate});
@@ -53,19 +54,22 @@ TEST_F(TlsTest, ServesOverTlsOnly) {
   const grpc::Status status = GenerateOver(Tls(authority_.certificate), server);
   EXPECT_TRUE(status.ok()) << status.error_message();
   EXPECT_EQ(GenerateOver(Tls(stranger_.certificate), server).error_code(), StatusCode::UNAVAILABLE);
-  EXPECT_EQ(GenerateOver(grpc::InsecureChannelCredentials(), server).error_code(), StatusCode::UNAVAILABLE);
+  EXPECT_EQ(GenerateOver(grpc::InsecureChannelCredentials(), server).error_code(),
+            StatusCode::UNAVAILABLE);
 }
 
 TEST_F(TlsTest, ATlsClientAtAPlaintextPortIsRefused) {
   TestServer server;
-  EXPECT_EQ(GenerateOver(Tls(authority_.certificate), server).error_code(), StatusCode::UNAVAILABLE);
+  EXPECT_EQ(GenerateOver(Tls(authority_.certificate), server).error_code(),
+            StatusCode::UNAVAILABLE);
 }
 
 TEST_F(TlsTest, MutualTlsWantsACertificateOfTheClientAuthority) {
   TestServerOptions options = Options();
   options.server.tls_client_ca_file = authority_file_.path();
   TestServer server(options);
-  const TestKeyPair good = MakeCertificate("client", authority_), bad = MakeCertificate("client", stranger_);
+  const TestKeyPair good = MakeCertificate("client", authority_),
+                    bad = MakeCertificate("client", stranger_);
   const grpc::Status status = GenerateOver(Tls(authority_.certificate, good), server);
   EXPECT_TRUE(status.ok()) << status.error_message();
   EXPECT_FALSE(GenerateOver(Tls(authority_.certificate), server).ok());
@@ -88,7 +92,8 @@ class RefusedOptionsTest : public TlsTest {
 };
 
 TEST_F(RefusedOptionsTest, PlaintextForOthersNeedsInsecure) {
-  for (const char* address : {"0.0.0.0:0", "[::]:0", "192.168.1.1:80", "example.org:1", "127.0.0.1.example.org:1"}) {
+  for (const char* address :
+       {"0.0.0.0:0", "[::]:0", "192.168.1.1:80", "example.org:1", "127.0.0.1.example.org:1"}) {
     ServerOptions options = Base();
     options.listen = address;
     const absl::Status status = Create(options);
@@ -102,7 +107,8 @@ TEST_F(RefusedOptionsTest, PlaintextForOthersNeedsInsecure) {
 }
 
 TEST_F(RefusedOptionsTest, AddressesAreChecked) {
-  for (const char* address : {"", "50051", "localhost", "localhost:", ":1", "localhost:70000", "::1:50051", "a:-1"}) {
+  for (const char* address :
+       {"", "50051", "localhost", "localhost:", ":1", "localhost:70000", "::1:50051", "a:-1"}) {
     ServerOptions options = Base();
     options.listen = address;
     EXPECT_EQ(Create(options).code(), absl::StatusCode::kInvalidArgument) << address;
@@ -157,8 +163,9 @@ TEST(AuthenticatorTest, TakesOneTokenALine) {
   EXPECT_TRUE(authenticator->Check("Bearer alpha").ok());
   EXPECT_TRUE(authenticator->Check("bearer beta").ok());
   // Every prefix, an extension, other schemes.
-  for (const char* wrong : {"", "Bearer ", "Bearer a", "Bearer al", "Bearer alp", "Bearer alph", "Bearer alphaa",
-                            "Bearer # keys", "Basic alpha", "alpha", "Bearer ALPHA"}) {
+  for (const char* wrong :
+       {"", "Bearer ", "Bearer a", "Bearer al", "Bearer alp", "Bearer alph", "Bearer alphaa",
+        "Bearer # keys", "Basic alpha", "alpha", "Bearer ALPHA"}) {
     EXPECT_EQ(authenticator->Check(wrong).code(), absl::StatusCode::kUnauthenticated) << wrong;
   }
   EXPECT_FALSE(authenticator->Check("Bearer " + std::string(300, 'a')).ok());
@@ -177,7 +184,8 @@ TEST(AuthenticatorTest, RefusesBadFilesWithoutShowingTokens) {
 }
 
 // Calls `method` of a streaming or unary RPC with no message and gives its status.
-grpc::Status CallAnyMethod(TestServer& server, const std::string& method, const std::string& authorization) {
+grpc::Status CallAnyMethod(TestServer& server, const std::string& method,
+                           const std::string& authorization) {
   grpc::GenericStub stub(server.channel());
   grpc::ClientContext context;
   context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(20));
@@ -210,8 +218,9 @@ TEST(TokenAuthTest, EveryMethodOfEveryServiceButHealthWantsAToken) {
   TestServer server(options);
   const auto& pool = *google::protobuf::DescriptorPool::generated_pool();
   int num_methods = 0;
-  for (const char* name : {"godwit.v1.Inference", "godwit.v1.Tokenizer", "godwit.v1.Models",
-                           "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"}) {
+  for (const char* name :
+       {"godwit.v1.Inference", "godwit.v1.Tokenizer", "godwit.v1.Models",
+        "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"}) {
     const auto* service = pool.FindServiceByName(name);
     ASSERT_NE(service, nullptr) << name;
     for (int at = 0; at < service->method_count(); ++at, ++num_methods) {
@@ -223,7 +232,8 @@ TEST(TokenAuthTest, EveryMethodOfEveryServiceButHealthWantsAToken) {
       const grpc::Status wrong = CallAnyMethod(server, method, "Bearer secre");
       EXPECT_EQ(wrong.error_code(), StatusCode::UNAUTHENTICATED);
       EXPECT_EQ(ReasonOfStatus(wrong), "TOKEN_INVALID");
-      EXPECT_NE(CallAnyMethod(server, method, "Bearer secret").error_code(), StatusCode::UNAUTHENTICATED);
+      EXPECT_NE(CallAnyMethod(server, method, "Bearer secret").error_code(),
+                StatusCode::UNAUTHENTICATED);
     }
   }
   EXPECT_EQ(num_methods, 9);
@@ -236,7 +246,8 @@ TEST_F(TlsTest, TokensAndTlsTogether) {
   options.server.token_file = tokens.path();
   TestServer server(options);
   EXPECT_TRUE(GenerateOver(Tls(authority_.certificate), server, "Bearer secret").ok());
-  EXPECT_EQ(GenerateOver(Tls(authority_.certificate), server).error_code(), StatusCode::UNAUTHENTICATED);
+  EXPECT_EQ(GenerateOver(Tls(authority_.certificate), server).error_code(),
+            StatusCode::UNAUTHENTICATED);
 }
 
 }  // namespace

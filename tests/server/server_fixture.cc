@@ -49,12 +49,14 @@ TestServer::~TestServer() {
   server_.reset();
 }
 
-grpc::Status TestServer::Generate(const v1::GenerateRequest& request, v1::GenerateResponse* response) {
+grpc::Status TestServer::Generate(const v1::GenerateRequest& request,
+                                  v1::GenerateResponse* response) {
   grpc::ClientContext context;
   return inference()->Generate(&context, request, response);
 }
 
-grpc::Status TestServer::Stream(const v1::GenerateRequest& request, std::vector<v1::GenerateEvent>* events) {
+grpc::Status TestServer::Stream(const v1::GenerateRequest& request,
+                                std::vector<v1::GenerateEvent>* events) {
   grpc::ClientContext context;
   const auto stub = inference();
   const auto reader = stub->GenerateStream(&context, request);
@@ -68,7 +70,8 @@ grpc::Status TestServer::Score(const v1::ScoreRequest& request, v1::ScoreRespons
   return inference()->Score(&context, request, response);
 }
 
-grpc::health::v1::HealthCheckResponse::ServingStatus TestServer::Health(const std::string& service) {
+grpc::health::v1::HealthCheckResponse::ServingStatus TestServer::Health(
+    const std::string& service) {
   grpc::ClientContext context;
   grpc::health::v1::HealthCheckRequest request;
   request.set_service(service);

@@ -46,8 +46,9 @@ TEST(StopAutomatonTest, DepthIsTheLongestSuffixThatBeginsAStop) {
 
 TEST(StopFinderTest, FindsAStopAcrossTokensAndNamesTheTokenThatCompletesIt) {
   const PieceTokenizer tokenizer({"hel", "lo w", "orld", "!"});
-  StopFinder finder(std::make_shared<StopAutomaton>(std::vector<std::string>{"xyz", "low", "o wor"}),
-                    PieceReader(&tokenizer, false));
+  StopFinder finder(
+      std::make_shared<StopAutomaton>(std::vector<std::string>{"xyz", "low", "o wor"}),
+      PieceReader(&tokenizer, false));
   EXPECT_FALSE(finder(Tokens({0})).has_value());
   const auto match = finder(Tokens({1, 2, 3}));
   ASSERT_TRUE(match.has_value());
@@ -115,13 +116,15 @@ TEST(PieceReaderTest, DropsTheFirstSpaceOnce) {
 TEST(StopFinderTest, OneTokenTakesFarLessThan20Microseconds) {
   const PieceTokenizer tokenizer({std::string(16, 'a')});
   std::vector<std::string> stops;
-  for (int stop = 0; stop < 16; ++stop) stops.push_back(std::string(255, 'a') + static_cast<char>('b' + stop));
+  for (int stop = 0; stop < 16; ++stop)
+    stops.push_back(std::string(255, 'a') + static_cast<char>('b' + stop));
   StopFinder finder(std::make_shared<StopAutomaton>(stops), PieceReader(&tokenizer, false));
   const auto tokens = Tokens({0});
   const auto begin = std::chrono::steady_clock::now();
   constexpr int kTokens = 20000;
   for (int token = 0; token < kTokens; ++token) ASSERT_FALSE(finder(tokens).has_value());
-  const double us = std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin).count();
+  const double us =
+      std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin).count();
   RecordProperty("us_per_token", std::to_string(us / kTokens));
   EXPECT_LT(us / kTokens, 20);
 }

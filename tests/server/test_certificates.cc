@@ -27,7 +27,8 @@ std::string TextOf(BIO* bio) {
 
 std::string ToPem(EVP_PKEY* key) {
   const Bio bio(BIO_new(BIO_s_mem()), BIO_free);
-  GODWIT_CHECK(PEM_write_bio_PrivateKey(bio.get(), key, nullptr, nullptr, 0, nullptr, nullptr) == 1);
+  GODWIT_CHECK(PEM_write_bio_PrivateKey(bio.get(), key, nullptr, nullptr, 0, nullptr, nullptr) ==
+               1);
   return TextOf(bio.get());
 }
 
@@ -72,11 +73,15 @@ TestKeyPair MakeAuthority(const std::string& name) {
 }
 
 TestKeyPair MakeCertificate(const std::string& name, const TestKeyPair& authority) {
-  const Bio issuer_bio(BIO_new_mem_buf(authority.certificate.data(), static_cast<int>(authority.certificate.size())),
-                       BIO_free);
-  const Bio key_bio(BIO_new_mem_buf(authority.key.data(), static_cast<int>(authority.key.size())), BIO_free);
-  const Certificate issuer(PEM_read_bio_X509(issuer_bio.get(), nullptr, nullptr, nullptr), X509_free);
-  const Key issuer_key(PEM_read_bio_PrivateKey(key_bio.get(), nullptr, nullptr, nullptr), EVP_PKEY_free);
+  const Bio issuer_bio(
+      BIO_new_mem_buf(authority.certificate.data(), static_cast<int>(authority.certificate.size())),
+      BIO_free);
+  const Bio key_bio(BIO_new_mem_buf(authority.key.data(), static_cast<int>(authority.key.size())),
+                    BIO_free);
+  const Certificate issuer(PEM_read_bio_X509(issuer_bio.get(), nullptr, nullptr, nullptr),
+                           X509_free);
+  const Key issuer_key(PEM_read_bio_PrivateKey(key_bio.get(), nullptr, nullptr, nullptr),
+                       EVP_PKEY_free);
   const Key key(EVP_EC_gen("P-256"), EVP_PKEY_free);
   const Certificate certificate = NewCertificate(name, key.get());
   X509_set_issuer_name(certificate.get(), X509_get_subject_name(issuer.get()));

@@ -25,9 +25,11 @@ std::vector<int32_t> Ids(const TextDelta& delta) {
 
 class TokenWriterTest : public testing::Test {
  protected:
-  TokenWriter Writer(std::vector<std::string> stops = {}, bool include_stop = false, bool drop_space = false) {
-    return TokenWriter({.stops = std::make_shared<StopAutomaton>(std::move(stops)), .include_stop = include_stop},
-                       PieceReader(&tokenizer_, drop_space));
+  TokenWriter Writer(std::vector<std::string> stops = {}, bool include_stop = false,
+                     bool drop_space = false) {
+    return TokenWriter(
+        {.stops = std::make_shared<StopAutomaton>(std::move(stops)), .include_stop = include_stop},
+        PieceReader(&tokenizer_, drop_space));
   }
   enum Id : int32_t { kHello, kWorld, kE4, kB8, k96, kBang, kEmpty, kEnd };
   const PieceTokenizer tokenizer_{{"Hello", " world", "\xE4", "\xB8", "\x96", "!", "", "END"}};
@@ -105,9 +107,10 @@ TEST_F(TokenWriterTest, DropsTheFirstSpaceOfAText) {
   EXPECT_EQ(writer.Append(Tokens({kWorld}))->text, " world");
 }
 
-// What may be shown of `pieces` so far, by brute force: the longest run of whole tokens that ends at a character and before every
-// suffix that begins a stop.
-size_t NumTokensThatMayBeShown(const std::vector<std::string>& pieces, const std::vector<std::string>& stops) {
+// What may be shown of `pieces` so far, by brute force: the longest run of whole tokens that ends
+// at a character and before every suffix that begins a stop.
+size_t NumTokensThatMayBeShown(const std::vector<std::string>& pieces,
+                               const std::vector<std::string>& stops) {
   std::string text;
   std::vector<size_t> ends;
   for (const std::string& piece : pieces) ends.push_back((text += piece).size());
@@ -118,7 +121,7 @@ size_t NumTokensThatMayBeShown(const std::vector<std::string>& pieces, const std
     }
   }
   std::vector<bool> boundary(text.size() + 1, false);  // a character, or a byte of none, ends here
-  for (size_t at = 0;; ) {
+  for (size_t at = 0;;) {
     boundary[at] = true;
     if (at == text.size()) break;
     const Utf8Prefix prefix = ReadUtf8(std::string_view(text).substr(at));
@@ -140,7 +143,8 @@ Stop FirstStop(const std::string& text, const std::vector<std::string>& stops) {
   for (size_t end = 1; end <= text.size(); ++end) {
     size_t longest = 0;
     for (const std::string& stop : stops) {
-      if (std::string_view(text).substr(0, end).ends_with(stop)) longest = std::max(longest, stop.size());
+      if (std::string_view(text).substr(0, end).ends_with(stop))
+        longest = std::max(longest, stop.size());
     }
     if (longest > 0) return {end - longest, end};
   }
@@ -149,7 +153,8 @@ Stop FirstStop(const std::string& text, const std::vector<std::string>& stops) {
 
 TEST(TokenWriterPropertyTest, AgreesWithBruteForceOnRandomPiecesAndStops) {
   std::mt19937 random(20261122);
-  const std::vector<std::string> units = {"a", "b", " ", "é", "世", "🦆", "\xE4", "\xB8", "\x96", "\xF0", "ab", "ba"};
+  const std::vector<std::string> units = {"a",    "b",    " ",    "é",    "世", "🦆",
+                                          "\xE4", "\xB8", "\x96", "\xF0", "ab", "ba"};
   for (int round = 0; round < 3000; ++round) {
     SCOPED_TRACE(testing::Message() << "round " << round);
     const auto unit = [&] { return units[random() % units.size()]; };
@@ -163,7 +168,8 @@ TEST(TokenWriterPropertyTest, AgreesWithBruteForceOnRandomPiecesAndStops) {
     const bool include_stop = random() % 2;
     const PieceTokenizer tokenizer(vocabulary);
     const auto automaton = std::make_shared<StopAutomaton>(stops);
-    TokenWriter writer({.stops = automaton, .include_stop = include_stop}, PieceReader(&tokenizer, false));
+    TokenWriter writer({.stops = automaton, .include_stop = include_stop},
+                       PieceReader(&tokenizer, false));
     StopFinder finder(automaton, PieceReader(&tokenizer, false));
 
     std::string shown, raw;
@@ -199,7 +205,8 @@ TEST(TokenWriterPropertyTest, AgreesWithBruteForceOnRandomPiecesAndStops) {
     ASSERT_EQ(stop.begin != std::string::npos, finish.reason == FinishReason::kStopString);
     const std::string expected =
         stop.begin == std::string::npos ? raw : raw.substr(0, include_stop ? stop.end : stop.begin);
-    // Deltas end where no character is cut, so replacing byte by byte is the same in parts and whole.
+    // Deltas end where no character is cut, so replacing byte by byte is the same in parts and
+    // whole.
     EXPECT_EQ(shown, ToValidUtf8(expected));
   }
 }

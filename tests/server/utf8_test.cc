@@ -12,8 +12,9 @@ TEST(Utf8Test, TellsValidFromInvalid) {
     EXPECT_TRUE(IsValidUtf8(text)) << text;
   }
   // A stray continuation, overlong forms, a surrogate, above U+10FFFF, cut characters.
-  for (const char* text : {"\x80", "\xC0\x80", "\xC1\xBF", "\xE0\x80\x80", "\xED\xA0\x80", "\xF0\x80\x80\x80",
-                           "\xF4\x90\x80\x80", "\xF5\x80\x80\x80", "\xFF", "\xE4\xB8", "a\xF0\x9F\xA6"}) {
+  for (const char* text :
+       {"\x80", "\xC0\x80", "\xC1\xBF", "\xE0\x80\x80", "\xED\xA0\x80", "\xF0\x80\x80\x80",
+        "\xF4\x90\x80\x80", "\xF5\x80\x80\x80", "\xFF", "\xE4\xB8", "a\xF0\x9F\xA6"}) {
     EXPECT_FALSE(IsValidUtf8(text)) << text;
   }
 }
