@@ -1,6 +1,8 @@
 // What must be equal to the last bit (docs/architecture.md section 3.2), on small random models of both families and types.
 
+#include <cmath>
 #include <memory>
+#include <set>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -52,6 +54,16 @@ class EquivalenceTest : public testing::TestWithParam<Case> {
 
   TinyModel model_;
 };
+
+// The comparisons below mean something: outputs are finite, not one repeated token, and differ between prompts.
+TEST_P(EquivalenceTest, OutputsAreFiniteAndDependOnThePrompt) {
+  const DriverOutput greedy = Alone(Request(20, 150, 30)), other = Alone(Request(22, 150, 30));
+  EXPECT_NE(greedy.ids(), other.ids());
+  const std::vector<int32_t> ids = greedy.ids();
+  EXPECT_GT(std::set<int32_t>(ids.begin(), ids.end()).size(), 3u);
+  for (const float logit : greedy.probe) ASSERT_TRUE(std::isfinite(logit));
+  EXPECT_FALSE(greedy.SameBits(other));
+}
 
 TEST_P(EquivalenceTest, AloneEqualsInABatchOfSeventeenOthers) {
   const auto engine = Make();
@@ -133,7 +145,7 @@ TEST_P(EquivalenceTest, SlotsUsedBeforeLeaveNoTrace) {
   const auto engine = Make(2);
   std::vector<DriverRequest> first;
   for (uint64_t index = 0; index < 24; ++index) {
-    first.push_back(Request(400 + index, 5 + 9 * static_cast<int64_t>(index), 20));
+    first.push_back(Request(400 + index, 5 + 6 * static_cast<int64_t>(index), 20));
   }
   Drive(*engine, 2, first);
   const DriverRequest request = Request(13, 99, 30);
