@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "bench/cpu_roofs.h"
+#include "bench/plain_layout.h"
 #include "kernels/base/bf16.h"
 #include "kernels/base/check.h"
 #include "kernels/cpu/cpu_backend.h"
@@ -134,19 +135,58 @@ void BenchProduct(benchmark::State& state, const Case& config) {
   Report(state, config, seconds);
 }
 
-void Register(const Case& config) {
+// The same product from weights as they lie in a file: bench_ops/linear_plain_layout.
+void BenchPlainLayout(benchmark::State& state, const Case& config) {
+  RoofsOf(config);
+  const auto [n, k] = config.shape;
+  auto backend = *CreateCpuBackend({.num_threads = config.threads, .isa = config.isa});
+  ThreadPool pool(config.threads);
+  const int64_t copies = std::max<int64_t>(1, kColdBytes / (n * k * 2));
+  uint16_t* const weights = static_cast<uint16_t*>(MustAllocate(*backend, copies * n * k * 2));
+  for (int64_t i = 0; i < copies * n * k; ++i)
+    weights[i] = ToBF16(static_cast<float>(i % 17) - 8).bits;
+  uint16_t* const x = static_cast<uint16_t*>(MustAllocate(*backend, config.rows * k * 2));
+  for (int64_t i = 0; i < config.rows * k; ++i) x[i] = ToBF16(static_cast<float>(i % 13) - 6).bits;
+  float* const y = static_cast<float*>(MustAllocate(*backend, config.rows * n * 4));
+  std::vector<double> seconds;
+  int64_t copy = 0;
+  for (auto _ : state) {
+    const PlainProductArgs args = {x, weights + copy * n * k, y, config.rows, n, k};
+    const auto begin = std::chrono::steady_clock::now();
+    pool.Run([&](int thread) {
+      const int64_t quads = n / 4;
+      PlainLayoutProduct(args, quads * thread / config.threads * 4,
+                         quads * (thread + 1) / config.threads * 4);
+    });
+    seconds.push_back(
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+    state.SetIterationTime(seconds.back());
+    copy = (copy + 1) % copies;
+  }
+  Report(state, config, seconds);
+}
+
+void Register(const Case& config, bool plain_layout = false) {
   const std::string name =
-      std::string("bench_ops/") + (config.gated ? "gated_linear" : "linear") +
+      std::string("bench_ops/") +
+      (plain_layout   ? "linear_plain_layout"
+       : config.gated ? "gated_linear"
+                      : "linear") +
       (config.dtype == DType::kF32 ? "/f32" : "/bf16") + "/isa:" + config.isa +
       "/threads:" + std::to_string(config.threads) + "/rows:" + std::to_string(config.rows) +
       "/n:" + std::to_string(config.shape.n) + "/k:" + std::to_string(config.shape.k);
-  benchmark::RegisterBenchmark(name.c_str(), BenchProduct, config)
+  benchmark::RegisterBenchmark(name.c_str(), plain_layout ? BenchPlainLayout : BenchProduct, config)
       ->UseManualTime()
       ->Unit(benchmark::kMicrosecond);
 }
 
 void RegisterAll() {
   const int threads = 2;
+  if (SelectIsa("avx512bf16").ok()) {
+    for (int64_t rows : {1, 4, 8, 16, 64, 256}) {
+      Register({"avx512bf16", threads, DType::kBF16, false, rows, {5632, 2048}}, true);
+    }
+  }
   for (const char* isa : {"portable", "avx2", "avx512bf16", "amx"}) {
     if (!SelectIsa(isa).ok()) continue;
     for (DType dtype : {DType::kBF16, DType::kF32}) {

@@ -20,7 +20,7 @@ constexpr int64_t kResultBytes = 256 << 10;
 constexpr int64_t kBlockLines = 128;
 // Panels per call of a product: a multiple of what every set reads side by side (8, 6 and 4).
 constexpr int64_t kStreamPanels = 24;
-constexpr int64_t kBlockPanels = 16;
+constexpr int64_t kBlockPanels = 8;
 constexpr int64_t kPanelGroup = 4;
 // From here on column blocks are handed out one by one, so that a thread that is held up does not
 // hold up the others.
