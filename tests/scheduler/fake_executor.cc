@@ -1,0 +1,317 @@
+#include "tests/scheduler/fake_executor.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+
+namespace godwit {
+namespace {
+
+constexpr size_t kMaxViolations = 20;
+
+uint64_t Mix(uint64_t a, uint64_t b) {  // splitmix64 of the pair
+  uint64_t z = a * 0x9e3779b97f4a7c15u + b + 0x9e3779b97f4a7c15u;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+// An earlier position that the draw at `position` depends on through its block.
+int64_t FarPosition(int64_t position) {
+  return static_cast<int64_t>(Mix(static_cast<uint64_t>(position), 7) %
+                              static_cast<uint64_t>(position));
+}
+
+int32_t DrawToken(uint64_t seed, int32_t output_index, int64_t position, uint64_t hash,
+                  uint64_t far_cell, int32_t vocab_size) {
+  uint64_t z = Mix(seed, static_cast<uint64_t>(output_index));
+  z = Mix(Mix(z, static_cast<uint64_t>(position)), Mix(hash, far_cell));
+  return static_cast<int32_t>(z % static_cast<uint64_t>(vocab_size));
+}
+
+float Score(uint64_t hash, int32_t target) {
+  return -static_cast<float>(Mix(hash, static_cast<uint64_t>(target)) % 4096) / 256;
+}
+
+bool Contains(const std::vector<int32_t>& ids, int32_t id) {
+  return std::find(ids.begin(), ids.end(), id) != ids.end();
+}
+
+}  // namespace
+
+FakeExecutor::FakeExecutor(FakeExecutorOptions options, CacheManager& caches)
+    : options_(std::move(options)),
+      caches_(caches),
+      paged_(caches.geometry().has_paged()),
+      slots_(static_cast<size_t>(caches.geometry().num_slots)),
+      blocks_(paged_ ? static_cast<size_t>(caches.geometry().num_blocks) : 0) {
+  static_assert(std::tuple_size_v<Block> == kPagedBlock);
+}
+
+void FakeExecutor::Check(bool ok, const std::string& what) {
+  if (!ok && violations_.size() < kMaxViolations) {
+    violations_.push_back(absl::StrCat("step ", num_submits_, ": ", what));
+  }
+}
+
+void FakeExecutor::Trace(uint64_t value) { trace_hash_ = Mix(trace_hash_, value); }
+
+absl::StatusOr<StepId> FakeExecutor::Submit(std::span<const BatchRow> rows) {
+  if (options_.fault) {
+    absl::Status status = options_.fault("submit", num_submits_);
+    if (!status.ok()) {
+      ++num_submits_;
+      return status;
+    }
+  }
+  DropHostCopies();
+  Check(!rows.empty(), "no rows");
+  Check(std::ssize(in_flight_) < options_.max_steps_in_flight, "too many steps in flight");
+  Step step{.id = num_submits_++};
+  for (const BatchRow& row : rows) {
+    CheckRow(row, step);
+    // Computing what is not allowed could leave the arrays.
+    if (!violations_.empty()) return absl::InternalError(violations_.back());
+    step.result.rows.push_back(ComputeRow(row, step));
+  }
+  for (const BatchRow& row : rows) {
+    step.result.num_tokens += row.token_ids.empty() ? 1 : std::ssize(row.token_ids);
+  }
+  Check(step.result.num_tokens <= options_.max_tokens_per_step, "token budget exceeded");
+  const StepId id = step.id;
+  in_flight_.push_back(std::move(step));
+  return id;
+}
+
+void FakeExecutor::CheckLease(const CacheLease& lease, Step& step) {
+  Check(lease.resident(), "lease is not resident");
+  Check(step.slots.emplace(lease.slot(), &lease).second, "slot twice in a step");
+  for (const Step& other : in_flight_) {
+    const auto used = other.slots.find(lease.slot());
+    Check(used == other.slots.end() || used->second == &lease,
+          "slot was handed on while a step with it is in flight");
+  }
+}
+
+void FakeExecutor::CheckRow(const BatchRow& row, Step& step) {
+  CheckLease(*row.lease, step);
+  const SlotState& state = slots_[static_cast<size_t>(row.lease->slot())];
+  const int64_t position = row.lease->fresh() ? 0 : state.position;
+  Check(row.confirmed_position == row.lease->position(),
+        "confirmed position is not the collected one");
+  Check(row.confirmed_position <= position, "confirmed position ahead of the state");
+  if (row.token_ids.empty()) {
+    Check(!row.lease->fresh() && state.next_token >= 0, "nothing to continue from");
+    Check(row.outputs.size() == 1, "a decode row has one output");
+    Check(position + 1 <= row.lease->reserved_tokens(), "decodes past its reservation");
+    Check(position >= row.prompt_length, "decodes inside the prompt");
+  } else {
+    const int64_t end = row.first_position + std::ssize(row.token_ids);
+    Check(row.first_position == position, "positions are not contiguous");
+    Check(row.first_position % kPrefillBlock == 0, "chunk begins off the prefill block");
+    Check(end % kPrefillBlock == 0 || end == row.prompt_length, "chunk ends off the prefill block");
+    Check(end <= row.prompt_length, "chunk past the prompt");
+    Check(row.outputs.empty() || end == row.prompt_length, "draws before the prompt's end");
+    Check(row.score_targets.empty() || row.score_targets.size() == row.token_ids.size(),
+          "score targets do not match the tokens");
+    Check(end <= row.lease->reserved_tokens(), "prompt past its reservation");
+  }
+  for (size_t output = 0; output < row.outputs.size(); ++output) {
+    if (output == 0) {
+      Check(row.outputs[0].lease == row.lease, "the first output is the row's own lease");
+    } else {
+      Check(row.outputs[output].lease->fresh(), "forks into a lease in use");
+      CheckLease(*row.outputs[output].lease, step);
+    }
+  }
+  const int64_t num_blocks = caches_.geometry().blocks_for(row.lease->reserved_tokens());
+  Check(std::ssize(row.lease->blocks()) == num_blocks, "blocks do not match the reservation");
+}
+
+void FakeExecutor::Append(const CacheLease& lease, SlotState& state, int32_t token_id) {
+  state.hash = Mix(state.hash, static_cast<uint64_t>(token_id));
+  if (paged_) {
+    const auto block =
+        static_cast<size_t>(lease.blocks()[static_cast<size_t>(state.position / kPagedBlock)]);
+    blocks_[block][static_cast<size_t>(state.position % kPagedBlock)] = state.hash;
+  }
+  ++state.position;
+}
+
+uint64_t FakeExecutor::Cell(const CacheLease& lease, int64_t position) {
+  const auto block =
+      static_cast<size_t>(lease.blocks()[static_cast<size_t>(position / kPagedBlock)]);
+  return blocks_[block][static_cast<size_t>(position % kPagedBlock)];
+}
+
+SampledToken FakeExecutor::Draw(const RowOutput& output, const SlotState& state) {
+  const uint64_t cell = paged_ ? Cell(*output.lease, FarPosition(state.position)) : 0;
+  return {.token_id = DrawToken(output.seed, output.output_index, state.position, state.hash, cell,
+                                options_.vocab_size)};
+}
+
+void FakeExecutor::ComputePrompt(const BatchRow& row, SlotState& state, RowResult& result) {
+  for (size_t token = 0; token < row.token_ids.size(); ++token) {
+    Append(*row.lease, state, row.token_ids[token]);
+    if (row.score_targets.empty() || row.score_targets[token] < 0) continue;
+    const int32_t target = row.score_targets[token];
+    result.scores.push_back({.token_id = target, .logprob = Score(state.hash, target)});
+  }
+}
+
+void FakeExecutor::Fork(const BatchRow& row, const CacheLease& to) {
+  slots_[static_cast<size_t>(to.slot())] = slots_[static_cast<size_t>(row.lease->slot())];
+  const int64_t num_blocks = caches_.geometry().blocks_for(row.prompt_length);
+  for (size_t block = 0; block < static_cast<size_t>(num_blocks); ++block) {
+    blocks_[static_cast<size_t>(to.blocks()[block])] =
+        blocks_[static_cast<size_t>(row.lease->blocks()[block])];
+  }
+}
+
+RowResult FakeExecutor::ComputeRow(const BatchRow& row, Step& step) {
+  RowResult result;
+  SlotState& state = slots_[static_cast<size_t>(row.lease->slot())];
+  if (row.lease->fresh()) state = {};
+  row.lease->clear_fresh();
+  Trace(static_cast<uint64_t>(row.lease->slot()));
+  Trace(static_cast<uint64_t>(state.position) * 4096 + row.token_ids.size());
+  ComputePrompt(row, state, result);
+  const bool prompt = !row.token_ids.empty();
+  for (size_t output = 1; output < row.outputs.size(); ++output) {
+    Fork(row, *row.outputs[output].lease);
+    row.outputs[output].lease->clear_fresh();
+  }
+  for (const RowOutput& output : row.outputs) {
+    SlotState& drawer = slots_[static_cast<size_t>(output.lease->slot())];
+    int64_t num_tokens = 1;
+    if (!prompt && options_.max_extra_tokens > 0) {
+      const uint64_t z =
+          Mix(drawer.hash, 11) % static_cast<uint64_t>(options_.max_extra_tokens + 1);
+      // Room stays for the row that may follow before this result is seen.
+      const int64_t room =
+          output.lease->reserved_tokens() - drawer.position - options_.max_steps_in_flight;
+      num_tokens += std::clamp<int64_t>(room, 0, static_cast<int64_t>(z));
+    }
+    std::vector<SampledToken>& tokens = result.outputs.emplace_back();
+    for (int64_t token = 0; token < num_tokens; ++token) {
+      if (!prompt) Append(*output.lease, drawer, drawer.next_token);
+      tokens.push_back(Draw(output, drawer));
+      drawer.next_token = tokens.back().token_id;
+    }
+    if (output.lease != row.lease) step.positions.emplace_back(output.lease, drawer.position);
+  }
+  result.num_computed = state.position;
+  step.positions.emplace_back(row.lease, state.position);
+  return result;
+}
+
+absl::StatusOr<StepResult> FakeExecutor::Collect(StepId id) {
+  if (in_flight_.empty() || in_flight_.front().id != id) {
+    Check(false, "collects out of order");
+    return absl::InternalError("collect out of order");
+  }
+  Step step = std::move(in_flight_.front());
+  in_flight_.pop_front();
+  if (options_.fault) {
+    absl::Status status = options_.fault("collect", num_collects_++);
+    if (!status.ok()) return status;
+  }
+  for (const auto& [lease, position] : step.positions) {
+    Check(lease->resident(), "lease left while its step was in flight");
+    lease->set_position(position);
+  }
+  return std::move(step.result);
+}
+
+absl::Status FakeExecutor::Copy(std::span<const CacheCopy> copies) {
+  if (options_.fault) {
+    absl::Status status = options_.fault("copy", num_copies_++);
+    if (!status.ok()) {
+      // Nobody else knows the host ids of these: the manager gave them back when it planned the
+      // copy.
+      for (const CacheCopy& copy : copies) {
+        if (copy.kind == CacheCopy::Kind::kSwapIn) host_copies_.erase(copy.host_id);
+      }
+      return status;
+    }
+  }
+  Check(!copies.empty(), "no copies");
+  for (const CacheCopy& copy : copies) CopyOne(copy);
+  DropHostCopies();
+  return absl::OkStatus();
+}
+
+bool FakeExecutor::SlotInFlight(int32_t slot) const {
+  return std::any_of(in_flight_.begin(), in_flight_.end(),
+                     [&](const Step& step) { return step.slots.contains(slot); });
+}
+
+void FakeExecutor::CopyOne(const CacheCopy& copy) {
+  Trace(static_cast<uint64_t>(copy.kind) + 977);
+  Trace(static_cast<uint64_t>(copy.host_id));
+  if (copy.kind == CacheCopy::Kind::kSwapOut) {
+    Check(!SlotInFlight(copy.from_slot), "swapped out with a step in flight");
+    SlotState& state = slots_[static_cast<size_t>(copy.from_slot)];
+    Check(state.position == copy.position, "swapped out at another position");
+    HostCopy host{.state = state};
+    for (int32_t block : copy.from_blocks)
+      host.blocks.push_back(blocks_[static_cast<size_t>(block)]);
+    Check(host_copies_.emplace(copy.host_id, std::move(host)).second, "host id twice");
+    state = {.hash = 0xdead, .position = -1};  // poison
+    for (int32_t block : copy.from_blocks) blocks_[static_cast<size_t>(block)].fill(0xdead);
+    return;
+  }
+  Check(copy.kind == CacheCopy::Kind::kSwapIn, "the scheduler leaves forks to the rows");
+  Check(!SlotInFlight(copy.to_slot), "swapped into a slot in flight");
+  const auto host = host_copies_.find(copy.host_id);
+  if (host == host_copies_.end()) return Check(false, "swapped in from an unknown host id");
+  slots_[static_cast<size_t>(copy.to_slot)] = host->second.state;
+  Check(host->second.blocks.size() == copy.to_blocks.size(), "blocks of the swap do not match");
+  for (size_t block = 0; block < copy.to_blocks.size(); ++block) {
+    blocks_[static_cast<size_t>(copy.to_blocks[block])] = host->second.blocks[block];
+  }
+  host_copies_.erase(host);
+}
+
+void FakeExecutor::DropHostCopies() {
+  for (int64_t host_id : caches_.TakeReleasedHostIds()) host_copies_.erase(host_id);
+}
+
+size_t FakeExecutor::num_host_copies() {
+  DropHostCopies();
+  return host_copies_.size();
+}
+
+std::vector<int32_t> FakeExecutor::ReferenceTokens(const GenerateRequest& request,
+                                                   int32_t output_index, int32_t vocab_size,
+                                                   bool paged) {
+  uint64_t hash = 0;
+  std::vector<uint64_t> cells;
+  for (int32_t token_id : request.token_ids)
+    cells.push_back(hash = Mix(hash, static_cast<uint64_t>(token_id)));
+  std::vector<int32_t> tokens;
+  while (std::ssize(tokens) < request.max_tokens) {
+    const int64_t position = std::ssize(cells);
+    const uint64_t cell = paged ? cells[static_cast<size_t>(FarPosition(position))] : 0;
+    const int32_t token_id =
+        DrawToken(request.seed, output_index, position, hash, cell, vocab_size);
+    tokens.push_back(token_id);
+    if (Contains(request.eos_token_ids, token_id)) break;
+    if (Contains(request.stop_token_ids, token_id)) break;
+    cells.push_back(hash = Mix(hash, static_cast<uint64_t>(token_id)));
+  }
+  return tokens;
+}
+
+std::vector<float> FakeExecutor::ReferenceScores(const GenerateRequest& request) {
+  uint64_t hash = 0;
+  std::vector<float> scores;
+  for (size_t token = 0; token + 1 < request.token_ids.size(); ++token) {
+    hash = Mix(hash, static_cast<uint64_t>(request.token_ids[token]));
+    scores.push_back(Score(hash, request.token_ids[token + 1]));
+  }
+  return scores;
+}
+
+}  // namespace godwit
