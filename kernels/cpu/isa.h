@@ -22,6 +22,11 @@ struct DotRowsArgs;
 struct FormHeadArgs;
 struct SinCosArgs;
 struct WidenRowsArgs;
+struct ScaleRowsArgs;
+struct ScaleTriangleArgs;
+struct CountAtLeastArgs;
+struct KeepAtLeastArgs;
+struct TemperArgs;
 struct TransposeArgs;
 struct SoftmaxRangeArgs;
 struct ScanLogitsArgs;
@@ -48,10 +53,15 @@ struct IsaTable {
   void (*form_head)(const FormHeadArgs& args);
   void (*sin_cos)(const SinCosArgs& args);
   void (*widen_rows)(const WidenRowsArgs& args);
+  void (*scale_rows)(const ScaleRowsArgs& args);
+  void (*scale_triangle)(const ScaleTriangleArgs& args);
   void (*transpose)(const TransposeArgs& args);
   void (*softmax_range)(SoftmaxRangeArgs& args);
   void (*scan_logits)(ScanLogitsArgs& args);
   void (*sum_exp)(SumExpArgs& args);
+  void (*count_at_least)(CountAtLeastArgs& args);
+  void (*keep_at_least)(const KeepAtLeastArgs& args);
+  void (*temper)(const TemperArgs& args);
   void (*gumbel_argmax)(GumbelArgmaxArgs& args);
 };
 

@@ -22,10 +22,15 @@ constexpr IsaTable MakeIsaTable(const char* name) {
       .form_head = FormHead,
       .sin_cos = SinCos,
       .widen_rows = WidenRows,
+      .scale_rows = ScaleRows,
+      .scale_triangle = ScaleTriangle,
       .transpose = Transpose,
       .softmax_range = SoftmaxRange,
       .scan_logits = ScanLogits,
       .sum_exp = SumExp,
+      .count_at_least = CountAtLeast,
+      .keep_at_least = KeepAtLeast,
+      .temper = Temper,
       .gumbel_argmax = GumbelArgmax,
   };
 }

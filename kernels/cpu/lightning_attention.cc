@@ -28,7 +28,8 @@ struct HeadScratch {
   float* v;           // [P, value_stride]
   float* scores;      // [P, P]
   float* state;       // [d_k, value_stride]: S beyond the stored base
-  float* cos;         // [head_dim]
+  float* weights;     // [P]: what k is multiplied by in a fold
+  float* cos;         // [P, angle_stride], with theta only
   float* sin;
   float* decay_back;  // [P + 1]: decay_back[m] = decay[P - m]
   int32_t* depth;     // [P]
@@ -38,13 +39,14 @@ struct HeadScratch {
 };
 
 constexpr int64_t kP = kPrefillBlock;
-constexpr int64_t kDecayRow = PadRow(kP + 1);
+// decay_back and kRowPad elements after it, which a vector that reaches past the diagonal reads.
+constexpr int64_t kDecayRow = PadRow(kP + 1) + kRowPad;
 
 int64_t HeadScratch::Elements(const LightningAttentionArgs& args, int64_t key_width) {
   const int64_t key_stride = PadRow(key_width);
   const int64_t value_stride = PadRow(args.head_dim);
   return 4 * kP * key_stride + kP * value_stride + kP * kP + key_width * value_stride +
-         2 * PadRow(args.head_dim) + kDecayRow + kP;
+         2 * kP * (args.theta ? value_stride : 0) + kDecayRow + 2 * kP;
 }
 
 HeadScratch HeadScratch::At(float* data, const LightningAttentionArgs& args, int64_t key_width) {
@@ -63,8 +65,9 @@ HeadScratch HeadScratch::At(float* data, const LightningAttentionArgs& args, int
   scratch.v = take(kP * value_stride);
   scratch.scores = take(kP * kP);
   scratch.state = take(key_width * value_stride);
-  scratch.cos = take(PadRow(args.head_dim));
-  scratch.sin = take(PadRow(args.head_dim));
+  scratch.cos = take(args.theta ? kP * value_stride : 0);
+  scratch.sin = take(args.theta ? kP * value_stride : 0);
+  scratch.weights = take(kP);
   scratch.decay_back = take(kDecayRow);
   scratch.depth = reinterpret_cast<int32_t*>(take(kP));
   return scratch;
@@ -84,10 +87,11 @@ class HeadTask {
   void Run();
 
  private:
-  // Rows of the block at `anchor`: [anchor, last) of k and v, and q of those in the step.
-  void LoadRows(int64_t anchor, int64_t last);
-  void LoadWindowRow(int64_t anchor, int64_t position);
-  void FormRow(int64_t anchor, int64_t position);
+  // decay_back, as far as the sequence needs it.
+  void ReverseDecay();
+  // k and v of the block's rows [begin, end): of the ring, or of the step with their q.
+  void LoadWindowRows(int64_t anchor, int64_t begin, int64_t end);
+  void FormRows(int64_t anchor, int64_t begin, int64_t end);
   // Scores of the step's rows of the block, each with every row of the block up to itself.
   void ScoreRows(int64_t anchor, int64_t first, int64_t last);
   void ScoreBlock();
@@ -125,7 +129,7 @@ class HeadTask {
 };
 
 void HeadTask::Run() {
-  for (int64_t m = 0; m <= kP; ++m) scratch_.decay_back[m] = decay_[kP - m];
+  ReverseDecay();
   float* const stored = args_.state.row<float>(row_.slot) +
                         head_ * key_width_ * args_.head_dim + first_column_;
   state_ = stored;
@@ -136,8 +140,9 @@ void HeadTask::Run() {
     const int64_t length = is_block ? kP : kWindow;
     const int64_t last = std::min(anchor + length, end_);
     const int64_t first = std::max(anchor, row_.position);
-    LoadRows(anchor, last);
+    if (anchor < row_.position) LoadWindowRows(anchor, anchor, std::min(last, row_.position));
     if (first < last) {
+      FormRows(anchor, first, last);
       if (is_block) {
         ScoreBlock();
       } else {
@@ -156,64 +161,79 @@ void HeadTask::Run() {
   }
 }
 
-void HeadTask::LoadRows(int64_t anchor, int64_t last) {
-  for (int64_t position = anchor; position < last; ++position) {
-    if (position < row_.position) {
-      LoadWindowRow(anchor, position);
-    } else {
-      FormRow(anchor, position);
+void HeadTask::ReverseDecay() {
+  const int64_t longest = row_.p_begin < row_.p_end ? kP : kWindow;
+  for (int64_t m = 0; m <= longest; ++m) scratch_.decay_back[kP - m] = decay_[m];
+}
+
+void HeadTask::LoadWindowRows(int64_t anchor, int64_t begin, int64_t end) {
+  const int64_t element = DTypeBytes(args_.window.dtype);
+  const int64_t value = args_.num_heads * key_width_ + head_ * args_.head_dim + first_column_;
+  while (begin < end) {
+    // As far as the ring goes.
+    const int64_t count = std::min(end - begin, args_.window.shape[1] - begin % args_.window.shape[1]);
+    const char* const ring = WindowRow(begin);
+    float* const k = scratch_.k + (begin - anchor) * key_stride_;
+    isa_.widen_rows({.x = ring + head_ * key_width_ * element,
+                     .is_bf16 = is_bf16_,
+                     .x_stride = args_.window.shape[2],
+                     .rows = count,
+                     .columns = key_width_,
+                     .y = k,
+                     .y_stride = key_stride_});
+    for (int64_t r = 0; r < count; ++r) {
+      std::fill(k + r * key_stride_ + key_width_, k + (r + 1) * key_stride_, 0.0f);
     }
+    isa_.widen_rows({.x = ring + value * element,
+                     .is_bf16 = is_bf16_,
+                     .x_stride = args_.window.shape[2],
+                     .rows = count,
+                     .columns = num_columns_,
+                     .y = scratch_.v + (begin - anchor) * value_stride_,
+                     .y_stride = value_stride_});
+    begin += count;
   }
 }
 
-void HeadTask::LoadWindowRow(int64_t anchor, int64_t position) {
-  const int64_t element = DTypeBytes(args_.window.dtype);
-  const char* const keys = WindowRow(position);
-  float* const k = scratch_.k + (position - anchor) * key_stride_;
-  isa_.widen_rows({.x = keys + head_ * key_width_ * element,
-                   .is_bf16 = is_bf16_,
-                   .rows = 1,
-                   .columns = key_width_,
-                   .y = k});
-  std::fill(k + key_width_, k + key_stride_, 0.0f);
-  const int64_t value = args_.num_heads * key_width_ + head_ * args_.head_dim + first_column_;
-  isa_.widen_rows({.x = keys + value * element,
-                   .is_bf16 = is_bf16_,
-                   .rows = 1,
-                   .columns = num_columns_,
-                   .y = scratch_.v + (position - anchor) * value_stride_});
-}
-
-void HeadTask::FormRow(int64_t anchor, int64_t position) {
-  const int64_t token = row_.first_token + (position - row_.position);
-  const int64_t index = position - anchor;
+void HeadTask::FormRows(int64_t anchor, int64_t begin, int64_t end) {
+  const int64_t token = row_.first_token + (begin - row_.position);
+  const int64_t index = begin - anchor;
   const int64_t column = head_ * args_.head_dim;
   FormHeadArgs form = {.x = Element(args_.q, token, column),
+                       .x_stride = args_.q.row_stride,
                        .is_bf16 = is_bf16_,
                        .silu = args_.qk_activation == Activation::kSilu,
+                       .rows = end - begin,
                        .n = args_.head_dim,
+                       .angle_stride = value_stride_,
                        .scale = args_.q_scale,
-                       .y = scratch_.q + index * key_stride_};
+                       .y = scratch_.q + index * key_stride_,
+                       .y_stride = key_stride_};
   if (args_.theta) {
-    isa_.sin_cos({.position = static_cast<double>(position),
-                  .frequency_f32 = args_.theta.row<const float>(head_),
-                  .n = args_.head_dim,
-                  .cos = scratch_.cos,
-                  .sin = scratch_.sin});
+    for (int64_t r = 0; r < end - begin; ++r) {
+      isa_.sin_cos({.position = static_cast<double>(begin + r),
+                    .frequency_f32 = args_.theta.row<const float>(head_),
+                    .n = args_.head_dim,
+                    .cos = scratch_.cos + r * value_stride_,
+                    .sin = scratch_.sin + r * value_stride_});
+    }
     form.cos = scratch_.cos;
     form.sin = scratch_.sin;
   }
   isa_.form_head(form);
   form.x = Element(args_.k, token, column);
+  form.x_stride = args_.k.row_stride;
   form.round_bf16 = is_bf16_;
   form.scale = 1;
   form.y = scratch_.k + index * key_stride_;
   isa_.form_head(form);
   isa_.widen_rows({.x = Element(args_.v, token, column + first_column_),
                    .is_bf16 = is_bf16_,
-                   .rows = 1,
+                   .x_stride = args_.v.row_stride,
+                   .rows = end - begin,
                    .columns = num_columns_,
-                   .y = scratch_.v + index * value_stride_});
+                   .y = scratch_.v + index * value_stride_,
+                   .y_stride = value_stride_});
 }
 
 void HeadTask::ScoreRows(int64_t anchor, int64_t first, int64_t last) {
@@ -250,11 +270,8 @@ void HeadTask::ScoreBlock() {
                        .columns = static_cast<int>(strip + kStrip),
                        .depth = scratch_.depth});
   }
-  for (int64_t i = 0; i < kP; ++i) {
-    float* const scores = scratch_.scores + i * kP;
-    const float* const weights = scratch_.decay_back + (kP - i);
-    for (int64_t j = 0; j <= i; ++j) scores[j] *= weights[j];
-  }
+  isa_.scale_triangle(
+      {.x = scratch_.scores, .stride = kP, .rows = kP, .weights = scratch_.decay_back + kP});
 }
 
 void HeadTask::WriteOutputs(int64_t anchor, int64_t first, int64_t last) {
@@ -305,12 +322,13 @@ void HeadTask::WriteWindowRows(int64_t anchor, int64_t first, int64_t last) {
 }
 
 void HeadTask::Fold(int64_t length, float epsilon, float* to, int64_t to_stride) {
-  for (int64_t j = 0; j < length; ++j) {
-    const float weight = decay_[length - 1 - j];
-    const float* const k = scratch_.k + j * key_stride_;
-    float* const k_decayed = scratch_.k_decayed + j * key_stride_;
-    for (int64_t i = 0; i < key_width_; ++i) k_decayed[i] = weight * k[i];
-  }
+  for (int64_t j = 0; j < length; ++j) scratch_.weights[j] = decay_[length - 1 - j];
+  isa_.scale_rows({.x = scratch_.k,
+                   .stride = key_stride_,
+                   .rows = length,
+                   .columns = key_stride_,
+                   .scale = scratch_.weights,
+                   .y = scratch_.k_decayed});
   isa_.fold_state({.k = scratch_.k_decayed,
                    .k_stride = key_stride_,
                    .v = scratch_.v,

@@ -18,7 +18,7 @@
 namespace godwit {
 namespace {
 
-constexpr int64_t kTileRows = 32;   // query rows that share one widened tile of keys
+constexpr int64_t kTileRows = 64;   // query rows that share one widened tile of keys
 constexpr int64_t kTileKeys = 64;   // keys widened at once: 32 KiB of keys and of values at head_dim 128
 constexpr int64_t kWriteTokens = 64;  // tokens of a cache-writing task
 constexpr int64_t kMaxPartialElements = int64_t{1} << 22;  // 16 MiB of partial results at once
@@ -127,10 +127,12 @@ class Attention {
   void AttendTiles(bool split_decode, float* scratch, int64_t scratch_elements);
   void AttendDecode(int64_t max_ranges, float* scratch, int64_t scratch_elements, float* partials);
 
+  int64_t DecodePartialElements() const { return decode_tile_rows_ * (row_stride_ + 2); }
   // Partial result of (tile, range) in the decode buffer.
   Partial DecodePartial(float* partials, int64_t tile, int64_t slot, int64_t slots) const {
-    float* const data = partials + (tile * slots + slot) * kTileRows * (row_stride_ + 2);
-    return {data, row_stride_, data + kTileRows * row_stride_, data + kTileRows * (row_stride_ + 1)};
+    float* const data = partials + (tile * slots + slot) * DecodePartialElements();
+    return {data, row_stride_, data + decode_tile_rows_ * row_stride_,
+            data + decode_tile_rows_ * (row_stride_ + 1)};
   }
 
   CpuContext& context_;
@@ -139,6 +141,7 @@ class Attention {
   const int64_t head_dim_;
   const int64_t row_stride_;
   const bool is_bf16_;
+  int64_t decode_tile_rows_ = 0;  // of the largest decode tile
 };
 
 int64_t Attention::NumTiles(bool split_decode, bool decode_only) const {
@@ -365,9 +368,9 @@ void Attention::AttendTiles(bool split_decode, float* scratch, int64_t scratch_e
 void Attention::AttendDecode(int64_t max_ranges, float* scratch, int64_t scratch_elements,
                              float* partials) {
   const int64_t num_tiles = NumTiles(true, true);
-  const int64_t tile_elements = kTileRows * (row_stride_ + 2);
   // The last slot of a tile holds what is merged so far.
-  const int64_t slots = std::max<int64_t>(2, kMaxPartialElements / (num_tiles * tile_elements));
+  const int64_t slots =
+      std::max<int64_t>(2, kMaxPartialElements / (num_tiles * DecodePartialElements()));
   const int64_t wave = std::min(slots - 1, max_ranges);
   for (int64_t begin = 0; begin < max_ranges; begin += wave) {
     std::atomic<int64_t> next = 0;
@@ -404,14 +407,14 @@ OpStatus Attention::Run() {
     if (row.num_tokens == 0 || !IsDecode(row)) continue;
     max_decode_ranges = std::max(
         max_decode_ranges, (row.position + row.num_tokens - 1) / kAttentionSplit + 1);
+    decode_tile_rows_ = std::max(decode_tile_rows_, std::min(kTileRows, row.num_tokens * group_));
   }
   const bool split_decode = max_decode_ranges > 1;
   const int64_t scratch_elements = PadRow(TileScratch::Elements(row_stride_));
   int64_t elements = scratch_elements * context_.pool.num_threads();
   const int64_t partial_offset = elements;
   if (split_decode) {
-    const int64_t tile_elements = kTileRows * (row_stride_ + 2);
-    elements += std::max(kMaxPartialElements, 2 * NumTiles(true, true) * tile_elements);
+    elements += std::max(kMaxPartialElements, 2 * NumTiles(true, true) * DecodePartialElements());
   }
   float* const scratch = static_cast<float*>(
       context_.scratch.Get(elements * static_cast<int64_t>(sizeof(float))));

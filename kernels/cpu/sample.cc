@@ -41,21 +41,19 @@ void ApplyPenalties(const SampleRow& row, const uint32_t* counts, float* logits,
 void Filter(const IsaTable& isa, const SampleRow& row, float* logits, float* weights,
             int64_t vocab) {
   if (row.top_k > 0 && row.top_k < vocab) {
-    KeepPrefix(LargestPrefix(logits, vocab, row.top_k), logits, vocab);
+    KeepPrefix(isa, LargestPrefix(isa, logits, vocab, row.top_k), logits, vocab);
   }
   if (row.top_p >= 1 && row.min_p <= 0) return;
   SumExpArgs sum = {.x = logits, .n = vocab, .max = 0, .y = weights};
   isa.sum_exp(sum);
   if (row.top_p < 1) {
     const double target = static_cast<double>(row.top_p) * sum.sum;
-    KeepPrefix(WeightedPrefix(logits, weights, vocab, target), logits, vocab);
+    KeepPrefix(isa, WeightedPrefix(isa, logits, weights, vocab, target), logits, vocab);
   }
   if (row.min_p <= 0) return;
   // weights[id] is the probability over that of the likeliest token, whose own is 1 and stays whatever min_p is.
-  const float least = std::min(row.min_p, 1.0f);
-  for (int64_t id = 0; id < vocab; ++id) {
-    if (weights[id] < least) logits[id] = -INFINITY;
-  }
+  isa.keep_at_least(
+      {.x = logits, .by = weights, .n = vocab, .threshold = std::min(row.min_p, 1.0f)});
 }
 
 int64_t Draw(const IsaTable& isa, const SampleRow& row, float* logits, float* weights,
@@ -66,7 +64,7 @@ int64_t Draw(const IsaTable& isa, const SampleRow& row, float* logits, float* we
     return std::find(logits, logits + vocab, scan.max) - logits;
   }
   // Relative to the largest: a tiny temperature drives the others to -inf, never the largest to inf.
-  for (int64_t id = 0; id < vocab; ++id) logits[id] = (logits[id] - scan.max) / row.temperature;
+  isa.temper({.x = logits, .n = vocab, .max = scan.max, .temperature = row.temperature});
   Filter(isa, row, logits, weights, vocab);
   const uint64_t position = static_cast<uint64_t>(row.position);
   GumbelArgmaxArgs draw = {.x = logits,
@@ -99,7 +97,7 @@ bool SampleOne(const IsaTable& isa, const SampleArgs& args, int32_t index, float
   *args.logprobs.row<float>(index) = softmax.At(raw[token]);
   if (row.num_logprobs == 0) return true;
   GODWIT_CHECK(row.num_logprobs <= args.top_ids.shape[1]);
-  TopLogprobs(softmax, raw, vocab, row.num_logprobs, args.top_ids.row<int32_t>(index),
+  TopLogprobs(isa, softmax, raw, vocab, row.num_logprobs, args.top_ids.row<int32_t>(index),
               args.top_logprobs.row<float>(index));
   return true;
 }

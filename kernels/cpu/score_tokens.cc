@@ -21,7 +21,7 @@ OpStatus CpuScoreTokens(CpuContext& context, const ScoreTokensArgs& args) {
     GODWIT_CHECK(target >= -1 && target < vocab);
     *args.logprobs.row<float>(row) = target < 0 ? 0.0f : softmax.At(logits[target]);
     if (args.num_top == 0) return;
-    TopLogprobs(softmax, logits, vocab, args.num_top, args.top_ids.row<int32_t>(row),
+    TopLogprobs(context.isa, softmax, logits, vocab, args.num_top, args.top_ids.row<int32_t>(row),
                 args.top_logprobs.row<float>(row));
   });
   if (!bad.found()) return {};

@@ -18,14 +18,14 @@ struct Prefix {
 uint32_t OrderKey(float x);
 
 // The shortest prefix of x[0..n) that has `count` elements; n >= count >= 1.
-Prefix LargestPrefix(const float* x, int64_t n, int64_t count);
+Prefix LargestPrefix(const IsaTable& isa, const float* x, int64_t n, int64_t count);
 
 // The shortest prefix, of at least one element, whose weights sum to `target` or more. Elements of equal x have equal
 // weight. All of them where rounding leaves the whole sum below the target.
-Prefix WeightedPrefix(const float* x, const float* weights, int64_t n, double target);
+Prefix WeightedPrefix(const IsaTable& isa, const float* x, const float* weights, int64_t n, double target);
 
 // x[i] <- -inf outside the prefix.
-void KeepPrefix(const Prefix& prefix, float* x, int64_t n);
+void KeepPrefix(const IsaTable& isa, const Prefix& prefix, float* x, int64_t n);
 
 struct LogSoftmax {
   float max = 0;
@@ -37,7 +37,7 @@ struct LogSoftmax {
 LogSoftmax ComputeLogSoftmax(const IsaTable& isa, const float* x, int64_t n);
 
 // The `count` largest of x and their log-probabilities, descending, ties by lower index; min(count, n) are written.
-void TopLogprobs(const LogSoftmax& softmax, const float* x, int64_t n, int64_t count, int32_t* ids,
-                 float* logprobs);
+void TopLogprobs(const IsaTable& isa, const LogSoftmax& softmax, const float* x, int64_t n,
+                 int64_t count, int32_t* ids, float* logprobs);
 
 }  // namespace godwit

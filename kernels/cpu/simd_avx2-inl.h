@@ -15,9 +15,10 @@ inline constexpr int kOneRowVectors = 8;  // columns of a 1-row tile
 typedef float VecF __attribute__((vector_size(32)));
 typedef int32_t VecI __attribute__((vector_size(32)));
 typedef uint16_t VecU16 __attribute__((vector_size(16)));
+typedef uint64_t VecU64 __attribute__((vector_size(32)));
 
 [[gnu::always_inline]] inline VecF Zero() { return VecF{}; }
-[[gnu::always_inline]] inline VecF Set1(float x) { return VecF{} + x; }
+[[gnu::always_inline]] inline VecF Set1(float x) { return x - VecF{}; }  // - 0: exact for -0 too
 [[gnu::always_inline]] inline VecF Add(VecF a, VecF b) { return a + b; }
 [[gnu::always_inline]] inline VecF Sub(VecF a, VecF b) { return a - b; }
 [[gnu::always_inline]] inline VecF Mul(VecF a, VecF b) { return a * b; }
@@ -41,9 +42,8 @@ typedef uint16_t VecU16 __attribute__((vector_size(16)));
 }
 [[gnu::always_inline]] inline void Store(float* p, VecF x) { __builtin_memcpy(p, &x, sizeof(x)); }
 [[gnu::always_inline]] inline VecF LoadBF16(const uint16_t* p) {
-  VecU16 bits;
-  __builtin_memcpy(&bits, p, sizeof(bits));
-  return reinterpret_cast<VecF>(__builtin_convertvector(bits, VecI) << 16);
+  return reinterpret_cast<VecF>(_mm256_slli_epi32(
+      _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
 }
 // As ToBF16: to nearest, ties to even, NaN stays a quiet NaN.
 [[gnu::always_inline]] inline VecU16 RoundBF16(VecF x) {
@@ -75,6 +75,10 @@ typedef uint16_t VecU16 __attribute__((vector_size(16)));
 [[gnu::always_inline]] inline __m256i FirstLanes(int64_t count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)),
                             _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+// The 64-bit product of the low halves of each lane.
+[[gnu::always_inline]] inline VecU64 MulLow32(VecU64 a, VecU64 b) {
+  return reinterpret_cast<VecU64>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
 }
 [[gnu::always_inline]] inline VecF LoadPartial(const float* p, int64_t count) {
   return _mm256_maskload_ps(p, FirstLanes(count));

@@ -16,9 +16,10 @@ inline constexpr int kOneRowVectors =
 typedef float VecF __attribute__((vector_size(64)));
 typedef int32_t VecI __attribute__((vector_size(64)));
 typedef uint16_t VecU16 __attribute__((vector_size(32)));
+typedef uint64_t VecU64 __attribute__((vector_size(64)));
 
 [[gnu::always_inline]] inline VecF Zero() { return VecF{}; }
-[[gnu::always_inline]] inline VecF Set1(float x) { return VecF{} + x; }
+[[gnu::always_inline]] inline VecF Set1(float x) { return x - VecF{}; }  // - 0: exact for -0 too
 [[gnu::always_inline]] inline VecF Add(VecF a, VecF b) { return a + b; }
 [[gnu::always_inline]] inline VecF Sub(VecF a, VecF b) { return a - b; }
 [[gnu::always_inline]] inline VecF Mul(VecF a, VecF b) { return a * b; }
@@ -42,9 +43,9 @@ typedef uint16_t VecU16 __attribute__((vector_size(32)));
 }
 [[gnu::always_inline]] inline void Store(float* p, VecF x) { __builtin_memcpy(p, &x, sizeof(x)); }
 [[gnu::always_inline]] inline VecF LoadBF16(const uint16_t* p) {
-  VecU16 bits;
-  __builtin_memcpy(&bits, p, sizeof(bits));
-  return reinterpret_cast<VecF>(__builtin_convertvector(bits, VecI) << 16);
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  // One instruction to widen; g++ 12 makes five of __builtin_convertvector.
+  return reinterpret_cast<VecF>(reinterpret_cast<VecI>(_mm512_maskz_cvtepu16_epi32(0xffff, bits)) << 16);
 }
 // As ToBF16: to nearest, ties to even, NaN stays a quiet NaN.
 [[gnu::always_inline]] inline VecU16 RoundBF16(VecF x) {
@@ -80,6 +81,11 @@ typedef uint16_t VecU16 __attribute__((vector_size(32)));
 }
 [[gnu::always_inline]] inline __mmask16 FirstLanes(int64_t count) {
   return static_cast<__mmask16>((1u << count) - 1u);
+}
+// The 64-bit product of the low halves of each lane.
+[[gnu::always_inline]] inline VecU64 MulLow32(VecU64 a, VecU64 b) {
+  // All lanes of the mask: the unmasked intrinsic draws a warning of g++ 12 (maybe-uninitialized).
+  return reinterpret_cast<VecU64>(_mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 }
 [[gnu::always_inline]] inline VecF LoadPartial(const float* p, int64_t count) {
   return _mm512_maskz_loadu_ps(FirstLanes(count), p);

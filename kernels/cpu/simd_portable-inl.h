@@ -13,9 +13,10 @@ inline constexpr int kOneRowVectors = 8;  // columns of a 1-row tile
 typedef float VecF __attribute__((vector_size(16)));
 typedef int32_t VecI __attribute__((vector_size(16)));
 typedef uint16_t VecU16 __attribute__((vector_size(8)));
+typedef uint64_t VecU64 __attribute__((vector_size(16)));
 
 [[gnu::always_inline]] inline VecF Zero() { return VecF{}; }
-[[gnu::always_inline]] inline VecF Set1(float x) { return VecF{} + x; }
+[[gnu::always_inline]] inline VecF Set1(float x) { return x - VecF{}; }  // - 0: exact for -0 too
 [[gnu::always_inline]] inline VecF Add(VecF a, VecF b) { return a + b; }
 [[gnu::always_inline]] inline VecF Sub(VecF a, VecF b) { return a - b; }
 [[gnu::always_inline]] inline VecF Mul(VecF a, VecF b) { return a * b; }
@@ -67,6 +68,10 @@ typedef uint16_t VecU16 __attribute__((vector_size(8)));
 // No fused multiply-add here: the baseline has none, and libm's is 30x slower.
 [[gnu::always_inline]] inline VecF Fma(VecF a, VecF b, VecF c) { return a * b + c; }
 [[gnu::always_inline]] inline float ReduceAdd(VecF x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+// The 64-bit product of the low halves of each lane.
+[[gnu::always_inline]] inline VecU64 MulLow32(VecU64 a, VecU64 b) {
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+}
 [[gnu::always_inline]] inline VecF LoadPartial(const float* p, int64_t count) {
   VecF x = {};
   __builtin_memcpy(&x, p, sizeof(float) * static_cast<size_t>(count));

@@ -168,24 +168,47 @@ inline VecF RoundThroughBF16(VecF x) {
   return LoadBF16(bits);
 }
 
-void FormHead(const FormHeadArgs& args) {
+// Rows of a fused projection lie a few KiB apart, where no hardware prefetcher follows: without this half of the time of
+// forming a prompt's rows is spent waiting for them.
+inline constexpr int64_t kPrefetchRows = 8;
+inline void PrefetchRow(const void* x, bool is_bf16, int64_t offset, int64_t n) {
+  const char* const p = static_cast<const char*>(x) + offset * (is_bf16 ? 2 : 4);
+  for (int64_t byte = 0; byte < n * (is_bf16 ? 2 : 4); byte += 64) __builtin_prefetch(p + byte);
+}
+
+template <bool kSilu>
+inline void FormHeadRow(const FormHeadArgs& args, int64_t row) {
   const bool lrpe = args.cos != nullptr;
-  const int64_t width = lrpe ? 2 * args.n : args.n;
   const VecF scale = Set1(args.scale);
+  const float* const cos = args.cos + row * args.angle_stride;
+  const float* const sin = args.sin + row * args.angle_stride;
+  float* const to = args.y + row * args.y_stride;
   for (int64_t i = 0; i < args.n; i += kLanes) {
     const int64_t count = args.n - i;
-    VecF x = LoadElements(args.x, args.is_bf16, i, count);
-    if (args.silu) x = Silu(x);
+    VecF x = LoadElements(args.x, args.is_bf16, row * args.x_stride + i, count);
+    if constexpr (kSilu) x = Silu(x);
     x = Mul(x, scale);
-    VecF y = lrpe ? Mul(x, LoadElements(args.cos, false, i, count)) : x;
+    VecF y = lrpe ? Mul(x, LoadElements(cos, false, i, count)) : x;
     if (args.round_bf16) y = RoundThroughBF16(y);
-    StoreElements(args.y + i, y, count);
+    StoreElements(to + i, y, count);
     if (!lrpe) continue;
-    y = Mul(x, LoadElements(args.sin, false, i, count));
+    y = Mul(x, LoadElements(sin, false, i, count));
     if (args.round_bf16) y = RoundThroughBF16(y);
-    StoreElements(args.y + args.n + i, y, count);
+    StoreElements(to + args.n + i, y, count);
   }
-  for (int64_t i = width; i < PadRow(width); ++i) args.y[i] = 0;
+  const int64_t width = lrpe ? 2 * args.n : args.n;
+  for (int64_t i = width; i < PadRow(width); ++i) to[i] = 0;
+}
+
+void FormHead(const FormHeadArgs& args) {
+  for (int64_t row = 0; row < args.rows; ++row) {
+    PrefetchRow(args.x, args.is_bf16, (row + kPrefetchRows) * args.x_stride, args.n);
+    if (args.silu) {
+      FormHeadRow<true>(args, row);
+    } else {
+      FormHeadRow<false>(args, row);
+    }
+  }
 }
 
 // Cephes sinf and cosf on |x| <= pi / 4, after the quadrant n is taken off in double: pi / 2 in two parts, the first of 33
@@ -221,7 +244,30 @@ void SinCos(const SinCosArgs& args) {
   }
 }
 
+template <bool kBF16>
+inline void WidenWhole(const WidenRowsArgs& args) {
+  for (int64_t r = 0; r < args.rows; ++r) {
+    PrefetchRow(args.x, kBF16, (r + kPrefetchRows) * args.x_stride, args.columns);
+    float* const y = args.y + r * args.y_stride;
+    for (int64_t i = 0; i < args.columns; i += kLanes) {
+      if constexpr (kBF16) {
+        Store(y + i, LoadBF16(static_cast<const uint16_t*>(args.x) + r * args.x_stride + i));
+      } else {
+        Store(y + i, Load(static_cast<const float*>(args.x) + r * args.x_stride + i));
+      }
+    }
+  }
+}
+
 void WidenRows(const WidenRowsArgs& args) {
+  if (args.columns % kLanes == 0) {
+    if (args.is_bf16) {
+      WidenWhole<true>(args);
+    } else {
+      WidenWhole<false>(args);
+    }
+    return;
+  }
   for (int64_t r = 0; r < args.rows; ++r) {
     for (int64_t i = 0; i < args.columns; i += kLanes) {
       const int64_t count = args.columns - i;
@@ -231,14 +277,58 @@ void WidenRows(const WidenRowsArgs& args) {
   }
 }
 
-// Tiles of kLanes columns: a cache line of x is read whole, and the lines of y stay in the first cache meanwhile.
+void ScaleRows(const ScaleRowsArgs& args) {
+  for (int64_t r = 0; r < args.rows; ++r) {
+    const VecF scale = Set1(args.scale[r]);
+    const int64_t row = r * args.stride;
+    for (int64_t i = 0; i < args.columns; i += kLanes) {
+      Store(args.y + row + i, Mul(scale, Load(args.x + row + i)));
+    }
+  }
+}
+
+void ScaleTriangle(const ScaleTriangleArgs& args) {
+  for (int64_t r = 0; r < args.rows; ++r) {
+    float* const x = args.x + r * args.stride;
+    for (int64_t i = 0; i <= r; i += kLanes) {
+      Store(x + i, Mul(Load(x + i), Load(args.weights + i - r)));
+    }
+  }
+}
+
+// Tiles of 4 x 4, whatever the set: 12 instructions for 16 elements, where one element at a time takes 32.
 void Transpose(const TransposeArgs& args) {
-  for (int64_t begin = 0; begin < args.columns; begin += kLanes) {
-    const int64_t end = begin + kLanes < args.columns ? begin + kLanes : args.columns;
-    for (int64_t r = 0; r < args.rows; ++r) {
-      for (int64_t i = begin; i < end; ++i) {
-        args.y[i * args.y_stride + r] = args.x[r * args.x_stride + i];
+  typedef float Quad __attribute__((vector_size(16)));
+  auto load = [](const float* p) {
+    Quad x;
+    __builtin_memcpy(&x, p, sizeof(x));
+    return x;
+  };
+  const int64_t whole_rows = args.rows & ~int64_t{3};
+  const int64_t whole_columns = args.columns & ~int64_t{3};
+  for (int64_t i = 0; i < whole_columns; i += 4) {
+    for (int64_t r = 0; r < whole_rows; r += 4) {
+      const float* const x = args.x + r * args.x_stride + i;
+      const Quad a = load(x);
+      const Quad b = load(x + args.x_stride);
+      const Quad c = load(x + 2 * args.x_stride);
+      const Quad d = load(x + 3 * args.x_stride);
+      const Quad ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+      const Quad ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const Quad cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+      const Quad cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+      const Quad columns[4] = {__builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5),
+                               __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7),
+                               __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5),
+                               __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7)};
+      for (int j = 0; j < 4; ++j) {
+        __builtin_memcpy(args.y + (i + j) * args.y_stride + r, &columns[j], sizeof(Quad));
       }
+    }
+  }
+  for (int64_t i = 0; i < args.columns; ++i) {
+    for (int64_t r = i < whole_columns ? whole_rows : 0; r < args.rows; ++r) {
+      args.y[i * args.y_stride + r] = args.x[r * args.x_stride + i];
     }
   }
 }
@@ -349,52 +439,98 @@ inline VecF Log(VecF x) {
 
 // GumbelOfWord of philox.h for kLanes words.
 inline VecF Gumbel(const uint32_t* words) {
-  float distances[kLanes];
-  float is_upper[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const uint32_t x = words[lane];
-    const bool upper = x >= 0x80000000u;
-    distances[lane] = static_cast<float>(static_cast<int32_t>(upper ? ~x : x));
-    is_upper[lane] = upper ? 1.0f : 0.0f;
-  }
-  const VecF distance = Mul(Add(Load(distances), Set1(0.5f)), Set1(2.3283064365386963e-10f));
+  typedef int32_t LaneI __attribute__((vector_size(sizeof(VecF))));
+  LaneI word;
+  __builtin_memcpy(&word, words, sizeof(word));
+  const LaneI upper = word < 0;  // all ones in the lanes where u > 1/2
+  const VecF distance = Mul(Add(__builtin_convertvector(word ^ upper, VecF), Set1(0.5f)),
+                            Set1(2.3283064365386963e-10f));
   const VecF one = Set1(1.0f);
-  const VecF upper = Load(is_upper);
   // log(1 - d) = log(u) + (1 - u - d) / u with u = 1 - d rounded; d itself below 1/2.
   const VecF u = Sub(one, distance);
-  const VecF argument = upper > Set1(0.5f) ? u : distance;
-  const VecF correction = upper > Set1(0.5f) ? Div(Sub(Sub(one, u), distance), u) : Zero();
+  const VecF argument = upper ? u : distance;
+  const VecF correction = upper ? Div(Sub(Sub(one, u), distance), u) : Zero();
   return Sub(Zero(), Log(Sub(Zero(), Add(Log(argument), correction))));
 }
 
-// The words of tokens [4 first, 4 first + 4 kLanes), in token order.
-inline void PhiloxBlock(const GumbelArgmaxArgs& args, uint32_t first, uint32_t* words) {
-  uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) {
-    c0[lane] = first + static_cast<uint32_t>(lane);
-    c1[lane] = args.counter[0];
-    c2[lane] = args.counter[1];
-    c3[lane] = args.counter[2];
-  }
+// The words of tokens [4 first, 4 first + 2 kLanes), in token order: kLanes / 2 counters of Philox4x32 (philox.h), one to a
+// 64-bit lane. The upper halves hold what a product reads past, until the end.
+inline void PhiloxBlock(const GumbelArgmaxArgs& args, uint32_t first, uint64_t* words) {
+  constexpr int kCounters = kLanes / 2;
+  const VecU64 zero = {};
+  VecU64 c0 = zero + first;
+  for (int lane = 0; lane < kCounters; ++lane) c0[lane] += static_cast<uint64_t>(lane);
+  VecU64 c1 = zero + args.counter[0];
+  VecU64 c2 = zero + args.counter[1];
+  VecU64 c3 = zero + args.counter[2];
+  const VecU64 multiplier0 = zero + 0xD2511F53u;
+  const VecU64 multiplier1 = zero + 0xCD9E8D57u;
   uint32_t key0 = static_cast<uint32_t>(args.seed);
   uint32_t key1 = static_cast<uint32_t>(args.seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const uint64_t product0 = static_cast<uint64_t>(0xD2511F53u) * c0[lane];
-      const uint64_t product1 = static_cast<uint64_t>(0xCD9E8D57u) * c2[lane];
-      c0[lane] = static_cast<uint32_t>(product1 >> 32) ^ c1[lane] ^ key0;
-      c1[lane] = static_cast<uint32_t>(product1);
-      c2[lane] = static_cast<uint32_t>(product0 >> 32) ^ c3[lane] ^ key1;
-      c3[lane] = static_cast<uint32_t>(product0);
-    }
+    const VecU64 product0 = MulLow32(multiplier0, c0);
+    const VecU64 product1 = MulLow32(multiplier1, c2);
+    c0 = (product1 >> 32) ^ c1 ^ key0;
+    c1 = product1;
+    c2 = (product0 >> 32) ^ c3 ^ key1;
+    c3 = product0;
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
+  const VecU64 low = (c0 & 0xffffffffu) | (c1 << 32);
+  const VecU64 high = (c2 & 0xffffffffu) | (c3 << 32);
+  for (int lane = 0; lane < kCounters; ++lane) {
+    words[2 * lane] = low[lane];
+    words[2 * lane + 1] = high[lane];
+  }
+}
+
+void CountAtLeast(CountAtLeastArgs& args) {
+  typedef int32_t LaneI __attribute__((vector_size(sizeof(VecF))));
+  typedef double LaneD __attribute__((vector_size(2 * sizeof(VecF))));
+  const VecF threshold = Set1(args.threshold);
+  LaneI count = {};
+  LaneD sum = {};
+  int64_t i = 0;
+  for (; i + kLanes <= args.n; i += kLanes) {
+    const LaneI kept = Load(args.x + i) >= threshold;
+    count -= kept;
+    if (args.weights == nullptr) continue;
+    sum += __builtin_convertvector(kept ? Load(args.weights + i) : Zero(), LaneD);
+  }
+  args.count = 0;
+  args.sum = 0;
   for (int lane = 0; lane < kLanes; ++lane) {
-    words[4 * lane] = c0[lane];
-    words[4 * lane + 1] = c1[lane];
-    words[4 * lane + 2] = c2[lane];
-    words[4 * lane + 3] = c3[lane];
+    args.count += count[lane];
+    args.sum += sum[lane];
+  }
+  for (; i < args.n; ++i) {
+    if (!(args.x[i] >= args.threshold)) continue;
+    ++args.count;
+    if (args.weights != nullptr) args.sum += static_cast<double>(args.weights[i]);
+  }
+  if (args.weights == nullptr) args.sum = static_cast<double>(args.count);
+}
+
+void KeepAtLeast(const KeepAtLeastArgs& args) {
+  const VecF threshold = Set1(args.threshold);
+  const VecF banned = Set1(-__builtin_inff());
+  int64_t i = 0;
+  for (; i + kLanes <= args.n; i += kLanes) {
+    Store(args.x + i, Load(args.by + i) >= threshold ? Load(args.x + i) : banned);
+  }
+  for (; i < args.n; ++i) {
+    if (!(args.by[i] >= args.threshold)) args.x[i] = -__builtin_inff();
+  }
+}
+
+void Temper(const TemperArgs& args) {
+  const VecF max = Set1(args.max);
+  const VecF temperature = Set1(args.temperature);
+  for (int64_t i = 0; i < args.n; i += kLanes) {
+    const int64_t count = args.n - i;
+    const VecF x = LoadElements(args.x, false, i, count);
+    StoreElements(args.x + i, Div(Sub(x, max), temperature), count);
   }
 }
 
@@ -405,10 +541,12 @@ void GumbelArgmax(GumbelArgmaxArgs& args) {
   LaneI best_index = {};
   LaneI lane_index = {};
   for (int lane = 0; lane < kLanes; ++lane) lane_index[lane] = lane;
-  for (int64_t begin = 0; begin < args.n; begin += 4 * kLanes) {
-    uint32_t words[4 * kLanes];
-    PhiloxBlock(args, static_cast<uint32_t>(begin / 4), words);
-    for (int64_t i = begin; i < begin + 4 * kLanes && i < args.n; i += kLanes) {
+  for (int64_t begin = 0; begin < args.n; begin += 2 * kLanes) {
+    uint64_t pairs[kLanes];
+    PhiloxBlock(args, static_cast<uint32_t>(begin / 4), pairs);
+    uint32_t words[2 * kLanes];
+    __builtin_memcpy(words, pairs, sizeof(words));
+    for (int64_t i = begin; i < begin + 2 * kLanes && i < args.n; i += kLanes) {
       VecF x = minus_infinity;
       if (args.n - i >= kLanes) {
         x = Load(args.x + i);

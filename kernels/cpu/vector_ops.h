@@ -52,17 +52,21 @@ struct DotRowsArgs {
   float* scores = nullptr;
 };
 
-// y = round(scale * lrpe(activation(x))), padded. With cos and sin, y = [x cos, x sin] of width 2 n.
+// y[r] = round(scale * lrpe(activation(x[r]))), padded. With cos and sin, y = [x cos, x sin] of width 2 n.
 struct FormHeadArgs {
-  const void* x = nullptr;  // [n], bf16 or f32
+  const void* x = nullptr;  // [rows, n], bf16 or f32
+  int64_t x_stride = 0;     // elements
   bool is_bf16 = false;
   bool silu = false;
   bool round_bf16 = false;
+  int64_t rows = 0;
   int64_t n = 0;
-  const float* cos = nullptr;  // [n] or null
+  const float* cos = nullptr;  // [rows, n] or null
   const float* sin = nullptr;
+  int64_t angle_stride = 0;
   float scale = 1;
   float* y = nullptr;
+  int64_t y_stride = 0;
 };
 
 // cos and sin of position * frequency[i], the product reduced mod 2 pi in double, within 2 units of the last place of 1.
@@ -84,6 +88,24 @@ struct WidenRowsArgs {
   int64_t columns = 0;
   float* y = nullptr;
   int64_t y_stride = 0;
+};
+
+// y[r][i] = scale[r] * x[r][i].
+struct ScaleRowsArgs {
+  const float* x = nullptr;
+  int64_t stride = 0;  // of x and y
+  int64_t rows = 0;
+  int64_t columns = 0;  // a multiple of kRowPad
+  const float* scale = nullptr;
+  float* y = nullptr;
+};
+
+// x[r][i] *= weights[i - r] for i <= r; what lies beyond the diagonal, up to a multiple of kRowPad, is left undefined.
+struct ScaleTriangleArgs {
+  float* x = nullptr;
+  int64_t stride = 0;
+  int64_t rows = 0;
+  const float* weights = nullptr;  // may be read from weights[1 - rows] to weights[kRowPad]
 };
 
 // y[i][r] = x[r][i], r < rows, i < columns.
@@ -119,6 +141,32 @@ struct SumExpArgs {
   float max = 0;
   float* y = nullptr;
   double sum = 0;
+};
+
+// The number of x[i] >= threshold, and the sum of their weights in double (of ones where weights is null).
+struct CountAtLeastArgs {
+  const float* x = nullptr;
+  const float* weights = nullptr;
+  int64_t n = 0;
+  float threshold = 0;
+  int64_t count = 0;
+  double sum = 0;
+};
+
+// x[i] <- by[i] >= threshold ? x[i] : -inf.
+struct KeepAtLeastArgs {
+  float* x = nullptr;
+  const float* by = nullptr;  // may be x
+  int64_t n = 0;
+  float threshold = 0;
+};
+
+// x[i] <- (x[i] - max) / temperature.
+struct TemperArgs {
+  float* x = nullptr;
+  int64_t n = 0;
+  float max = 0;
+  float temperature = 1;
 };
 
 // The index of the largest x[i] + gumbel(i), lowest index of equals; gumbel as SampleRow says. x[i] = -inf is never drawn

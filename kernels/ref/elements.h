@@ -2,15 +2,26 @@
 // Elements of views as doubles.
 
 #include <cstdint>
+#include <cstring>
 
 #include "kernels/base/bf16.h"
 #include "kernels/base/tensor.h"
 
 namespace godwit {
 
+// bf16 or f32, of any alignment: weights come from mapped files.
 inline double Get(const TensorView& x, int64_t row, int64_t column) {
-  if (x.dtype == DType::kBF16) return static_cast<double>(ToF32(x.row<const BF16>(row)[column]));
-  return static_cast<double>(x.row<const float>(row)[column]);
+  const char* const element =
+      static_cast<const char*>(x.data) + (row * x.row_stride + column) * DTypeBytes(x.dtype);
+  BF16 bf16;
+  float f32 = 0;
+  if (x.dtype == DType::kBF16) {
+    std::memcpy(&bf16, element, sizeof(bf16));
+    f32 = ToF32(bf16);
+  } else {
+    std::memcpy(&f32, element, sizeof(f32));
+  }
+  return static_cast<double>(f32);
 }
 
 inline void Set(const TensorView& x, int64_t row, int64_t column, double value) {
