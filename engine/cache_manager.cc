@@ -124,7 +124,8 @@ CacheManager::CacheManager(CacheGeometry geometry)
 
 bool CacheManager::Fits(int64_t num_tokens, int64_t count) const {
   GODWIT_CHECK(num_tokens >= 0 && count >= 0);
-  return count <= free_slots() && ProductFits(count, geometry_.blocks_for(num_tokens), free_blocks());
+  return count <= free_slots() &&
+         ProductFits(count, geometry_.blocks_for(num_tokens), free_blocks());
 }
 
 bool CacheManager::FitsEver(int64_t num_tokens, int64_t count) const {

@@ -17,7 +17,8 @@
 namespace godwit {
 namespace {
 
-// All ones is a NaN in bf16 and in f32: a row that is read before it is written shows in the first output.
+// All ones is a NaN in bf16 and in f32: a row that is read before it is written shows in the first
+// output.
 constexpr int kPoison = 0xff;
 
 bool PoisonsWindows() {
@@ -46,18 +47,20 @@ absl::StatusOr<std::unique_ptr<CachePool>> CachePool::Create(Backend& backend,
       buffer = *std::move(allocated);
       return absl::OkStatus();
     }
-    return absl::Status(allocated.status().code(),
-                        absl::StrCat("sequence states (", Describe(geometry), "): ",
-                                     allocated.status().message()));
+    return absl::Status(
+        allocated.status().code(),
+        absl::StrCat("sequence states (", Describe(geometry), "): ", allocated.status().message()));
   };
   for (const StateComponent& component : geometry.components) {
     Storage& storage = pool->storage_.emplace_back();
     RETURN_IF_ERROR(allocate(geometry.num_slots * component.base_bytes, storage.bases));
     if (component.windowed()) {
-      RETURN_IF_ERROR(allocate(geometry.num_slots * geometry.window_rows * component.row_bytes, storage.windows));
+      RETURN_IF_ERROR(allocate(geometry.num_slots * geometry.window_rows * component.row_bytes,
+                               storage.windows));
     }
     if (component.paged()) {
-      RETURN_IF_ERROR(allocate(geometry.num_blocks * kPagedBlock * component.row_bytes, storage.blocks));
+      RETURN_IF_ERROR(
+          allocate(geometry.num_blocks * kPagedBlock * component.row_bytes, storage.blocks));
     }
   }
   if (PoisonsWindows()) {
@@ -98,19 +101,22 @@ absl::Status CachePool::ZeroSlot(int32_t slot) {
 }
 
 template <typename Visit>
-absl::Status CachePool::ForEachRange(int32_t slot, std::span<const int32_t> blocks, int64_t position,
-                                     const Visit& visit) const {
-  // Position p lies in ring row p % window_rows: up to a full ring, what was written is a prefix of it.
+absl::Status CachePool::ForEachRange(int32_t slot, std::span<const int32_t> blocks,
+                                     int64_t position, const Visit& visit) const {
+  // Position p lies in ring row p % window_rows: up to a full ring, what was written is a prefix of
+  // it.
   const int64_t live_rows = std::min(position, geometry_.window_rows);
   for (size_t index = 0; index < storage_.size(); ++index) {
     const StateComponent& component = geometry_.components[index];
     const Storage& storage = storage_[index];
     if (component.base_bytes > 0) {
-      RETURN_IF_ERROR(visit(storage.bases.bytes() + slot * component.base_bytes, component.base_bytes));
+      RETURN_IF_ERROR(
+          visit(storage.bases.bytes() + slot * component.base_bytes, component.base_bytes));
     }
     if (component.windowed() && live_rows > 0) {
-      RETURN_IF_ERROR(visit(storage.windows.bytes() + slot * geometry_.window_rows * component.row_bytes,
-                            live_rows * component.row_bytes));
+      RETURN_IF_ERROR(
+          visit(storage.windows.bytes() + slot * geometry_.window_rows * component.row_bytes,
+                live_rows * component.row_bytes));
     }
     if (!component.paged()) continue;
     const int64_t block_bytes = kPagedBlock * component.row_bytes;
@@ -129,11 +135,12 @@ absl::Status CachePool::Fork(const CacheCopy& copy) {
                                  return absl::OkStatus();
                                }));
   size_t next = 0;
-  return ForEachRange(copy.to_slot, copy.to_blocks, copy.position, [&](char* data, int64_t num_bytes) {
-    const auto [source, source_bytes] = sources[next++];
-    GODWIT_CHECK(source_bytes == num_bytes);
-    return ToStatus(backend_.CopyOnDevice(data, source, num_bytes));
-  });
+  return ForEachRange(copy.to_slot, copy.to_blocks, copy.position,
+                      [&](char* data, int64_t num_bytes) {
+                        const auto [source, source_bytes] = sources[next++];
+                        GODWIT_CHECK(source_bytes == num_bytes);
+                        return ToStatus(backend_.CopyOnDevice(data, source, num_bytes));
+                      });
 }
 
 absl::Status CachePool::SwapOut(const CacheCopy& copy) {
@@ -143,18 +150,19 @@ absl::Status CachePool::SwapOut(const CacheCopy& copy) {
     return absl::OkStatus();
   };
   RETURN_IF_ERROR(ForEachRange(copy.from_slot, copy.from_blocks, copy.position, count));
-  HostCopy host{.bytes = std::unique_ptr<char[]>(new (std::nothrow) char[static_cast<size_t>(total)]),
-                .num_bytes = total};
+  HostCopy host{
+      .bytes = std::unique_ptr<char[]>(new (std::nothrow) char[static_cast<size_t>(total)]),
+      .num_bytes = total};
   if (host.bytes == nullptr) {
     return absl::ResourceExhaustedError(
         absl::StrCat("no host memory for a preempted sequence of ", FormatBytes(total)));
   }
   int64_t offset = 0;
-  RETURN_IF_ERROR(ForEachRange(copy.from_slot, copy.from_blocks, copy.position,
-                               [&](char* data, int64_t num_bytes) {
-                                 char* to = host.bytes.get() + std::exchange(offset, offset + num_bytes);
-                                 return ToStatus(backend_.CopyToHost(to, data, num_bytes));
-                               }));
+  RETURN_IF_ERROR(ForEachRange(
+      copy.from_slot, copy.from_blocks, copy.position, [&](char* data, int64_t num_bytes) {
+        char* to = host.bytes.get() + std::exchange(offset, offset + num_bytes);
+        return ToStatus(backend_.CopyToHost(to, data, num_bytes));
+      }));
   RETURN_IF_ERROR(backend_.Synchronize());
   host_copies_[copy.host_id] = std::move(host);
   return absl::OkStatus();
@@ -165,11 +173,12 @@ absl::Status CachePool::SwapIn(const CacheCopy& copy) {
   GODWIT_CHECK(found != host_copies_.end());
   const HostCopy& host = found->second;
   int64_t offset = 0;
-  RETURN_IF_ERROR(ForEachRange(copy.to_slot, copy.to_blocks, copy.position, [&](char* data, int64_t num_bytes) {
-    const char* from = host.bytes.get() + std::exchange(offset, offset + num_bytes);
-    GODWIT_CHECK(offset <= host.num_bytes);
-    return ToStatus(backend_.CopyFromHost(data, from, num_bytes));
-  }));
+  RETURN_IF_ERROR(
+      ForEachRange(copy.to_slot, copy.to_blocks, copy.position, [&](char* data, int64_t num_bytes) {
+        const char* from = host.bytes.get() + std::exchange(offset, offset + num_bytes);
+        GODWIT_CHECK(offset <= host.num_bytes);
+        return ToStatus(backend_.CopyFromHost(data, from, num_bytes));
+      }));
   GODWIT_CHECK(offset == host.num_bytes);
   host_copies_.erase(found);
   return absl::OkStatus();
@@ -177,9 +186,12 @@ absl::Status CachePool::SwapIn(const CacheCopy& copy) {
 
 absl::Status CachePool::Copy(const CacheCopy& copy) {
   switch (copy.kind) {
-    case CacheCopy::Kind::kFork: return Fork(copy);
-    case CacheCopy::Kind::kSwapOut: return SwapOut(copy);
-    case CacheCopy::Kind::kSwapIn: return SwapIn(copy);
+    case CacheCopy::Kind::kFork:
+      return Fork(copy);
+    case CacheCopy::Kind::kSwapOut:
+      return SwapOut(copy);
+    case CacheCopy::Kind::kSwapIn:
+      return SwapIn(copy);
   }
   return absl::OkStatus();
 }

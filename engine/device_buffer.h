@@ -24,7 +24,8 @@ class DeviceBuffer {
   }
 
   DeviceBuffer(DeviceBuffer&& other) noexcept
-      : backend_(std::exchange(other.backend_, nullptr)), data_(std::exchange(other.data_, nullptr)) {}
+      : backend_(std::exchange(other.backend_, nullptr)),
+        data_(std::exchange(other.data_, nullptr)) {}
   DeviceBuffer& operator=(DeviceBuffer&& other) noexcept {
     std::swap(backend_, other.backend_);
     std::swap(data_, other.data_);

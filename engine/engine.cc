@@ -26,36 +26,44 @@ constexpr int64_t kMaxContext = (int64_t{1} << 31) - 1;  // of a model without a
 
 using Clock = std::chrono::steady_clock;
 
-double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+double SecondsSince(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
 absl::Status CheckRange(absl::string_view name, int64_t value, int64_t low, int64_t high) {
   if (value >= low && value <= high) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(name, " ", value, " not in [", low, ", ", high, "]"));
+  return absl::InvalidArgumentError(
+      absl::StrCat(name, " ", value, " not in [", low, ", ", high, "]"));
 }
 
 absl::Status CheckOptions(const EngineOptions& options) {
   RETURN_IF_ERROR(CheckRange("max_sequences", options.max_sequences, 1, kMaxSequences));
-  // One block, so that a prompt cut at multiples of kPrefillBlock advances; and a token of every sequence.
+  // One block, so that a prompt cut at multiples of kPrefillBlock advances; and a token of every
+  // sequence.
   RETURN_IF_ERROR(CheckRange("max_tokens_per_step", options.max_tokens_per_step,
-                             std::max<int64_t>(kPrefillBlock, options.max_sequences), kMaxTokensPerStep));
+                             std::max<int64_t>(kPrefillBlock, options.max_sequences),
+                             kMaxTokensPerStep));
   RETURN_IF_ERROR(CheckRange("kv_bytes", options.kv_bytes, 0, std::numeric_limits<int64_t>::max()));
-  RETURN_IF_ERROR(CheckRange("swap_bytes", options.swap_bytes, 0, std::numeric_limits<int64_t>::max()));
+  RETURN_IF_ERROR(
+      CheckRange("swap_bytes", options.swap_bytes, 0, std::numeric_limits<int64_t>::max()));
   RETURN_IF_ERROR(CheckRange("context_length", options.context_length, 0, kMaxContext));
-  RETURN_IF_ERROR(CheckRange("max_steps_in_flight", options.max_steps_in_flight, 1, kMaxStepsInFlight));
+  RETURN_IF_ERROR(
+      CheckRange("max_steps_in_flight", options.max_steps_in_flight, 1, kMaxStepsInFlight));
   if (options.dtype != DType::kBF16 && options.dtype != DType::kF32) {
     return absl::InvalidArgumentError("dtype is neither bf16 nor f32");
   }
   return absl::OkStatus();
 }
 
-// An operator's own length wins, also over the checkpoint's: a file that states 4096 with factor 8 does not say whether that
-// is before or after scaling.
+// An operator's own length wins, also over the checkpoint's: a file that states 4096 with factor 8
+// does not say whether that is before or after scaling.
 int64_t ContextLength(const EngineOptions& options, const ModelConfig& config) {
   if (options.context_length > 0) return options.context_length;
   return config.context_length > 0 ? std::min(config.context_length, kMaxContext) : kMaxContext;
 }
 
-// Token ids, positions, rows and block tables of the largest step, besides what the sampler uploads.
+// Token ids, positions, rows and block tables of the largest step, besides what the sampler
+// uploads.
 int64_t ArenaBytes(const EngineOptions& options, int64_t num_blocks) {
   const int64_t tokens = options.max_tokens_per_step;
   return StepArena::Footprint(tokens * DTypeBytes(DType::kI32)) +
@@ -65,11 +73,12 @@ int64_t ArenaBytes(const EngineOptions& options, int64_t num_blocks) {
          Sampler::ArenaBytes(tokens, options.max_sequences);
 }
 
-SampledToken MakeToken(int32_t token_id, float logprob, const int32_t* top_ids, const float* top_logprobs,
-                       int32_t num_top) {
+SampledToken MakeToken(int32_t token_id, float logprob, const int32_t* top_ids,
+                       const float* top_logprobs, int32_t num_top) {
   SampledToken token = {.token_id = token_id, .logprob = logprob};
   token.top.reserve(static_cast<size_t>(std::max(num_top, 0)));
-  for (int32_t rank = 0; rank < num_top; ++rank) token.top.push_back({top_ids[rank], top_logprobs[rank]});
+  for (int32_t rank = 0; rank < num_top; ++rank)
+    token.top.push_back({top_ids[rank], top_logprobs[rank]});
   return token;
 }
 
@@ -89,7 +98,8 @@ struct Engine::Impl {
   absl::Status Init(const EngineOptions& options);
   absl::Status PlanCaches(const EngineOptions& options);
 
-  absl::StatusOr<ForwardPlan> Upload(std::span<const BatchRow> rows, const StepArrays& arrays, Step& step);
+  absl::StatusOr<ForwardPlan> Upload(std::span<const BatchRow> rows, const StepArrays& arrays,
+                                     Step& step);
   absl::Status CopyPendingTokens(const StepArrays& arrays, const TensorView& token_ids);
   absl::Status ZeroFreshSlots(std::span<const BatchRow> rows);
   absl::Status Fork(std::span<const BatchRow> rows, const StepArrays& arrays);
@@ -101,7 +111,9 @@ struct Engine::Impl {
   absl::Status CopyOne(const CacheCopy& copy);
   void DropReleasedHostCopies();
 
-  StepOutputs& OutputsOf(StepId id) { return step_outputs[static_cast<size_t>(id % kMaxStepsInFlight)]; }
+  StepOutputs& OutputsOf(StepId id) {
+    return step_outputs[static_cast<size_t>(id % kMaxStepsInFlight)];
+  }
   SlotState& slot(int32_t index) { return slots[static_cast<size_t>(index)]; }
 
   // Destroyed in reverse: everything that holds device memory before the back end.
@@ -112,17 +124,18 @@ struct Engine::Impl {
   std::unique_ptr<Sampler> sampler;
   std::unique_ptr<StepArena> arena;
   std::unique_ptr<StepPlanner> planner;
-  std::vector<StepOutputs> step_outputs;     // [kMaxStepsInFlight], by step id
+  std::vector<StepOutputs> step_outputs;  // [kMaxStepsInFlight], by step id
   ModelCard card;
   int max_steps_in_flight = 1;
 
-  std::vector<SlotState> slots;              // as the queue will have left them after the last submitted step
-  std::map<int64_t, SlotState> host_slots;   // of swapped sequences, by host id
+  std::vector<SlotState> slots;  // as the queue will have left them after the last submitted step
+  std::map<int64_t, SlotState> host_slots;  // of swapped sequences, by host id
   std::deque<Step> in_flight;
   StepId next_step = 0;
 };
 
-// --- Create -------------------------------------------------------------------------------------------------------------
+// --- Create
+// -------------------------------------------------------------------------------------------------------------
 
 absl::Status Engine::Impl::PlanCaches(const EngineOptions& options) {
   const ModelConfig& config = model->config();
@@ -136,8 +149,10 @@ absl::Status Engine::Impl::PlanCaches(const EngineOptions& options) {
   plan.geometry.window_rows = WindowRows(options.max_steps_in_flight, kMaxDraftTokens);
   plan.geometry.num_slots = options.max_sequences;
   plan.geometry.swap_bytes = options.swap_bytes;
-  plan.step_bytes = ArenaBytes(options, 0) + Sampler::DeviceBytes(config.d_model, config.vocab_size) +
-                    kMaxStepsInFlight * StepOutputs::DeviceBytes(options.max_sequences, options.max_tokens_per_step);
+  plan.step_bytes =
+      ArenaBytes(options, 0) + Sampler::DeviceBytes(config.d_model, config.vocab_size) +
+      kMaxStepsInFlight *
+          StepOutputs::DeviceBytes(options.max_sequences, options.max_tokens_per_step);
   ASSIGN_OR_RETURN(plan, PlanMemory(std::move(plan), options.kv_bytes));
   ASSIGN_OR_RETURN(caches, CacheManager::Create(plan.geometry));
   ASSIGN_OR_RETURN(pool, CachePool::Create(*backend, plan.geometry));
@@ -150,9 +165,10 @@ absl::Status Engine::Impl::PlanCaches(const EngineOptions& options) {
 
 absl::Status Engine::Impl::Init(const EngineOptions& options) {
   RETURN_IF_ERROR(CheckOptions(options));
-  ASSIGN_OR_RETURN(model, LoadModel(options.model_folder,
-                                    {.dtype = options.dtype, .max_tokens_per_step = options.max_tokens_per_step},
-                                    options.rope_override, *backend));
+  ASSIGN_OR_RETURN(
+      model, LoadModel(options.model_folder,
+                       {.dtype = options.dtype, .max_tokens_per_step = options.max_tokens_per_step},
+                       options.rope_override, *backend));
   card.config = model->config();
   card.num_parameters = model->num_parameters();
   card.dtype = options.dtype == DType::kF32 ? "f32" : "bf16";
@@ -162,18 +178,20 @@ absl::Status Engine::Impl::Init(const EngineOptions& options) {
   RETURN_IF_ERROR(PlanCaches(options));
 
   const int penalties = static_cast<int>(card.geometry.components.size()) - 1;
-  ASSIGN_OR_RETURN(Sampler made_sampler, Sampler::Create(*backend, *model,
-                                                         {.max_tokens_per_step = options.max_tokens_per_step,
-                                                          .num_slots = options.max_sequences,
-                                                          .vocab_size = card.config.vocab_size,
-                                                          .d_model = card.config.d_model,
-                                                          .counts = static_cast<uint32_t*>(pool->bases(penalties))}));
+  ASSIGN_OR_RETURN(Sampler made_sampler,
+                   Sampler::Create(*backend, *model,
+                                   {.max_tokens_per_step = options.max_tokens_per_step,
+                                    .num_slots = options.max_sequences,
+                                    .vocab_size = card.config.vocab_size,
+                                    .d_model = card.config.d_model,
+                                    .counts = static_cast<uint32_t*>(pool->bases(penalties))}));
   sampler = std::make_unique<Sampler>(std::move(made_sampler));
-  ASSIGN_OR_RETURN(StepArena made_arena, StepArena::Create(*backend, ArenaBytes(options, card.geometry.num_blocks)));
+  ASSIGN_OR_RETURN(StepArena made_arena,
+                   StepArena::Create(*backend, ArenaBytes(options, card.geometry.num_blocks)));
   arena = std::make_unique<StepArena>(std::move(made_arena));
   for (int index = 0; index < kMaxStepsInFlight; ++index) {
-    ASSIGN_OR_RETURN(StepOutputs outputs,
-                     StepOutputs::Create(*backend, options.max_sequences, options.max_tokens_per_step));
+    ASSIGN_OR_RETURN(StepOutputs outputs, StepOutputs::Create(*backend, options.max_sequences,
+                                                              options.max_tokens_per_step));
     step_outputs.push_back(std::move(outputs));
   }
   planner = std::make_unique<StepPlanner>(StepLimits{.max_tokens = options.max_tokens_per_step,
@@ -185,8 +203,8 @@ absl::Status Engine::Impl::Init(const EngineOptions& options) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options,
-                                                       std::unique_ptr<Backend, BackendDeleter> backend) {
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(
+    const EngineOptions& options, std::unique_ptr<Backend, BackendDeleter> backend) {
   auto impl = std::make_unique<Impl>();
   impl->backend = std::move(backend);
   RETURN_IF_ERROR(impl->Init(options));
@@ -198,9 +216,11 @@ Engine::~Engine() = default;
 const ModelCard& Engine::card() const { return impl_->card; }
 CacheManager& Engine::caches() { return *impl_->caches; }
 
-// --- Submit -------------------------------------------------------------------------------------------------------------
+// --- Submit
+// -------------------------------------------------------------------------------------------------------------
 
-absl::StatusOr<ForwardPlan> Engine::Impl::Upload(std::span<const BatchRow> rows, const StepArrays& arrays, Step& step) {
+absl::StatusOr<ForwardPlan> Engine::Impl::Upload(std::span<const BatchRow> rows,
+                                                 const StepArrays& arrays, Step& step) {
   arena->Clear();
   ForwardPlan plan;
   plan.num_tokens = std::ssize(arrays.token_ids);
@@ -217,20 +237,22 @@ absl::StatusOr<ForwardPlan> Engine::Impl::Upload(std::span<const BatchRow> rows,
   return plan;
 }
 
-// Tokens that a step in flight draws go from its outputs to this step's inputs without passing the host. Rows that kept their
-// order since then, the usual case, are one copy.
-absl::Status Engine::Impl::CopyPendingTokens(const StepArrays& arrays, const TensorView& token_ids) {
+// Tokens that a step in flight draws go from its outputs to this step's inputs without passing the
+// host. Rows that kept their order since then, the usual case, are one copy.
+absl::Status Engine::Impl::CopyPendingTokens(const StepArrays& arrays,
+                                             const TensorView& token_ids) {
   for (size_t first = 0, next; first < arrays.pending.size(); first = next) {
     const PendingToken& run = arrays.pending[first];
     const auto follows = [&](size_t index) {
       const int32_t offset = static_cast<int32_t>(index - first);
       const PendingToken& pending = arrays.pending[index];
-      return pending.step == run.step && pending.token == run.token + offset && pending.draw == run.draw + offset;
+      return pending.step == run.step && pending.token == run.token + offset &&
+             pending.draw == run.draw + offset;
     };
     for (next = first + 1; next < arrays.pending.size() && follows(next);) ++next;
-    RETURN_IF_ERROR(backend->CopyOnDevice(token_ids.row<int32_t>(run.token),
-                                          OutputsOf(run.step).device_draws().tokens + run.draw,
-                                          static_cast<int64_t>(next - first) * DTypeBytes(DType::kI32)));
+    RETURN_IF_ERROR(backend->CopyOnDevice(
+        token_ids.row<int32_t>(run.token), OutputsOf(run.step).device_draws().tokens + run.draw,
+        static_cast<int64_t>(next - first) * DTypeBytes(DType::kI32)));
   }
   return absl::OkStatus();
 }
@@ -264,7 +286,8 @@ absl::Status Engine::Impl::Fork(std::span<const BatchRow> rows, const StepArrays
   return absl::OkStatus();
 }
 
-absl::Status Engine::Impl::Run(std::span<const BatchRow> rows, const StepArrays& arrays, Step& step) {
+absl::Status Engine::Impl::Run(std::span<const BatchRow> rows, const StepArrays& arrays,
+                               Step& step) {
   ASSIGN_OR_RETURN(const ForwardPlan plan, Upload(rows, arrays, step));
   RETURN_IF_ERROR(ZeroFreshSlots(rows));
   ASSIGN_OR_RETURN(const TensorView hidden, model->Forward(plan, *pool));
@@ -280,7 +303,8 @@ void Engine::Impl::Commit(const StepArrays& arrays, Step step) {
   for (size_t batch_row = 0; batch_row < step.rows.size(); ++batch_row) {
     const BatchRow& row = step.rows[batch_row];
     const StepRow& step_row = arrays.rows[static_cast<size_t>(arrays.row_of_batch[batch_row])];
-    const SlotState after = {.position = step_row.position + step_row.num_tokens, .base = step_row.base_after};
+    const SlotState after = {.position = step_row.position + step_row.num_tokens,
+                             .base = step_row.base_after};
     step.positions_after.push_back(after.position);
     slot(row.lease->slot()) = after;
     row.lease->clear_fresh();
@@ -313,19 +337,23 @@ absl::StatusOr<StepId> Engine::Submit(std::span<const BatchRow> rows) {
   return id;
 }
 
-// --- Collect ------------------------------------------------------------------------------------------------------------
+// --- Collect
+// ------------------------------------------------------------------------------------------------------------
 
-RowResult Engine::Impl::Result(const Step& step, size_t row_index, const StepOutputs& outputs) const {
+RowResult Engine::Impl::Result(const Step& step, size_t row_index,
+                               const StepOutputs& outputs) const {
   const BatchRow& row = step.rows[row_index];
   const RowOutputs& range = step.outputs[row_index];
   RowResult result;
   result.num_computed = step.positions_after[row_index];
   const OutputArrays& draws = outputs.draws();
   for (int64_t draw = range.draw_begin; draw < range.draw_end; ++draw) {
-    const int32_t num_logprobs = row.outputs[static_cast<size_t>(draw - range.draw_begin)].sampling->num_logprobs;
-    result.outputs.push_back({MakeToken(draws.tokens[draw], num_logprobs >= 0 ? draws.logprobs[draw] : 0.0f,
-                                        draws.top_ids + draw * kMaxTopLogprobs,
-                                        draws.top_logprobs + draw * kMaxTopLogprobs, num_logprobs)});
+    const int32_t num_logprobs =
+        row.outputs[static_cast<size_t>(draw - range.draw_begin)].sampling->num_logprobs;
+    result.outputs.push_back(
+        {MakeToken(draws.tokens[draw], num_logprobs >= 0 ? draws.logprobs[draw] : 0.0f,
+                   draws.top_ids + draw * kMaxTopLogprobs,
+                   draws.top_logprobs + draw * kMaxTopLogprobs, num_logprobs)});
   }
   if (row.score_targets.empty()) return result;
   const OutputArrays& scores = outputs.scores();
@@ -334,8 +362,9 @@ RowResult Engine::Impl::Result(const Step& step, size_t row_index, const StepOut
     // With row.logits every token was scored, else only those with a target.
     if (target >= 0) {
       const int64_t top = StepOutputs::ScoreTop(range.score_begin, score, range.num_score_top);
-      result.scores.push_back(MakeToken(target, scores.logprobs[range.score_begin + score], scores.top_ids + top,
-                                        scores.top_logprobs + top, range.num_score_top));
+      result.scores.push_back(MakeToken(target, scores.logprobs[range.score_begin + score],
+                                        scores.top_ids + top, scores.top_logprobs + top,
+                                        range.num_score_top));
     }
     if (target >= 0 || row.logits != nullptr) ++score;
   }
@@ -343,7 +372,8 @@ RowResult Engine::Impl::Result(const Step& step, size_t row_index, const StepOut
   return result;
 }
 
-// The host now knows the tokens that this step drew. A slot that a later step has written since keeps what that said.
+// The host now knows the tokens that this step drew. A slot that a later step has written since
+// keeps what that said.
 void Engine::Impl::ResolveTokens(const Step& step, const StepOutputs& outputs) {
   for (size_t row_index = 0; row_index < step.rows.size(); ++row_index) {
     const BatchRow& row = step.rows[row_index];
@@ -372,11 +402,13 @@ absl::StatusOr<StepResult> Engine::Collect(StepId id) {
   result.forward_seconds = step.seconds + SecondsSince(start);
   impl.ResolveTokens(step, outputs);
   result.rows.reserve(step.rows.size());
-  for (size_t row = 0; row < step.rows.size(); ++row) result.rows.push_back(impl.Result(step, row, outputs));
+  for (size_t row = 0; row < step.rows.size(); ++row)
+    result.rows.push_back(impl.Result(step, row, outputs));
   return result;
 }
 
-// --- Copy ---------------------------------------------------------------------------------------------------------------
+// --- Copy
+// ---------------------------------------------------------------------------------------------------------------
 
 absl::Status Engine::Impl::CopyOne(const CacheCopy& copy) {
   if (copy.kind == CacheCopy::Kind::kSwapIn) {
@@ -388,7 +420,8 @@ absl::Status Engine::Impl::CopyOne(const CacheCopy& copy) {
     host_slots.erase(found);
     return absl::OkStatus();
   }
-  // Copied where no step in flight can still change it; position 0: never used, so the slot's record is another sequence's.
+  // Copied where no step in flight can still change it; position 0: never used, so the slot's
+  // record is another sequence's.
   const SlotState from = copy.position == 0 ? SlotState{} : slot(copy.from_slot);
   GODWIT_CHECK(from.position == copy.position);
   GODWIT_CHECK(from.pending_step < 0);

@@ -9,7 +9,9 @@ namespace godwit {
 namespace {
 
 int64_t RoundDown(int64_t value, int64_t multiple) { return value / multiple * multiple; }
-int64_t RoundUp(int64_t value, int64_t multiple) { return RoundDown(value + multiple - 1, multiple); }
+int64_t RoundUp(int64_t value, int64_t multiple) {
+  return RoundDown(value + multiple - 1, multiple);
+}
 
 bool IsPrefill(const BatchRow& row) { return !row.token_ids.empty(); }
 int64_t NumTokens(const BatchRow& row) { return IsPrefill(row) ? std::ssize(row.token_ids) : 1; }
@@ -102,13 +104,14 @@ absl::Status StepPlanner::Check(std::span<const BatchRow> rows, std::span<const 
     for (size_t index = 0; index < rows[row].token_ids.size(); ++index) {
       const int32_t token_id = rows[row].token_ids[index];
       if (token_id >= 0 && token_id < limits_.vocab_size) continue;
-      return absl::InvalidArgumentError(absl::StrCat("row ", row, ": token id ", token_id, " at index ", index,
-                                                     " not in [0, ", limits_.vocab_size, ")"));
+      return absl::InvalidArgumentError(absl::StrCat("row ", row, ": token id ", token_id,
+                                                     " at index ", index, " not in [0, ",
+                                                     limits_.vocab_size, ")"));
     }
     for (const int32_t target : rows[row].score_targets) {
       if (target >= -1 && target < limits_.vocab_size) continue;
-      return absl::InvalidArgumentError(absl::StrCat("row ", row, ": score target ", target, " not in [-1, ",
-                                                     limits_.vocab_size, ")"));
+      return absl::InvalidArgumentError(absl::StrCat("row ", row, ": score target ", target,
+                                                     " not in [-1, ", limits_.vocab_size, ")"));
     }
   }
   return absl::OkStatus();
@@ -132,13 +135,16 @@ void StepPlanner::AddRow(const BatchRow& row, const SlotState& state) {
   }
   // Only the blocks that hold positions below the end of this step.
   const std::vector<int32_t>& blocks = row.lease->blocks();
-  const int64_t num_blocks = std::min(std::ssize(blocks), RoundUp(step_row.position + step_row.num_tokens, kPagedBlock) /
-                                                              kPagedBlock);
-  arrays_.block_tables.insert(arrays_.block_tables.end(), blocks.begin(), blocks.begin() + num_blocks);
+  const int64_t num_blocks =
+      std::min(std::ssize(blocks),
+               RoundUp(step_row.position + step_row.num_tokens, kPagedBlock) / kPagedBlock);
+  arrays_.block_tables.insert(arrays_.block_tables.end(), blocks.begin(),
+                              blocks.begin() + num_blocks);
   arrays_.rows.push_back(step_row);
 }
 
-const StepArrays& StepPlanner::Plan(std::span<const BatchRow> rows, std::span<const SlotState> slots) {
+const StepArrays& StepPlanner::Plan(std::span<const BatchRow> rows,
+                                    std::span<const SlotState> slots) {
   arrays_.token_ids.clear();
   arrays_.positions.clear();
   arrays_.rows.clear();

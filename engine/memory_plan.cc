@@ -45,13 +45,13 @@ std::string Describe(const CacheGeometry& geometry) {
   for (const auto& [kind, bytes] : SlotBytesByKind(geometry)) {
     absl::StrAppend(&kinds, kinds.empty() ? "" : ", ", kind, " ", FormatBytes(bytes));
   }
-  std::string text = absl::StrCat(geometry.num_slots, " state slots of ",
-                                  FormatBytes(geometry.slot_bytes()), " (", kinds,
-                                  ") = ", FormatBytes(geometry.num_slots * geometry.slot_bytes()));
+  std::string text =
+      absl::StrCat(geometry.num_slots, " state slots of ", FormatBytes(geometry.slot_bytes()), " (",
+                   kinds, ") = ", FormatBytes(geometry.num_slots * geometry.slot_bytes()));
   if (geometry.has_paged()) {
     absl::StrAppend(&text, ", ", geometry.num_blocks, " KV blocks of ", kPagedBlock, " tokens, ",
-                    FormatBytes(geometry.block_bytes()), " each = ",
-                    FormatBytes(geometry.num_blocks * geometry.block_bytes()));
+                    FormatBytes(geometry.block_bytes()),
+                    " each = ", FormatBytes(geometry.num_blocks * geometry.block_bytes()));
   }
   return text;
 }
@@ -69,11 +69,13 @@ absl::StatusOr<MemoryPlan> PlanMemory(MemoryPlan plan, int64_t kv_bytes) {
   if (plan.geometry.has_paged()) {
     const int64_t wanted = kv_bytes > 0 ? kv_bytes : std::min(kDefaultKvBytes, left / 2);
     if (kv_bytes > 0 && kv_bytes < block_bytes) {
-      return absl::InvalidArgumentError(absl::StrCat("KV memory ", kv_bytes, " bytes is less than one block of ",
-                                                     kPagedBlock, " tokens, ", block_bytes, " bytes"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("KV memory ", kv_bytes, " bytes is less than one block of ", kPagedBlock,
+                       " tokens, ", block_bytes, " bytes"));
     }
     // At least one, so that what is missing shows below.
-    plan.geometry.num_blocks = std::clamp<int64_t>(wanted / block_bytes, 1, std::numeric_limits<int32_t>::max());
+    plan.geometry.num_blocks =
+        std::clamp<int64_t>(wanted / block_bytes, 1, std::numeric_limits<int32_t>::max());
   }
   if (plan.kv_bytes() > left) {
     return absl::ResourceExhaustedError(absl::StrCat(

@@ -14,20 +14,24 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+double SecondsSince(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
-absl::Status CheckTokens(const ModelCard& card, std::span<const int32_t> token_ids, int64_t max_tokens) {
+absl::Status CheckTokens(const ModelCard& card, std::span<const int32_t> token_ids,
+                         int64_t max_tokens) {
   if (token_ids.empty()) return absl::InvalidArgumentError("the prompt is empty");
   const int64_t num_tokens = std::ssize(token_ids);
   if (max_tokens > card.context_length - num_tokens) {
-    return absl::InvalidArgumentError(absl::StrCat("prompt of ", num_tokens, " tokens and max_tokens ", max_tokens,
+    return absl::InvalidArgumentError(absl::StrCat("prompt of ", num_tokens,
+                                                   " tokens and max_tokens ", max_tokens,
                                                    " exceed the context of ", card.context_length));
   }
   for (int64_t index = 0; index < num_tokens; ++index) {
     const int32_t token_id = token_ids[static_cast<size_t>(index)];
     if (token_id >= 0 && token_id < card.config.vocab_size) continue;
-    return absl::InvalidArgumentError(
-        absl::StrCat("token id ", token_id, " at index ", index, " not in [0, ", card.config.vocab_size, ")"));
+    return absl::InvalidArgumentError(absl::StrCat("token id ", token_id, " at index ", index,
+                                                   " not in [0, ", card.config.vocab_size, ")"));
   }
   return absl::OkStatus();
 }
@@ -36,7 +40,8 @@ absl::Status CheckTokens(const ModelCard& card, std::span<const int32_t> token_i
 absl::StatusOr<int64_t> ChunkTokens(const ModelCard& card, int64_t chunk) {
   if (chunk == 0) return card.max_tokens_per_step / kPrefillBlock * kPrefillBlock;
   if (chunk > 0 && chunk <= card.max_tokens_per_step) return chunk;
-  return absl::InvalidArgumentError(absl::StrCat("chunk ", chunk, " not in [0, ", card.max_tokens_per_step, "]"));
+  return absl::InvalidArgumentError(
+      absl::StrCat("chunk ", chunk, " not in [0, ", card.max_tokens_per_step, "]"));
 }
 
 absl::StatusOr<RowResult> RunRow(Engine& engine, const BatchRow& row) {
@@ -46,7 +51,8 @@ absl::StatusOr<RowResult> RunRow(Engine& engine, const BatchRow& row) {
 }
 
 // Computes the prompt; the result is that of its last chunk, which draws the first token.
-absl::StatusOr<RowResult> Prefill(Engine& engine, std::span<const int32_t> prompt, int64_t chunk, BatchRow row) {
+absl::StatusOr<RowResult> Prefill(Engine& engine, std::span<const int32_t> prompt, int64_t chunk,
+                                  BatchRow row) {
   const std::span<const RowOutput> outputs = row.outputs;
   RowResult result;
   for (int64_t begin = 0; begin < std::ssize(prompt); begin += chunk) {
@@ -66,7 +72,8 @@ std::vector<int32_t> EndTokens(const ModelCard& card, const OfflineGenerateOptio
 
 }  // namespace
 
-absl::StatusOr<OfflineGenerateResult> GenerateOffline(Engine& engine, std::span<const int32_t> prompt,
+absl::StatusOr<OfflineGenerateResult> GenerateOffline(Engine& engine,
+                                                      std::span<const int32_t> prompt,
                                                       const OfflineGenerateOptions& options) {
   const ModelCard& card = engine.card();
   if (options.max_tokens < 1) {
@@ -78,10 +85,12 @@ absl::StatusOr<OfflineGenerateResult> GenerateOffline(Engine& engine, std::span<
   sampling.end_token_ids.insert(sampling.end_token_ids.end(), end_tokens.begin(), end_tokens.end());
   RETURN_IF_ERROR(ValidateSampling(sampling, card.config.vocab_size));
   ASSIGN_OR_RETURN(const int64_t chunk, ChunkTokens(card, options.chunk));
-  ASSIGN_OR_RETURN(CacheLease lease, engine.caches().Reserve(std::ssize(prompt) + options.max_tokens));
+  ASSIGN_OR_RETURN(CacheLease lease,
+                   engine.caches().Reserve(std::ssize(prompt) + options.max_tokens));
 
   const RowOutput output = {.lease = &lease, .sampling = &sampling, .seed = options.seed};
-  BatchRow row = {.prompt_length = std::ssize(prompt), .lease = &lease, .outputs = std::span(&output, 1)};
+  BatchRow row = {
+      .prompt_length = std::ssize(prompt), .lease = &lease, .outputs = std::span(&output, 1)};
   OfflineGenerateResult result;
   Clock::time_point start = Clock::now();
   ASSIGN_OR_RETURN(RowResult step, Prefill(engine, prompt, chunk, row));
@@ -103,8 +112,8 @@ absl::StatusOr<OfflineGenerateResult> GenerateOffline(Engine& engine, std::span<
   return result;
 }
 
-absl::StatusOr<OfflineScoreResult> ScoreOffline(Engine& engine, std::span<const int32_t> token_ids, int64_t chunk,
-                                                float* logits) {
+absl::StatusOr<OfflineScoreResult> ScoreOffline(Engine& engine, std::span<const int32_t> token_ids,
+                                                int64_t chunk, float* logits) {
   const ModelCard& card = engine.card();
   RETURN_IF_ERROR(CheckTokens(card, token_ids, 0));
   ASSIGN_OR_RETURN(chunk, ChunkTokens(card, chunk));

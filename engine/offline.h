@@ -1,5 +1,6 @@
 #pragma once
-// One request on an engine without scheduler or threads: what `godwit generate` and `godwit score` run.
+// One request on an engine without scheduler or threads: what `godwit generate` and `godwit score`
+// run.
 
 #include <cstdint>
 #include <functional>
@@ -17,7 +18,8 @@ struct OfflineGenerateOptions {
   uint64_t seed = 0;
   int64_t max_tokens = 128;
   bool ignore_eos = false;
-  int64_t chunk = 0;  // prompt tokens per step, any N; 0: the engine's own (multiples of kPrefillBlock)
+  int64_t chunk =
+      0;  // prompt tokens per step, any N; 0: the engine's own (multiples of kPrefillBlock)
   // Called with each drawn token that belongs to the output (not EOS); may be empty.
   std::function<void(const SampledToken&)> on_token;
 };
@@ -29,7 +31,8 @@ struct OfflineGenerateResult {
 };
 
 // INVALID_ARGUMENT: empty prompt, id out of range, prompt + max_tokens over the context.
-absl::StatusOr<OfflineGenerateResult> GenerateOffline(Engine& engine, std::span<const int32_t> prompt,
+absl::StatusOr<OfflineGenerateResult> GenerateOffline(Engine& engine,
+                                                      std::span<const int32_t> prompt,
                                                       const OfflineGenerateOptions& options);
 
 struct OfflineScoreResult {
@@ -39,7 +42,7 @@ struct OfflineScoreResult {
 };
 
 // logits: [T, vocab] f32 to fill, or null.
-absl::StatusOr<OfflineScoreResult> ScoreOffline(Engine& engine, std::span<const int32_t> token_ids, int64_t chunk,
-                                                float* logits);
+absl::StatusOr<OfflineScoreResult> ScoreOffline(Engine& engine, std::span<const int32_t> token_ids,
+                                                int64_t chunk, float* logits);
 
 }  // namespace godwit

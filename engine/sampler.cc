@@ -14,13 +14,15 @@ constexpr int64_t kMaxBiases = kMaxLogitBiases + kMaxEndTokenIds;
 
 }  // namespace
 
-void AppendBiases(const SamplingParams& sampling, int64_t output_index, std::vector<TokenBias>& biases) {
+void AppendBiases(const SamplingParams& sampling, int64_t output_index,
+                  std::vector<TokenBias>& biases) {
   biases.insert(biases.end(), sampling.logit_bias.begin(), sampling.logit_bias.end());
   if (output_index >= sampling.min_tokens) return;
   constexpr float kBan = -std::numeric_limits<float>::infinity();
   for (const int32_t token_id : sampling.end_token_ids) {
-    const auto found = std::find_if(biases.begin(), biases.end(),
-                                    [&](const TokenBias& bias) { return bias.token_id == token_id; });
+    const auto found = std::find_if(biases.begin(), biases.end(), [&](const TokenBias& bias) {
+      return bias.token_id == token_id;
+    });
     if (found == biases.end()) {
       biases.push_back({token_id, kBan});
     } else {
@@ -41,11 +43,13 @@ int64_t Sampler::ArenaBytes(int64_t max_tokens_per_step, int64_t num_slots) {
   return scores + draws + biases;
 }
 
-absl::StatusOr<Sampler> Sampler::Create(Backend& backend, Model& model, const SamplerOptions& options) {
+absl::StatusOr<Sampler> Sampler::Create(Backend& backend, Model& model,
+                                        const SamplerOptions& options) {
   Sampler sampler(backend, model, options);
   const int64_t row_bytes = kLogitRows * DTypeBytes(DType::kF32);
   ASSIGN_OR_RETURN(sampler.gathered_, DeviceBuffer::Allocate(backend, row_bytes * options.d_model));
-  ASSIGN_OR_RETURN(sampler.logits_, DeviceBuffer::Allocate(backend, row_bytes * options.vocab_size));
+  ASSIGN_OR_RETURN(sampler.logits_,
+                   DeviceBuffer::Allocate(backend, row_bytes * options.vocab_size));
   return sampler;
 }
 
@@ -58,8 +62,8 @@ Sampler::Sampler(Backend& backend, Model& model, const SamplerOptions& options)
   biases_.reserve(kMaxBiases);
 }
 
-SampleRow Sampler::MakeSampleRow(const RowOutput& output, const BatchRow& row, const StepRow& step_row,
-                                 StepArena& arena) {
+SampleRow Sampler::MakeSampleRow(const RowOutput& output, const BatchRow& row,
+                                 const StepRow& step_row, StepArena& arena) {
   const SamplingParams& sampling = *output.sampling;
   const int64_t position = step_row.position + step_row.num_tokens;  // of the token that is drawn
   GODWIT_CHECK(position >= row.prompt_length);
@@ -106,8 +110,10 @@ void Sampler::PlanDraws(const BatchRow& row, const StepRow& step_row, StepArena&
 void Sampler::PlanScores(const BatchRow& row, const StepRow& step_row, int32_t num_top) {
   if (row.score_targets.empty() && row.logits == nullptr) return;
   const bool has_targets = !row.score_targets.empty();
-  ScoreRun run = {.begin = std::ssize(score_tokens_), .num_top = num_top,
-                  .has_targets = has_targets, .logits = row.logits};
+  ScoreRun run = {.begin = std::ssize(score_tokens_),
+                  .num_top = num_top,
+                  .has_targets = has_targets,
+                  .logits = row.logits};
   for (int32_t offset = 0; offset < step_row.num_tokens; ++offset) {
     const int32_t target = has_targets ? row.score_targets[static_cast<size_t>(offset)] : -1;
     if (target < 0 && row.logits == nullptr) continue;
@@ -119,7 +125,8 @@ void Sampler::PlanScores(const BatchRow& row, const StepRow& step_row, int32_t n
   if (run.count > 0) score_runs_.push_back(run);
 }
 
-std::span<const RowOutputs> Sampler::Plan(std::span<const BatchRow> rows, const StepArrays& arrays, StepArena& arena) {
+std::span<const RowOutputs> Sampler::Plan(std::span<const BatchRow> rows, const StepArrays& arrays,
+                                          StepArena& arena) {
   row_outputs_.clear();
   logit_tokens_.clear();
   sample_rows_.clear();
@@ -135,8 +142,10 @@ std::span<const RowOutputs> Sampler::Plan(std::span<const BatchRow> rows, const 
     PlanDraws(rows[batch_row], step_row, arena);
     outputs.draw_end = std::ssize(sample_rows_);
     outputs.score_begin = std::ssize(score_tokens_);
-    GODWIT_CHECK(rows[batch_row].num_score_top >= 0 && rows[batch_row].num_score_top <= kMaxTopLogprobs);
-    outputs.num_score_top = static_cast<int32_t>(std::min<int64_t>(rows[batch_row].num_score_top, options_.vocab_size));
+    GODWIT_CHECK(rows[batch_row].num_score_top >= 0 &&
+                 rows[batch_row].num_score_top <= kMaxTopLogprobs);
+    outputs.num_score_top =
+        static_cast<int32_t>(std::min<int64_t>(rows[batch_row].num_score_top, options_.vocab_size));
     PlanScores(rows[batch_row], step_row, outputs.num_score_top);
     outputs.score_end = std::ssize(score_tokens_);
   }
@@ -154,18 +163,21 @@ TensorView Sampler::Counts() const {
 absl::Status Sampler::CountPrompts(const StepArrays& arrays, const TensorView& token_ids) {
   for (const StepRow& row : arrays.rows) {
     if (!row.is_prefill) continue;
-    RETURN_IF_ERROR(backend_->CountTokens({.counts = Counts(),
-                                           .slot = row.slot,
-                                           .token_ids = RowRange(token_ids, row.first_token, row.num_tokens),
-                                           .is_prompt = 1}));
+    RETURN_IF_ERROR(
+        backend_->CountTokens({.counts = Counts(),
+                               .slot = row.slot,
+                               .token_ids = RowRange(token_ids, row.first_token, row.num_tokens),
+                               .is_prompt = 1}));
   }
   return absl::OkStatus();
 }
 
-absl::StatusOr<TensorView> Sampler::Logits(const TensorView& hidden, int32_t* tokens, int64_t count) {
+absl::StatusOr<TensorView> Sampler::Logits(const TensorView& hidden, int32_t* tokens,
+                                           int64_t count) {
   const TensorView gathered = MakeView(gathered_.bytes(), DType::kF32, count, options_.d_model);
   const TensorView logits = MakeView(logits_.bytes(), DType::kF32, count, options_.vocab_size);
-  RETURN_IF_ERROR(backend_->GatherRows({.x = hidden, .rows = MakeView(tokens, DType::kI32, count), .y = gathered}));
+  RETURN_IF_ERROR(backend_->GatherRows(
+      {.x = hidden, .rows = MakeView(tokens, DType::kI32, count), .y = gathered}));
   RETURN_IF_ERROR(model_->Logits(gathered, logits));
   return logits;
 }
@@ -184,12 +196,14 @@ absl::Status Sampler::Draw(const TensorView& hidden, StepOutputs& outputs) {
          .tokens = MakeView(draws.tokens + block.draw_begin, DType::kI32, block.num_draws),
          .logprobs = MakeView(draws.logprobs + block.draw_begin, DType::kF32, block.num_draws),
          .top_ids = MakeView(draws.top_ids + top, DType::kI32, block.num_draws, kMaxTopLogprobs),
-         .top_logprobs = MakeView(draws.top_logprobs + top, DType::kF32, block.num_draws, kMaxTopLogprobs)}));
+         .top_logprobs =
+             MakeView(draws.top_logprobs + top, DType::kF32, block.num_draws, kMaxTopLogprobs)}));
   }
   for (size_t draw = 0; draw < sample_rows_.size(); ++draw) {
-    RETURN_IF_ERROR(backend_->CountTokens({.counts = Counts(),
-                                           .slot = sample_rows_[draw].slot,
-                                           .token_ids = MakeView(draws.tokens + draw, DType::kI32, 1)}));
+    RETURN_IF_ERROR(
+        backend_->CountTokens({.counts = Counts(),
+                               .slot = sample_rows_[draw].slot,
+                               .token_ids = MakeView(draws.tokens + draw, DType::kI32, 1)}));
   }
   return absl::OkStatus();
 }
@@ -198,8 +212,8 @@ absl::Status Sampler::ScoreBlock(const ScoreRun& run, int64_t begin, const Tenso
                                  const OutputArrays& scores) {
   const int64_t count = logits.rows();
   if (run.logits != nullptr) {
-    RETURN_IF_ERROR(backend_->CopyToHost(run.logits + (begin - run.begin) * options_.vocab_size, logits.data,
-                                         logits.elements() * DTypeBytes(DType::kF32)));
+    RETURN_IF_ERROR(backend_->CopyToHost(run.logits + (begin - run.begin) * options_.vocab_size,
+                                         logits.data, logits.elements() * DTypeBytes(DType::kF32)));
   }
   if (!run.has_targets) return absl::OkStatus();
   ScoreTokensArgs args = {.logits = logits,
@@ -219,7 +233,8 @@ absl::Status Sampler::Score(const TensorView& hidden, StepOutputs& outputs) {
     for (int64_t done = 0; done < run.count; done += kLogitRows) {
       const int64_t begin = run.begin + done;
       const int64_t count = std::min(kLogitRows, run.count - done);
-      ASSIGN_OR_RETURN(const TensorView logits, Logits(hidden, device_score_tokens_ + begin, count));
+      ASSIGN_OR_RETURN(const TensorView logits,
+                       Logits(hidden, device_score_tokens_ + begin, count));
       RETURN_IF_ERROR(ScoreBlock(run, begin, logits, outputs.device_scores()));
     }
   }
@@ -227,7 +242,8 @@ absl::Status Sampler::Score(const TensorView& hidden, StepOutputs& outputs) {
 }
 
 absl::Status Sampler::ReadBack(StepOutputs& outputs) {
-  return outputs.ReadBack(std::ssize(sample_rows_), draw_tops_, std::ssize(score_tokens_), score_tops_);
+  return outputs.ReadBack(std::ssize(sample_rows_), draw_tops_, std::ssize(score_tokens_),
+                          score_tops_);
 }
 
 }  // namespace godwit

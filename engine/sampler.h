@@ -1,5 +1,6 @@
 #pragma once
-// Hidden rows of a step -> drawn tokens, log-probabilities of given tokens, and the token counts that penalties read.
+// Hidden rows of a step -> drawn tokens, log-probabilities of given tokens, and the token counts
+// that penalties read.
 
 #include <cstdint>
 #include <span>
@@ -35,14 +36,16 @@ struct SamplerOptions {
 
 class Sampler {
  public:
-  static absl::StatusOr<Sampler> Create(Backend& backend, Model& model, const SamplerOptions& options);
+  static absl::StatusOr<Sampler> Create(Backend& backend, Model& model,
+                                        const SamplerOptions& options);
 
   static int64_t DeviceBytes(int64_t d_model, int64_t vocab_size);  // besides counts
   static int64_t ArenaBytes(int64_t max_tokens_per_step, int64_t num_slots);
 
-  // Step 1, before the arena is uploaded: which rows need logits and how each token is drawn. The span is as long as `rows` and
-  // valid until the next call.
-  std::span<const RowOutputs> Plan(std::span<const BatchRow> rows, const StepArrays& arrays, StepArena& arena);
+  // Step 1, before the arena is uploaded: which rows need logits and how each token is drawn. The
+  // span is as long as `rows` and valid until the next call.
+  std::span<const RowOutputs> Plan(std::span<const BatchRow> rows, const StepArrays& arrays,
+                                   StepArena& arena);
 
   // Step 2: counts prompt tokens. Forks copy the counts afterwards.
   absl::Status CountPrompts(const StepArrays& arrays, const TensorView& token_ids);
@@ -64,22 +67,24 @@ class Sampler {
     int64_t begin = 0, count = 0;  // of score_tokens_
     int32_t num_top = 0;
     bool has_targets = false;
-    float* logits = nullptr;       // host
+    float* logits = nullptr;  // host
   };
 
   Sampler(Backend& backend, Model& model, const SamplerOptions& options);
   void PlanDraws(const BatchRow& row, const StepRow& step_row, StepArena& arena);
   void PlanScores(const BatchRow& row, const StepRow& step_row, int32_t num_top);
-  SampleRow MakeSampleRow(const RowOutput& output, const BatchRow& row, const StepRow& step_row, StepArena& arena);
+  SampleRow MakeSampleRow(const RowOutput& output, const BatchRow& row, const StepRow& step_row,
+                          StepArena& arena);
   absl::StatusOr<TensorView> Logits(const TensorView& hidden, int32_t* tokens, int64_t count);
-  absl::Status ScoreBlock(const ScoreRun& run, int64_t begin, const TensorView& logits, const OutputArrays& scores);
+  absl::Status ScoreBlock(const ScoreRun& run, int64_t begin, const TensorView& logits,
+                          const OutputArrays& scores);
   TensorView Counts() const;
 
   Backend* backend_;
   Model* model_;
   SamplerOptions options_;
-  DeviceBuffer gathered_;   // [kLogitRows, d_model] f32
-  DeviceBuffer logits_;     // [kLogitRows, vocab] f32
+  DeviceBuffer gathered_;  // [kLogitRows, d_model] f32
+  DeviceBuffer logits_;    // [kLogitRows, vocab] f32
 
   // Of the step being run.
   std::vector<RowOutputs> row_outputs_;
@@ -88,7 +93,7 @@ class Sampler {
   std::vector<DrawBlock> draw_blocks_;
   std::vector<int32_t> score_tokens_, score_targets_;
   std::vector<ScoreRun> score_runs_;
-  std::vector<TokenBias> biases_;      // scratch for one row
+  std::vector<TokenBias> biases_;  // scratch for one row
   bool draw_tops_ = false, score_tops_ = false;
   int32_t* device_logit_tokens_ = nullptr;
   SampleRow* device_sample_rows_ = nullptr;
@@ -97,6 +102,7 @@ class Sampler {
 };
 
 // The biases of one draw: logit_bias, and a ban of end_token_ids before min_tokens. No token twice.
-void AppendBiases(const SamplingParams& sampling, int64_t output_index, std::vector<TokenBias>& biases);
+void AppendBiases(const SamplingParams& sampling, int64_t output_index,
+                  std::vector<TokenBias>& biases);
 
 }  // namespace godwit

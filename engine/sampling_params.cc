@@ -80,10 +80,12 @@ absl::Status ValidateSampling(const SamplingParams& sampling, int64_t vocab_size
   RETURN_IF_ERROR(CheckBiases(sampling, vocab_size));
   const int64_t most_logprobs = std::min<int64_t>(kMaxTopLogprobs, vocab_size);
   if (sampling.num_logprobs < -1 || sampling.num_logprobs > most_logprobs) {
-    return OutOfRange("num_logprobs", sampling.num_logprobs, absl::StrCat("[-1, ", most_logprobs, "]"));
+    return OutOfRange("num_logprobs", sampling.num_logprobs,
+                      absl::StrCat("[-1, ", most_logprobs, "]"));
   }
   if (sampling.min_tokens < 0) {
-    return absl::InvalidArgumentError(absl::StrCat("min_tokens ", sampling.min_tokens, " not >= 0"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("min_tokens ", sampling.min_tokens, " not >= 0"));
   }
   RETURN_IF_ERROR(CheckCount("end_token_ids", sampling.end_token_ids.size(), kMaxEndTokenIds));
   for (const int32_t token_id : sampling.end_token_ids) {

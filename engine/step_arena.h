@@ -49,7 +49,8 @@ class StepArena {
   }
 
   absl::Status Upload() {
-    return size_ == 0 ? absl::OkStatus() : ToStatus(backend_->CopyFromHost(device_.bytes(), host_.data(), size_));
+    return size_ == 0 ? absl::OkStatus()
+                      : ToStatus(backend_->CopyFromHost(device_.bytes(), host_.data(), size_));
   }
 
  private:

@@ -1,5 +1,6 @@
 #pragma once
-// Where the draws and scores of one step in flight land: on the device, and on the host once the queue has run.
+// Where the draws and scores of one step in flight land: on the device, and on the host once the
+// queue has run.
 
 #include <cstdint>
 #include <vector>
@@ -14,18 +15,20 @@ namespace godwit {
 
 inline constexpr int64_t kLogitRows = 64;  // rows of logits that are held at once
 
-// Token and log-probabilities of n entries. Entry i's most likely tokens lie at i * kMaxTopLogprobs where drawn; scores are
-// written in blocks of kLogitRows, each dense over its own number of them (StepOutputs::ScoreTop).
+// Token and log-probabilities of n entries. Entry i's most likely tokens lie at i * kMaxTopLogprobs
+// where drawn; scores are written in blocks of kLogitRows, each dense over its own number of them
+// (StepOutputs::ScoreTop).
 struct OutputArrays {
-  int32_t* tokens = nullptr;        // [n]; draws only
-  float* logprobs = nullptr;        // [n]
-  int32_t* top_ids = nullptr;       // [n * kMaxTopLogprobs]
-  float* top_logprobs = nullptr;    // [n * kMaxTopLogprobs]
+  int32_t* tokens = nullptr;      // [n]; draws only
+  float* logprobs = nullptr;      // [n]
+  int32_t* top_ids = nullptr;     // [n * kMaxTopLogprobs]
+  float* top_logprobs = nullptr;  // [n * kMaxTopLogprobs]
 };
 
 class StepOutputs {
  public:
-  static absl::StatusOr<StepOutputs> Create(Backend& backend, int64_t max_draws, int64_t max_scores);
+  static absl::StatusOr<StepOutputs> Create(Backend& backend, int64_t max_draws,
+                                            int64_t max_scores);
   static int64_t DeviceBytes(int64_t max_draws, int64_t max_scores);
 
   const OutputArrays& device_draws() const { return device_draws_; }

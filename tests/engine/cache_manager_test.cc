@@ -214,15 +214,24 @@ TEST(CacheManagerTest, ReleasedSwappedLeaseNamesItsHostIdOnce) {
 // A model of what must hold, kept beside the manager under random operations.
 class RandomOperations {
  public:
-  explicit RandomOperations(uint64_t seed) : random_(seed), manager_(MakeManager(HybridGeometry())) {}
+  explicit RandomOperations(uint64_t seed)
+      : random_(seed), manager_(MakeManager(HybridGeometry())) {}
 
   void Step() {
     switch (Draw(0, 4)) {
       case 0:
-      case 1: Reserve(); break;
-      case 2: Release(); break;
-      case 3: Swap(); break;
-      case 4: Advance(); break;
+      case 1:
+        Reserve();
+        break;
+      case 2:
+        Release();
+        break;
+      case 3:
+        Swap();
+        break;
+      case 4:
+        Advance();
+        break;
     }
     Check();
   }

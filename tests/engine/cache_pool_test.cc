@@ -21,7 +21,10 @@ constexpr int64_t kWindowRowBytes = 24;
 constexpr int64_t kKvRowBytes = 40;
 
 CacheGeometry Geometry() {
-  return {.components = {{.name = "layers.0.lightning", .base_bytes = kBaseBytes, .row_bytes = kWindowRowBytes, .block = kWindow},
+  return {.components = {{.name = "layers.0.lightning",
+                          .base_bytes = kBaseBytes,
+                          .row_bytes = kWindowRowBytes,
+                          .block = kWindow},
                          {.name = "layers.1.kv", .row_bytes = kKvRowBytes, .retain = kRetainAll},
                          {.name = "penalties", .base_bytes = 64}},
           .window_rows = 47,
@@ -46,11 +49,13 @@ class CachePoolTest : public testing::Test {
     const int64_t window_bytes = 47 * kWindowRowBytes;
     std::vector<std::pair<char*, int64_t>> ranges = {
         {static_cast<char*>(pool_->bases(0)) + lease.slot() * kBaseBytes, kBaseBytes},
-        {static_cast<char*>(pool_->windows(0)) + lease.slot() * window_bytes, std::min<int64_t>(position, 47) * kWindowRowBytes},
+        {static_cast<char*>(pool_->windows(0)) + lease.slot() * window_bytes,
+         std::min<int64_t>(position, 47) * kWindowRowBytes},
         {static_cast<char*>(pool_->bases(2)) + lease.slot() * 64, 64}};
     for (int64_t block = 0; block * kPagedBlock < position; ++block) {
       const int64_t block_bytes = kPagedBlock * kKvRowBytes;
-      ranges.emplace_back(static_cast<char*>(pool_->blocks(1)) + lease.blocks()[static_cast<size_t>(block)] * block_bytes,
+      ranges.emplace_back(static_cast<char*>(pool_->blocks(1)) +
+                              lease.blocks()[static_cast<size_t>(block)] * block_bytes,
                           block_bytes);
     }
     return ranges;
@@ -65,7 +70,8 @@ class CachePoolTest : public testing::Test {
 
   std::string Bytes(const CacheLease& lease, int64_t position) const {
     std::string bytes;
-    for (const auto& [data, num_bytes] : Ranges(lease, position)) bytes.append(data, static_cast<size_t>(num_bytes));
+    for (const auto& [data, num_bytes] : Ranges(lease, position))
+      bytes.append(data, static_cast<size_t>(num_bytes));
     return bytes;
   }
 
@@ -95,12 +101,13 @@ TEST_F(CachePoolTest, ForkCopiesAllBytesOfTheState) {
     Fill(from, position, 3);
     Fill(to, position, 4);
     const int64_t num_blocks = manager_->geometry().blocks_for(position);
-    const CacheCopy copy = {.kind = CacheCopy::Kind::kFork,
-                            .from_slot = from.slot(),
-                            .to_slot = to.slot(),
-                            .from_blocks = {from.blocks().begin(), from.blocks().begin() + num_blocks},
-                            .to_blocks = {to.blocks().begin(), to.blocks().begin() + num_blocks},
-                            .position = position};
+    const CacheCopy copy = {
+        .kind = CacheCopy::Kind::kFork,
+        .from_slot = from.slot(),
+        .to_slot = to.slot(),
+        .from_blocks = {from.blocks().begin(), from.blocks().begin() + num_blocks},
+        .to_blocks = {to.blocks().begin(), to.blocks().begin() + num_blocks},
+        .position = position};
     ASSERT_TRUE(pool_->Copy(copy).ok());
     EXPECT_EQ(Bytes(to, position), Bytes(from, position)) << position;
   }

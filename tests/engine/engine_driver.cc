@@ -30,11 +30,11 @@ struct Sequence {
   std::vector<CacheLease> leases;      // per output
   std::vector<RowOutput> row_outputs;  // per output
   std::vector<DriverOutput> outputs;
-  int64_t next = 0;                    // prompt tokens submitted
+  int64_t next = 0;  // prompt tokens submitted
   int64_t num_chunks = 0;
   int64_t draws_submitted = 0;
   int64_t steps_in_flight = 0;
-  int64_t resume_step = -1;            // while swapped out
+  int64_t resume_step = -1;  // while swapped out
   bool was_swapped = false;
 
   bool prefilled() const { return next == std::ssize(request->prompt); }
@@ -49,7 +49,8 @@ class Driver {
   }
 
   std::vector<DriverOutput> Run() {
-    while (std::any_of(sequences_.begin(), sequences_.end(), [](const Sequence& s) { return !s.finished(); })) {
+    while (std::any_of(sequences_.begin(), sequences_.end(),
+                       [](const Sequence& s) { return !s.finished(); })) {
       Swap();
       if (Plan()) Submit();
       if (!steps_.empty() && (idle_ || std::ssize(steps_) == steps_in_flight_)) Collect();
@@ -72,7 +73,7 @@ class Driver {
     StepId id = 0;
     std::vector<BatchRow> rows;
     std::vector<Sequence*> sequences;  // per row
-    std::vector<int> outputs;          // per row: the output that a decode row continues; -1: prefill
+    std::vector<int> outputs;  // per row: the output that a decode row continues; -1: prefill
   };
 
   void Add(const DriverRequest& request) {
@@ -82,7 +83,8 @@ class Driver {
     sequence.outputs.resize(static_cast<size_t>(request.num_outputs));
     for (int output = 0; output < request.num_outputs; ++output) {
       CacheLease& lease = sequence.leases[static_cast<size_t>(output)];
-      lease = Must(engine_.caches().Reserve(std::ssize(request.prompt) + request.max_tokens + kProbeTokens));
+      lease = Must(
+          engine_.caches().Reserve(std::ssize(request.prompt) + request.max_tokens + kProbeTokens));
       sequence.row_outputs.push_back({.lease = &lease,
                                       .sampling = &request.sampling,
                                       .seed = request.seed,
@@ -118,11 +120,14 @@ class Driver {
   bool Plan() {
     step_ = {};
     for (Sequence& sequence : sequences_) {
-      if (num_steps_ < sequence.request->start_step || sequence.resume_step >= 0 || WaitsForSwap(sequence)) continue;
+      if (num_steps_ < sequence.request->start_step || sequence.resume_step >= 0 ||
+          WaitsForSwap(sequence))
+        continue;
       if (!sequence.prefilled()) {
         AddPrefill(sequence);
       } else if (sequence.draws_submitted < sequence.request->max_tokens) {
-        for (size_t output = 0; output < sequence.leases.size(); ++output) AddDecode(sequence, output);
+        for (size_t output = 0; output < sequence.leases.size(); ++output)
+          AddDecode(sequence, output);
         ++sequence.draws_submitted;
         ++sequence.steps_in_flight;
       }
@@ -141,7 +146,8 @@ class Driver {
                     .confirmed_position = sequence.leases[0].position(),
                     .prompt_length = std::ssize(request.prompt),
                     .lease = &sequence.leases[0]};
-    row.token_ids = std::span(request.prompt).subspan(static_cast<size_t>(sequence.next), static_cast<size_t>(count));
+    row.token_ids = std::span(request.prompt)
+                        .subspan(static_cast<size_t>(sequence.next), static_cast<size_t>(count));
     sequence.next += count;
     ++sequence.num_chunks;
     ++sequence.steps_in_flight;
@@ -230,7 +236,8 @@ bool DriverOutput::SameBits(const DriverOutput& other) const {
     }
     return values;
   };
-  return ids() == other.ids() && SameBitsOf(logprobs(*this), logprobs(other)) && SameBitsOf(probe, other.probe);
+  return ids() == other.ids() && SameBitsOf(logprobs(*this), logprobs(other)) &&
+         SameBitsOf(probe, other.probe);
 }
 
 std::unique_ptr<Engine> MakeEngine(const TinyModel& model, EngineOptions options) {
@@ -238,7 +245,8 @@ std::unique_ptr<Engine> MakeEngine(const TinyModel& model, EngineOptions options
   return Must(Engine::Create(options, Must(CreateCpuBackend({.num_threads = 2}))));
 }
 
-std::vector<DriverOutput> Drive(Engine& engine, int steps_in_flight, const std::vector<DriverRequest>& requests) {
+std::vector<DriverOutput> Drive(Engine& engine, int steps_in_flight,
+                                const std::vector<DriverRequest>& requests) {
   return Driver(engine, steps_in_flight, requests).Run();
 }
 

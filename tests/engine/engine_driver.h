@@ -1,6 +1,7 @@
 #pragma once
-// Runs requests on an Engine the way a scheduler would, with every choice in the test's hands: when each starts, how its prompt
-// is cut, how many steps are in flight, when it is moved to host memory.
+// Runs requests on an Engine the way a scheduler would, with every choice in the test's hands: when
+// each starts, how its prompt is cut, how many steps are in flight, when it is moved to host
+// memory.
 
 #include <cstdint>
 #include <deque>
@@ -19,27 +20,30 @@ struct DriverRequest {
   uint64_t seed = 1;
   int32_t output_index = 0;
   int64_t max_tokens = 8;
-  std::vector<int64_t> cuts;     // lengths of the first prompt chunks; the rest follows at once
-  int64_t start_step = 0;        // not before this many steps
-  int64_t swap_after = -1;       // swapped out when so many tokens are drawn, for swap_steps steps
+  std::vector<int64_t> cuts;  // lengths of the first prompt chunks; the rest follows at once
+  int64_t start_step = 0;     // not before this many steps
+  int64_t swap_after = -1;    // swapped out when so many tokens are drawn, for swap_steps steps
   int64_t swap_steps = 3;
-  int num_outputs = 1;           // forks get output_index + 1, ...
+  int num_outputs = 1;  // forks get output_index + 1, ...
 };
 
-// Everything that can be seen of one output; equal operator compares bits of logits and log-probabilities.
+// Everything that can be seen of one output; equal operator compares bits of logits and
+// log-probabilities.
 struct DriverOutput {
   std::vector<SampledToken> tokens;
-  std::vector<float> probe;      // logits of three fixed tokens computed after the last one
+  std::vector<float> probe;  // logits of three fixed tokens computed after the last one
 
   std::vector<int32_t> ids() const;
   bool SameBits(const DriverOutput& other) const;
 };
 
-// One engine on the CPU. Fails the test (ASSERT in the constructor's place: check `engine()`) when it cannot be made.
+// One engine on the CPU. Fails the test (ASSERT in the constructor's place: check `engine()`) when
+// it cannot be made.
 std::unique_ptr<Engine> MakeEngine(const TinyModel& model, EngineOptions options);
 
 // Outputs of all requests, request by request, output by output.
-std::vector<DriverOutput> Drive(Engine& engine, int steps_in_flight, const std::vector<DriverRequest>& requests);
+std::vector<DriverOutput> Drive(Engine& engine, int steps_in_flight,
+                                const std::vector<DriverRequest>& requests);
 
 std::vector<int32_t> RandomTokens(uint64_t seed, int64_t count, int32_t vocab_size);
 

@@ -17,7 +17,11 @@ namespace {
 using testing::HasSubstr;
 
 EngineOptions Options() {
-  return {.dtype = DType::kF32, .max_sequences = 8, .max_tokens_per_step = 512, .kv_bytes = 4 << 20, .swap_bytes = 1 << 24};
+  return {.dtype = DType::kF32,
+          .max_sequences = 8,
+          .max_tokens_per_step = 512,
+          .kv_bytes = 4 << 20,
+          .swap_bytes = 1 << 24};
 }
 
 class EngineTest : public testing::Test {
@@ -101,7 +105,8 @@ TEST_F(EngineTest, TooMuchMemoryIsRefusedWithThePlan) {
   options.kv_bytes = int64_t{1} << 44;
   const auto engine = Engine::Create(options, *CreateCpuBackend({.num_threads = 1}));
   EXPECT_EQ(engine.status().code(), absl::StatusCode::kResourceExhausted);
-  EXPECT_THAT(std::string(engine.status().message()), testing::AllOf(HasSubstr("weights"), HasSubstr("KV blocks")));
+  EXPECT_THAT(std::string(engine.status().message()),
+              testing::AllOf(HasSubstr("weights"), HasSubstr("KV blocks")));
 }
 
 TEST_F(EngineTest, MissingFolderIsAnErrorNotACrash) {
@@ -116,7 +121,8 @@ TEST_F(EngineTest, TokenOutsideTheVocabularyChangesNothing) {
   CacheLease lease = *engine_->caches().Reserve(64);
   const std::vector<int32_t> bad = {1, vocab()};
   const BatchRow row = {.token_ids = bad, .prompt_length = 2, .lease = &lease};
-  EXPECT_EQ(engine_->Submit(std::span(&row, 1)).status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(engine_->Submit(std::span(&row, 1)).status().code(),
+            absl::StatusCode::kInvalidArgument);
   EXPECT_TRUE(lease.fresh());
   EXPECT_EQ(lease.position(), 0);
   lease.Release();
@@ -128,7 +134,8 @@ TEST_F(EngineTest, CollectMovesTheHostsPosition) {
   const std::vector<int32_t> prompt = RandomTokens(2, 5, vocab());
   const SamplingParams sampling;
   const RowOutput output = {.lease = &lease, .sampling = &sampling};
-  BatchRow row = {.token_ids = prompt, .prompt_length = 5, .lease = &lease, .outputs = std::span(&output, 1)};
+  BatchRow row = {
+      .token_ids = prompt, .prompt_length = 5, .lease = &lease, .outputs = std::span(&output, 1)};
   auto id = engine_->Submit(std::span(&row, 1));
   ASSERT_TRUE(id.ok());
   EXPECT_EQ(lease.position(), 0);
@@ -149,8 +156,11 @@ TEST_F(EngineTest, GreedyTakesTheHighestLogit) {
   const SamplingParams sampling = {.temperature = 0, .num_logprobs = 2};
   const RowOutput output = {.lease = &lease, .sampling = &sampling};
   std::vector<float> logits(20 * static_cast<size_t>(vocab()));
-  const StepResult result = Step({.token_ids = prompt, .prompt_length = 20, .lease = &lease,
-                                  .outputs = std::span(&output, 1), .logits = logits.data()});
+  const StepResult result = Step({.token_ids = prompt,
+                                  .prompt_length = 20,
+                                  .lease = &lease,
+                                  .outputs = std::span(&output, 1),
+                                  .logits = logits.data()});
   const SampledToken& token = result.rows[0].outputs[0][0];
   const auto last = logits.end() - vocab();
   EXPECT_EQ(token.token_id, std::max_element(last, logits.end()) - last);
@@ -178,8 +188,14 @@ TEST_F(EngineTest, ScoresAreTheLogSoftmaxOfTheLogits) {
   std::vector<std::vector<SampledToken>> runs;
   for (float* const wanted : {logits.data(), static_cast<float*>(nullptr)}) {
     CacheLease lease = *engine_->caches().Reserve(150);
-    runs.push_back(Step({.token_ids = prompt, .prompt_length = 150, .lease = &lease, .score_targets = targets,
-                         .num_score_top = 3, .logits = wanted}).rows[0].scores);
+    runs.push_back(Step({.token_ids = prompt,
+                         .prompt_length = 150,
+                         .lease = &lease,
+                         .score_targets = targets,
+                         .num_score_top = 3,
+                         .logits = wanted})
+                       .rows[0]
+                       .scores);
   }
   ASSERT_EQ(runs[0].size(), 148u);
   ASSERT_EQ(runs[1].size(), 148u);
@@ -191,7 +207,8 @@ TEST_F(EngineTest, ScoresAreTheLogSoftmaxOfTheLogits) {
     EXPECT_EQ(token.token_id, targets[row]);
     EXPECT_NEAR(token.logprob, LogProb(row_logits, vocab(), targets[row]), 1e-4) << row;
     ASSERT_EQ(token.top.size(), 3u);
-    EXPECT_EQ(token.top[0].token_id, std::max_element(row_logits, row_logits + vocab()) - row_logits);
+    EXPECT_EQ(token.top[0].token_id,
+              std::max_element(row_logits, row_logits + vocab()) - row_logits);
     EXPECT_EQ(runs[1][score].logprob, token.logprob) << row;
     EXPECT_EQ(runs[1][score].top[2].token_id, token.top[2].token_id) << row;
     ++score;
@@ -206,7 +223,8 @@ TEST_F(EngineTest, LogitBiasAndMinTokensSteerTheDraw) {
   forced.sampling.end_token_ids = {77};
   forced.sampling.min_tokens = 3;
   const std::vector<int32_t> ids = Drive(*engine_, 1, {forced})[0].ids();
-  for (size_t index = 0; index < ids.size(); ++index) EXPECT_EQ(ids[index] == 77, index >= 3) << index;
+  for (size_t index = 0; index < ids.size(); ++index)
+    EXPECT_EQ(ids[index] == 77, index >= 3) << index;
 }
 
 TEST_F(EngineTest, PenaltiesSeePromptAndDrawnTokens) {
@@ -215,11 +233,13 @@ TEST_F(EngineTest, PenaltiesSeePromptAndDrawnTokens) {
   request.sampling.logit_bias = {{10, 100}, {20, 88}, {21, 76}, {22, 64}, {23, 52}, {24, 40}};
   request.sampling.repetition_penalty = 100;
   const std::vector<int32_t> repetition = Drive(*engine_, 1, {request})[0].ids();
-  EXPECT_THAT(repetition, testing::ElementsAre(20, 21, 22, 23, 24, testing::_)) << "10 is in the prompt";
+  EXPECT_THAT(repetition, testing::ElementsAre(20, 21, 22, 23, 24, testing::_))
+      << "10 is in the prompt";
   request.sampling.repetition_penalty = 1;
   request.sampling.presence_penalty = 2;
   request.sampling.logit_bias = {{10, 100}};
-  EXPECT_THAT(Drive(*engine_, 1, {request})[0].ids(), testing::Each(10)) << "presence looks at the output only";
+  EXPECT_THAT(Drive(*engine_, 1, {request})[0].ids(), testing::Each(10))
+      << "presence looks at the output only";
 }
 
 TEST_F(EngineTest, MoreRowsThanABlockOfLogits) {
@@ -228,7 +248,8 @@ TEST_F(EngineTest, MoreRowsThanABlockOfLogits) {
   const auto engine = MakeEngine(model_, options);
   std::vector<DriverRequest> requests;
   for (uint64_t index = 0; index < 150; ++index) {
-    requests.push_back({.prompt = RandomTokens(500 + index, 3, vocab()), .seed = index, .max_tokens = 5});
+    requests.push_back(
+        {.prompt = RandomTokens(500 + index, 3, vocab()), .seed = index, .max_tokens = 5});
     requests.back().sampling.num_logprobs = static_cast<int32_t>(index % 5);
   }
   const std::vector<DriverOutput> outputs = Drive(*engine, 1, requests);
@@ -256,9 +277,13 @@ TEST_F(EngineTest, ScheduledForkContinuesLikeItsSource) {
   const std::vector<int32_t> prompt = RandomTokens(7, 40, vocab());
   const SamplingParams sampling = {.num_logprobs = 0};
   const RowOutput output = {.lease = &from, .sampling = &sampling, .seed = 3};
-  BatchRow row = {.token_ids = prompt, .prompt_length = 40, .lease = &from, .outputs = std::span(&output, 1)};
+  BatchRow row = {
+      .token_ids = prompt, .prompt_length = 40, .lease = &from, .outputs = std::span(&output, 1)};
   Step(row);
-  const CacheCopy copy = {.kind = CacheCopy::Kind::kFork, .from_slot = from.slot(), .to_slot = to.slot(), .position = 40};
+  const CacheCopy copy = {.kind = CacheCopy::Kind::kFork,
+                          .from_slot = from.slot(),
+                          .to_slot = to.slot(),
+                          .position = 40};
   ASSERT_TRUE(engine_->Copy(std::span(&copy, 1)).ok());
   to.clear_fresh();
   to.set_position(40);
@@ -269,7 +294,8 @@ TEST_F(EngineTest, ScheduledForkContinuesLikeItsSource) {
   BatchRow fork_row = row;
   fork_row.lease = &to;
   fork_row.outputs = std::span(&fork, 1);
-  const SampledToken source = Step(row).rows[0].outputs[0][0], forked = Step(fork_row).rows[0].outputs[0][0];
+  const SampledToken source = Step(row).rows[0].outputs[0][0],
+                     forked = Step(fork_row).rows[0].outputs[0][0];
   EXPECT_EQ(source.token_id, forked.token_id);
   EXPECT_EQ(source.logprob, forked.logprob);
 }
@@ -288,7 +314,8 @@ TEST_F(EngineDeathTest, StepsBeyondTheLimitOrCollectedOutOfOrderAreOurBugs) {
         (void)engine_->Submit(std::span(&row, 1));
       },
       "max_steps_in_flight");
-  EXPECT_DEATH((void)engine_->Collect(*engine_->Submit(std::span(&row, 1)) + 1), "front\\(\\).id == id");
+  EXPECT_DEATH((void)engine_->Collect(*engine_->Submit(std::span(&row, 1)) + 1),
+               "front\\(\\).id == id");
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// What must be equal to the last bit (docs/architecture.md section 3.2), on small random models of both families and types.
+// What must be equal to the last bit (docs/architecture.md section 3.2), on small random models of
+// both families and types.
 
 #include <cmath>
 #include <memory>
@@ -34,9 +35,10 @@ class EquivalenceTest : public testing::TestWithParam<Case> {
 
   // Greedy when `seed` is even, else sampled with penalties; all 20 log-probabilities either way.
   DriverRequest Request(uint64_t seed, int64_t prompt_length, int64_t max_tokens) const {
-    DriverRequest request = {.prompt = RandomTokens(seed, prompt_length, model_.options().vocab_size),
-                             .seed = seed,
-                             .max_tokens = max_tokens};
+    DriverRequest request = {
+        .prompt = RandomTokens(seed, prompt_length, model_.options().vocab_size),
+        .seed = seed,
+        .max_tokens = max_tokens};
     request.sampling.num_logprobs = kMaxTopLogprobs;
     request.sampling.temperature = seed % 2 == 0 ? 0.0f : 0.8f;
     if (seed % 2 == 0) return request;
@@ -55,7 +57,8 @@ class EquivalenceTest : public testing::TestWithParam<Case> {
   TinyModel model_;
 };
 
-// The comparisons below mean something: outputs are finite, not one repeated token, and differ between prompts.
+// The comparisons below mean something: outputs are finite, not one repeated token, and differ
+// between prompts.
 TEST_P(EquivalenceTest, OutputsAreFiniteAndDependOnThePrompt) {
   const DriverOutput greedy = Alone(Request(20, 150, 30)), other = Alone(Request(22, 150, 30));
   EXPECT_NE(greedy.ids(), other.ids());
@@ -69,7 +72,8 @@ TEST_P(EquivalenceTest, AloneEqualsInABatchOfSeventeenOthers) {
   const auto engine = Make();
   std::vector<DriverRequest> requests;
   for (uint64_t index = 0; index < 18; ++index) {
-    requests.push_back(Request(100 + index, 1 + 23 * static_cast<int64_t>(index) % 190, 20 + static_cast<int64_t>(index)));
+    requests.push_back(Request(100 + index, 1 + 23 * static_cast<int64_t>(index) % 190,
+                               20 + static_cast<int64_t>(index)));
     requests.back().start_step = static_cast<int64_t>(index * 5 % 7);
   }
   const std::vector<DriverOutput> outputs = Drive(*engine, 1, requests);
@@ -104,7 +108,8 @@ TEST_P(EquivalenceTest, OneOrTwoStepsInFlightAreEqual) {
   const std::vector<DriverOutput> two = Drive(*engine, 2, requests);
   const auto one_engine = Make(1);
   const std::vector<DriverOutput> one = Drive(*one_engine, 1, requests);
-  for (size_t index = 0; index < requests.size(); ++index) EXPECT_TRUE(two[index].SameBits(one[index])) << index;
+  for (size_t index = 0; index < requests.size(); ++index)
+    EXPECT_TRUE(two[index].SameBits(one[index])) << index;
   EXPECT_TRUE(two[6].SameBits(Alone(requests[6])));
 }
 
@@ -152,7 +157,8 @@ TEST_P(EquivalenceTest, SlotsUsedBeforeLeaveNoTrace) {
   EXPECT_TRUE(Drive(*engine, 2, {request})[0].SameBits(Alone(request)));
 }
 
-// A sequence that the host stops keeps one step in flight, whose token is dropped; its slot and blocks go to another.
+// A sequence that the host stops keeps one step in flight, whose token is dropped; its slot and
+// blocks go to another.
 TEST_P(EquivalenceTest, OverrunStepAfterAStopLeavesNoTrace) {
   const auto engine = Make(2);
   const DriverRequest other = Request(14, 77, 25);
@@ -160,7 +166,10 @@ TEST_P(EquivalenceTest, OverrunStepAfterAStopLeavesNoTrace) {
     const DriverRequest stopped = Request(15, 40, 3);  // its third token is the over-run
     CacheLease lease = *engine->caches().Reserve(64);
     const RowOutput output = {.lease = &lease, .sampling = &stopped.sampling, .seed = stopped.seed};
-    BatchRow row = {.token_ids = stopped.prompt, .prompt_length = 40, .lease = &lease, .outputs = std::span(&output, 1)};
+    BatchRow row = {.token_ids = stopped.prompt,
+                    .prompt_length = 40,
+                    .lease = &lease,
+                    .outputs = std::span(&output, 1)};
     const StepId first = *engine->Submit(std::span(&row, 1));
     row.token_ids = {};
     const StepId second = *engine->Submit(std::span(&row, 1));
@@ -173,12 +182,14 @@ TEST_P(EquivalenceTest, OverrunStepAfterAStopLeavesNoTrace) {
 }
 
 std::string CaseName(const testing::TestParamInfo<Case>& info) {
-  return std::string(std::get<0>(info.param) == TinyFamily::kTransnormer ? "Transnormer" : "Llama") +
+  return std::string(std::get<0>(info.param) == TinyFamily::kTransnormer ? "Transnormer"
+                                                                         : "Llama") +
          (std::get<1>(info.param) == DType::kF32 ? "F32" : "BF16");
 }
 
 INSTANTIATE_TEST_SUITE_P(Models, EquivalenceTest,
-                         testing::Combine(testing::Values(TinyFamily::kTransnormer, TinyFamily::kLlama),
+                         testing::Combine(testing::Values(TinyFamily::kTransnormer,
+                                                          TinyFamily::kLlama),
                                           testing::Values(DType::kF32, DType::kBF16)),
                          CaseName);
 

@@ -15,8 +15,9 @@ using testing::ElementsAre;
 constexpr int64_t kVocab = 100;
 
 CacheGeometry Geometry() {
-  return {.components = {{.name = "layers.0.lightning", .base_bytes = 64, .row_bytes = 8, .block = kWindow},
-                         {.name = "layers.1.kv", .row_bytes = 8, .retain = kRetainAll}},
+  return {.components =
+              {{.name = "layers.0.lightning", .base_bytes = 64, .row_bytes = 8, .block = kWindow},
+               {.name = "layers.1.kv", .row_bytes = 8, .retain = kRetainAll}},
           .window_rows = WindowRows(2, kMaxDraftTokens),
           .num_slots = 8,
           .num_blocks = 100};
@@ -27,7 +28,10 @@ class StepPlannerTest : public testing::Test {
   StepPlannerTest()
       : manager_(*CacheManager::Create(Geometry())),
         slots_(8),
-        planner_({.max_tokens = 512, .num_slots = 8, .window_rows = Geometry().window_rows, .vocab_size = kVocab}) {}
+        planner_({.max_tokens = 512,
+                  .num_slots = 8,
+                  .window_rows = Geometry().window_rows,
+                  .vocab_size = kVocab}) {}
 
   // A lease whose slot is at `position`; 0: fresh.
   CacheLease LeaseAt(int64_t position, int32_t last_token = 0) {
@@ -91,7 +95,8 @@ TEST_F(StepPlannerTest, TokensOfAStepInFlightAreLeftToTheDevice) {
   slots_[static_cast<size_t>(lease.slot())].pending_step = 6;
   slots_[static_cast<size_t>(lease.slot())].pending_draw = 3;
   const RowOutput output = Output(lease);
-  const std::vector<BatchRow> rows = {{.confirmed_position = 19, .lease = &lease, .outputs = std::span(&output, 1)}};
+  const std::vector<BatchRow> rows = {
+      {.confirmed_position = 19, .lease = &lease, .outputs = std::span(&output, 1)}};
   ASSERT_TRUE(planner_.Check(rows, slots_).ok());
   const StepArrays& arrays = planner_.Plan(rows, slots_);
   ASSERT_EQ(arrays.pending.size(), 1u);
@@ -100,7 +105,8 @@ TEST_F(StepPlannerTest, TokensOfAStepInFlightAreLeftToTheDevice) {
   EXPECT_EQ(arrays.pending[0].draw, 3);
 }
 
-// Which rows are in P-form is one function of where prefill began and of the end, for every cut at multiples of P.
+// Which rows are in P-form is one function of where prefill began and of the end, for every cut at
+// multiples of P.
 TEST_F(StepPlannerTest, CutsAtMultiplesOfPLeaveTheSameRowsInPForm) {
   CacheLease lease = LeaseAt(0);
   std::mt19937_64 random(1);
@@ -110,7 +116,8 @@ TEST_F(StepPlannerTest, CutsAtMultiplesOfPLeaveTheSameRowsInPForm) {
     std::vector<bool> whole(static_cast<size_t>(end)), in_parts(static_cast<size_t>(end));
     const auto mark = [&](int64_t from, int64_t to, std::vector<bool>& in_p_form) {
       const std::vector<int32_t> ids(static_cast<size_t>(to - from), 1);
-      const StepRow row = MakeStepRow({.token_ids = ids, .lease = &lease}, {.position = from, .base = from / 16 * 16});
+      const StepRow row = MakeStepRow({.token_ids = ids, .lease = &lease},
+                                      {.position = from, .base = from / 16 * 16});
       EXPECT_EQ(row.base_after, to / 16 * 16);
       EXPECT_EQ(row.p_begin % kPrefillBlock, 0);
       EXPECT_EQ(row.p_end % kPrefillBlock, 0);
@@ -132,7 +139,9 @@ TEST_F(StepPlannerTest, CutsAtMultiplesOfPLeaveTheSameRowsInPForm) {
 TEST_F(StepPlannerTest, DecodeFoldsOnlyWhatIsConfirmedAndNeverBack) {
   CacheLease lease = LeaseAt(0);
   const auto base_after = [&](int64_t position, int64_t base, int64_t confirmed) {
-    return MakeStepRow({.confirmed_position = confirmed, .lease = &lease}, {.position = position, .base = base}).base_after;
+    return MakeStepRow({.confirmed_position = confirmed, .lease = &lease},
+                       {.position = position, .base = base})
+        .base_after;
   };
   EXPECT_EQ(base_after(40, 32, 40), 32);
   EXPECT_EQ(base_after(48, 32, 47), 32);
@@ -151,7 +160,8 @@ TEST_F(StepPlannerTest, TokenOutsideTheVocabularyIsInvalid) {
     EXPECT_THAT(std::string(status.message()), testing::HasSubstr("index 1 not in [0, 100)"));
   }
   const std::vector<int32_t> ids = {1, 2}, targets = {2, 100};
-  const std::vector<BatchRow> rows = {{.token_ids = ids, .lease = &lease, .score_targets = targets}};
+  const std::vector<BatchRow> rows = {
+      {.token_ids = ids, .lease = &lease, .score_targets = targets}};
   EXPECT_EQ(planner_.Check(rows, slots_).code(), absl::StatusCode::kInvalidArgument);
 }
 
@@ -167,9 +177,12 @@ TEST_F(StepPlannerDeathTest, OurOwnBugsEndTheProcess) {
   EXPECT_DEATH(check({{.token_ids = ids, .lease = nullptr}}), "nullptr");
   EXPECT_DEATH(check({{.token_ids = ids, .lease = &none}}), "resident");
   EXPECT_DEATH(check({{.token_ids = ids, .first_position = 9, .lease = &used}}), "first_position");
-  EXPECT_DEATH(check({{.token_ids = ids, .lease = &fresh}, {.token_ids = ids, .lease = &fresh}}), "last_use");
+  EXPECT_DEATH(check({{.token_ids = ids, .lease = &fresh}, {.token_ids = ids, .lease = &fresh}}),
+               "last_use");
   EXPECT_DEATH(check({{.lease = &fresh, .outputs = std::span(&output, 1)}}), "position > 0");
-  EXPECT_DEATH(check({{.confirmed_position = 11, .lease = &used, .outputs = std::span(&output, 1)}}), "confirmed_position");
+  EXPECT_DEATH(
+      check({{.confirmed_position = 11, .lease = &used, .outputs = std::span(&output, 1)}}),
+      "confirmed_position");
   const std::vector<int32_t> many(251, 1);
   EXPECT_DEATH(check({{.token_ids = many, .lease = &fresh}}), "reserved_tokens");
 }

@@ -10,11 +10,15 @@ namespace {
 constexpr int64_t kMiB = 1 << 20;
 
 MemoryPlan Plan(int64_t free_bytes) {
-  MemoryPlan plan = {.weight_bytes = 100 * kMiB, .workspace_bytes = 10 * kMiB, .step_bytes = kMiB, .free_bytes = free_bytes};
-  plan.geometry.components = {{.name = "layers.0.lightning", .base_bytes = kMiB, .row_bytes = 1024, .block = kWindow},
-                              {.name = "layers.1.lightning", .base_bytes = kMiB, .row_bytes = 1024, .block = kWindow},
-                              {.name = "layers.2.kv", .row_bytes = 4096, .retain = kRetainAll},
-                              {.name = "penalties", .base_bytes = 4096}};
+  MemoryPlan plan = {.weight_bytes = 100 * kMiB,
+                     .workspace_bytes = 10 * kMiB,
+                     .step_bytes = kMiB,
+                     .free_bytes = free_bytes};
+  plan.geometry.components = {
+      {.name = "layers.0.lightning", .base_bytes = kMiB, .row_bytes = 1024, .block = kWindow},
+      {.name = "layers.1.lightning", .base_bytes = kMiB, .row_bytes = 1024, .block = kWindow},
+      {.name = "layers.2.kv", .row_bytes = 4096, .retain = kRetainAll},
+      {.name = "penalties", .base_bytes = 4096}};
   plan.geometry.window_rows = 47;
   plan.geometry.num_slots = 8;
   return plan;
@@ -55,9 +59,11 @@ TEST(MemoryPlanTest, WithoutSoftmaxLayersThereAreNoBlocks) {
 TEST(MemoryPlanTest, RefusesWhatDoesNotFitWithThePlanInWords) {
   const auto states = PlanMemory(Plan(10 * kMiB), 0);
   EXPECT_EQ(states.status().code(), absl::StatusCode::kResourceExhausted);
-  EXPECT_THAT(states.status().message(),
-              testing::AllOf(testing::HasSubstr("weights 100.0 MiB"), testing::HasSubstr("8 state slots of 2.1 MiB"),
-                             testing::HasSubstr("lightning 2.1 MiB"), testing::HasSubstr("10.0 MiB free")));
+  EXPECT_THAT(
+      states.status().message(),
+      testing::AllOf(testing::HasSubstr("weights 100.0 MiB"),
+                     testing::HasSubstr("8 state slots of 2.1 MiB"),
+                     testing::HasSubstr("lightning 2.1 MiB"), testing::HasSubstr("10.0 MiB free")));
   const auto kv = PlanMemory(Plan(100 * kMiB), 90 * kMiB);
   EXPECT_EQ(kv.status().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(kv.status().message(), testing::HasSubstr("1440 KV blocks"));

@@ -20,12 +20,16 @@ class OfflineTest : public testing::TestWithParam<TinyFamily> {
   OfflineTest() : model_({.family = GetParam()}), engine_(MakeEngine(model_, Options())) {}
 
   static EngineOptions Options() {
-    return {.dtype = DType::kF32, .max_sequences = 1, .max_tokens_per_step = 512, .kv_bytes = 4 << 20};
+    return {
+        .dtype = DType::kF32, .max_sequences = 1, .max_tokens_per_step = 512, .kv_bytes = 4 << 20};
   }
 
-  std::vector<int32_t> Prompt(int64_t count) const { return RandomTokens(9, count, model_.options().vocab_size); }
+  std::vector<int32_t> Prompt(int64_t count) const {
+    return RandomTokens(9, count, model_.options().vocab_size);
+  }
 
-  OfflineGenerateResult Generate(const std::vector<int32_t>& prompt, const OfflineGenerateOptions& options) {
+  OfflineGenerateResult Generate(const std::vector<int32_t>& prompt,
+                                 const OfflineGenerateOptions& options) {
     auto result = GenerateOffline(*engine_, prompt, options);
     EXPECT_TRUE(result.ok()) << result.status();
     return *std::move(result);
@@ -51,14 +55,18 @@ class OfflineTest : public testing::TestWithParam<TinyFamily> {
 TEST_P(OfflineTest, GeneratesWhatTheEngineDrawsStepByStep) {
   const std::vector<int32_t> prompt = Prompt(100);
   int64_t num_called = 0;
-  const OfflineGenerateResult result = Generate(prompt, {.seed = 5, .max_tokens = 20, .ignore_eos = true,
-                                                         .on_token = [&](const SampledToken&) { ++num_called; }});
+  const OfflineGenerateResult result = Generate(
+      prompt,
+      {.seed = 5, .max_tokens = 20, .ignore_eos = true, .on_token = [&](const SampledToken&) {
+         ++num_called;
+       }});
   EXPECT_EQ(result.tokens.size(), 20u);
   EXPECT_EQ(num_called, 20);
   EXPECT_FALSE(result.ended_by_eos);
   EXPECT_GT(result.prefill_seconds, 0);
   EXPECT_GT(result.decode_seconds, 0);
-  EXPECT_EQ(Ids(result), Drive(*engine_, 1, {{.prompt = prompt, .seed = 5, .max_tokens = 20}})[0].ids());
+  EXPECT_EQ(Ids(result),
+            Drive(*engine_, 1, {{.prompt = prompt, .seed = 5, .max_tokens = 20}})[0].ids());
   EXPECT_EQ(engine_->caches().free_slots(), 1) << "the lease is given back";
 }
 
@@ -81,7 +89,8 @@ TEST_P(OfflineTest, ChunksAtMultiplesOfPGiveTheSameBits) {
   const std::vector<float> expected = Logits(prompt, 0);
   for (const int64_t chunk : {64, 128, 256}) {
     const std::vector<float> logits = Logits(prompt, chunk);
-    EXPECT_EQ(std::memcmp(logits.data(), expected.data(), logits.size() * sizeof(float)), 0) << chunk;
+    EXPECT_EQ(std::memcmp(logits.data(), expected.data(), logits.size() * sizeof(float)), 0)
+        << chunk;
   }
 }
 
@@ -118,11 +127,13 @@ TEST_P(OfflineTest, PerplexityFollowsFromTheLogits) {
     EXPECT_NEAR(result->total_logprob, total, 1e-4 * std::abs(total));
     EXPECT_NEAR(result->perplexity, std::exp(-total / 149), 1e-3 * result->perplexity);
   }
-  EXPECT_EQ(ScoreOffline(*engine_, {{5}}, 0, nullptr)->perplexity, 1) << "one token predicts nothing";
+  EXPECT_EQ(ScoreOffline(*engine_, {{5}}, 0, nullptr)->perplexity, 1)
+      << "one token predicts nothing";
 }
 
 TEST_P(OfflineTest, RejectionsNameValueAndLimit) {
-  const auto expect = [&](const std::vector<int32_t>& prompt, const OfflineGenerateOptions& options, const char* words) {
+  const auto expect = [&](const std::vector<int32_t>& prompt, const OfflineGenerateOptions& options,
+                          const char* words) {
     const absl::Status status = GenerateOffline(*engine_, prompt, options).status();
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << words;
     EXPECT_THAT(std::string(status.message()), HasSubstr(words));
@@ -137,11 +148,13 @@ TEST_P(OfflineTest, RejectionsNameValueAndLimit) {
   OfflineGenerateOptions hot;
   hot.sampling.temperature = -1;
   expect({1}, hot, "temperature -1");
-  EXPECT_EQ(ScoreOffline(*engine_, {}, 0, nullptr).status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(ScoreOffline(*engine_, {}, 0, nullptr).status().code(),
+            absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(engine_->caches().free_slots(), 1);
 }
 
-INSTANTIATE_TEST_SUITE_P(Families, OfflineTest, testing::Values(TinyFamily::kTransnormer, TinyFamily::kLlama),
+INSTANTIATE_TEST_SUITE_P(Families, OfflineTest,
+                         testing::Values(TinyFamily::kTransnormer, TinyFamily::kLlama),
                          [](const auto& info) {
                            return info.param == TinyFamily::kTransnormer ? "Transnormer" : "Llama";
                          });

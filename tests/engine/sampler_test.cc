@@ -10,7 +10,8 @@
 namespace godwit {
 namespace {
 
-std::vector<std::pair<int32_t, float>> Biases(const SamplingParams& sampling, int64_t output_index) {
+std::vector<std::pair<int32_t, float>> Biases(const SamplingParams& sampling,
+                                              int64_t output_index) {
   std::vector<TokenBias> biases;
   AppendBiases(sampling, output_index, biases);
   std::vector<std::pair<int32_t, float>> pairs;
@@ -19,11 +20,14 @@ std::vector<std::pair<int32_t, float>> Biases(const SamplingParams& sampling, in
 }
 
 TEST(AppendBiasesTest, BansEndTokensUntilMinTokensAreThere) {
-  const SamplingParams sampling = {.logit_bias = {{5, 1.5f}}, .min_tokens = 2, .end_token_ids = {2, 9, 2}};
+  const SamplingParams sampling = {
+      .logit_bias = {{5, 1.5f}}, .min_tokens = 2, .end_token_ids = {2, 9, 2}};
   using testing::ElementsAre;
   using testing::Pair;
-  EXPECT_THAT(Biases(sampling, 0), ElementsAre(Pair(5, 1.5f), Pair(2, -INFINITY), Pair(9, -INFINITY)));
-  EXPECT_THAT(Biases(sampling, 1), ElementsAre(Pair(5, 1.5f), Pair(2, -INFINITY), Pair(9, -INFINITY)));
+  EXPECT_THAT(Biases(sampling, 0),
+              ElementsAre(Pair(5, 1.5f), Pair(2, -INFINITY), Pair(9, -INFINITY)));
+  EXPECT_THAT(Biases(sampling, 1),
+              ElementsAre(Pair(5, 1.5f), Pair(2, -INFINITY), Pair(9, -INFINITY)));
   EXPECT_THAT(Biases(sampling, 2), ElementsAre(Pair(5, 1.5f)));
 }
 

@@ -25,7 +25,8 @@ TEST(SamplingParamsTest, DefaultsAndLimitsAreValid) {
                              .frequency_penalty = 2,
                              .num_logprobs = kMaxTopLogprobs,
                              .min_tokens = int64_t{1} << 40};
-  for (int32_t id = 0; id < 1000; ++id) sampling.logit_bias.push_back({id, id % 2 == 0 ? 100.0f : -100.0f});
+  for (int32_t id = 0; id < 1000; ++id)
+    sampling.logit_bias.push_back({id, id % 2 == 0 ? 100.0f : -100.0f});
   sampling.end_token_ids.assign(kMaxEndTokenIds, 999);
   EXPECT_TRUE(ValidateSampling(sampling, kVocab).ok());
 }
@@ -52,12 +53,28 @@ TEST(SamplingParamsTest, RejectionsNameFieldValueAndLimit) {
       {"repetition_penalty nan", [=](auto& s) { s.repetition_penalty = nan; }},
       {"presence_penalty 3 not in [-2, 2]", [](auto& s) { s.presence_penalty = 3; }},
       {"frequency_penalty -3 not in [-2, 2]", [](auto& s) { s.frequency_penalty = -3; }},
-      {"logit_bias token id 1000 not in [0, 1000)", [](auto& s) { s.logit_bias = {{1000, 1}}; }},
-      {"logit_bias token id -1", [](auto& s) { s.logit_bias = {{-1, 1}}; }},
-      {"logit_bias of token id 5 101 not in [-100, 100]", [](auto& s) { s.logit_bias = {{5, 101}}; }},
-      {"logit_bias of token id 5 -inf", [=](auto& s) { s.logit_bias = {{5, -inf}}; }},
-      {"logit_bias names token id 5 twice", [](auto& s) { s.logit_bias = {{5, 1}, {6, 1}, {5, 2}}; }},
-      {"logit_bias has 1025 entries, the limit is 1024", [](auto& s) { s.logit_bias.resize(1025); }},
+      {"logit_bias token id 1000 not in [0, 1000)",
+       [](auto& s) {
+         s.logit_bias = {{1000, 1}};
+       }},
+      {"logit_bias token id -1",
+       [](auto& s) {
+         s.logit_bias = {{-1, 1}};
+       }},
+      {"logit_bias of token id 5 101 not in [-100, 100]",
+       [](auto& s) {
+         s.logit_bias = {{5, 101}};
+       }},
+      {"logit_bias of token id 5 -inf",
+       [=](auto& s) {
+         s.logit_bias = {{5, -inf}};
+       }},
+      {"logit_bias names token id 5 twice",
+       [](auto& s) {
+         s.logit_bias = {{5, 1}, {6, 1}, {5, 2}};
+       }},
+      {"logit_bias has 1025 entries, the limit is 1024",
+       [](auto& s) { s.logit_bias.resize(1025); }},
       {"num_logprobs 21 not in [-1, 20]", [](auto& s) { s.num_logprobs = 21; }},
       {"num_logprobs -2 not in", [](auto& s) { s.num_logprobs = -2; }},
       {"min_tokens -1 not >= 0", [](auto& s) { s.min_tokens = -1; }},

@@ -19,7 +19,8 @@ namespace {
 
 class Weights {
  public:
-  explicit Weights(const TinyModelOptions& options) : random_(options.seed), scale_(options.scale) {}
+  explicit Weights(const TinyModelOptions& options)
+      : random_(options.seed), scale_(options.scale) {}
 
   // Normal with deviation scale / sqrt(columns), so that a product keeps the size of its input.
   void Matrix(const std::string& name, int64_t rows, int64_t columns) {
@@ -42,7 +43,8 @@ class Weights {
     int64_t count = 1;
     for (const int64_t size : shape) count *= size;
     std::vector<BF16>& values = values_.emplace_back();
-    for (int64_t index = 0; index < count; ++index) values.push_back(ToBF16(static_cast<float>(draw())));
+    for (int64_t index = 0; index < count; ++index)
+      values.push_back(ToBF16(static_cast<float>(draw())));
     tensors_.push_back({name, "BF16", std::move(shape), values.data()});
   }
 
@@ -55,13 +57,14 @@ class Weights {
 std::string TransnormerConfig(const TinyModelOptions& options) {
   std::string lrpe = "1";
   for (int layer = 1; layer < options.num_layers; ++layer) lrpe += ", 0";
-  return absl::StrFormat(R"({"architectures": ["TransnormerForCausalLM"], "model_type": "transnormer",
+  return absl::StrFormat(
+      R"({"architectures": ["TransnormerForCausalLM"], "model_type": "transnormer",
 "vocab_size": %d, "decoder_embed_dim": %d, "decoder_layers": %d, "decoder_attention_heads": %d, "hidden_dim": %d,
 "glu_dim": %d, "linear_use_lrpe_list": [%s], "linear_act_fun": "swish", "norm_type": "simplermsnorm",
 "no_scale_embedding": false, "add_bos_token": false, "bias": false, "pad_token_id": 0, "bos_token_id": 1,
 "eos_token_id": 2, "tie_word_embeddings": false, "torch_dtype": "bfloat16"})",
-                         options.vocab_size, options.d_model, options.num_layers, options.num_heads, options.d_model,
-                         options.d_ff, lrpe);
+      options.vocab_size, options.d_model, options.num_layers, options.num_heads, options.d_model,
+      options.d_ff, lrpe);
 }
 
 void TransnormerWeights(const TinyModelOptions& options, Weights& weights) {
@@ -71,7 +74,8 @@ void TransnormerWeights(const TinyModelOptions& options, Weights& weights) {
     const std::string prefix = absl::StrCat("model.layers.", layer, ".");
     weights.Matrix(prefix + "token_mixer.qkvu_proj.weight", 4 * d, d);
     weights.Matrix(prefix + "token_mixer.out_proj.weight", d, d);
-    if (layer == 0) weights.Theta(prefix + "token_mixer.lrpe.theta", options.num_heads, d / options.num_heads);
+    if (layer == 0)
+      weights.Theta(prefix + "token_mixer.lrpe.theta", options.num_heads, d / options.num_heads);
     weights.Matrix(prefix + "channel_mixer.l1.weight", d_ff, d);
     weights.Matrix(prefix + "channel_mixer.l2.weight", d_ff, d);
     weights.Matrix(prefix + "channel_mixer.l3.weight", d, d_ff);
@@ -80,14 +84,15 @@ void TransnormerWeights(const TinyModelOptions& options, Weights& weights) {
 }
 
 std::string LlamaConfig(const TinyModelOptions& options) {
-  return absl::StrFormat(R"({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": %d,
+  return absl::StrFormat(
+      R"({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": %d,
 "hidden_size": %d, "num_hidden_layers": %d, "num_attention_heads": %d, "num_key_value_heads": %d, "head_dim": %d,
 "intermediate_size": %d, "max_position_embeddings": %d, "hidden_act": "silu", "rms_norm_eps": 1e-05,
 "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "attention_bias": false, "mlp_bias": false,
 "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": false, "torch_dtype": "bfloat16"})",
-                         options.vocab_size, options.d_model, options.num_layers, options.num_heads,
-                         options.num_kv_heads, options.d_model / options.num_heads, options.d_ff,
-                         options.context_length);
+      options.vocab_size, options.d_model, options.num_layers, options.num_heads,
+      options.num_kv_heads, options.d_model / options.num_heads, options.d_ff,
+      options.context_length);
 }
 
 void LlamaWeights(const TinyModelOptions& options, Weights& weights) {
@@ -123,7 +128,8 @@ TinyModel::TinyModel(const TinyModelOptions& options) : options_(options), folde
   Weights weights(options);
   const bool lightning = options.family == TinyFamily::kTransnormer;
   lightning ? TransnormerWeights(options, weights) : LlamaWeights(options, weights);
-  std::ofstream(folder_ + "/config.json") << (lightning ? TransnormerConfig(options) : LlamaConfig(options));
+  std::ofstream(folder_ + "/config.json")
+      << (lightning ? TransnormerConfig(options) : LlamaConfig(options));
   const absl::Status written = WriteSafetensors(folder_ + "/model.safetensors", weights.tensors());
   EXPECT_TRUE(written.ok()) << written;
 }

@@ -13,17 +13,18 @@ struct TinyModelOptions {
   uint64_t seed = 1;
   int vocab_size = 320;
   int d_model = 64;
-  int num_layers = 3;       // transnormer: LRPE in layer 0
+  int num_layers = 3;  // transnormer: LRPE in layer 0
   int num_heads = 4;
-  int num_kv_heads = 2;     // llama
+  int num_kv_heads = 2;  // llama
   int d_ff = 96;
   int context_length = 2048;  // llama
-  // Standard deviation of the weights times sqrt(columns). Large enough that logits differ by whole units and greedy choices
-  // are not ties.
+  // Standard deviation of the weights times sqrt(columns). Large enough that logits differ by whole
+  // units and greedy choices are not ties.
   double scale = 1.5;
 };
 
-// A folder with config.json and model.safetensors (bf16), removed with the object. Fails the test when it cannot be written.
+// A folder with config.json and model.safetensors (bf16), removed with the object. Fails the test
+// when it cannot be written.
 class TinyModel {
  public:
   explicit TinyModel(const TinyModelOptions& options = {});
