@@ -30,6 +30,8 @@ namespace godwit {
 namespace {
 
 constexpr int kMaxThreads = 1024;
+// Of a matrix side: keeps the product of two sides and an element's bytes far from overflow.
+constexpr int64_t kMaxMatrixSide = int64_t{1} << 28;
 
 class CpuBackend final : public Backend {
  public:
@@ -141,6 +143,11 @@ OpStatus CpuBackend::AllocateMatrix(int64_t num_rows, int64_t num_columns, DType
         OpCode::kInvalidArgument,
         absl::StrCat("matrix [", num_rows, ", ", num_columns, "] of dtype ",
                      static_cast<int>(dtype), ": sizes >= 1 and f32 or bf16 expected"));
+  }
+  if (num_rows > kMaxMatrixSide || num_columns > kMaxMatrixSide) {
+    return context_.Fail(
+        OpCode::kResourceExhausted,
+        absl::StrCat("matrix [", num_rows, ", ", num_columns, "]: a side above ", kMaxMatrixSide));
   }
   MatrixView result{nullptr, dtype, num_rows, num_columns};
   if (OpStatus status = Allocate(PackedBytes(result), &result.data); !status.ok()) return status;

@@ -18,18 +18,6 @@ inline const char* NextPanels(const PackedProductArgs& args, int64_t panel) {
                                  : static_cast<const char*>(args.next_b);
 }
 
-// Lines [begin, end) of this block of k of the panels at `next`, panel by panel.
-inline void PrefetchShare(const PackedProductArgs& args, const char* next, int64_t begin,
-                          int64_t end) {
-  if (next == nullptr) return;
-  const int64_t lines_per_panel = args.k / 2;
-  for (int64_t line = begin; line < end; ++line) {
-    __builtin_prefetch(
-        next + line / lines_per_panel * args.b_panel_bytes + line % lines_per_panel * kPanelLine, 0,
-        2);
-  }
-}
-
 // kVectors vectors from vector `first` of panel 0 on; they may span panels.
 template <bool kBF16, int kRows, int kVectors>
 inline void PlainTile(const PackedProductArgs& args, const char* a, const char* b, float* c) {

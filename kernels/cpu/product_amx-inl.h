@@ -30,10 +30,16 @@ inline void PrefetchTile(const char* b, int64_t stride) {
   for (int line = 0; line < 16; ++line) _mm_prefetch(b + line * stride, _MM_HINT_T0);
 }
 
+inline void PrefetchLater(const char* b) {
+#pragma GCC unroll 16
+  for (int line = 0; line < 16; ++line) _mm_prefetch(b + line * kLine, _MM_HINT_T1);
+}
+
 // 32 rows x 2 panels: C in tiles 0..3, A in 4 and 5, B in 6 and 7. kFromMemory: B is not in the
-// first-level cache yet.
+// first-level cache yet. `ahead`: a panel to fetch into the second-level cache meanwhile, or null.
 template <bool kFromMemory>
-inline void TileProduct32(const PackedProductArgs& args, const char* a, const char* b, float* c) {
+inline void TileProduct32(const PackedProductArgs& args, const char* a, const char* b, float* c,
+                          const char* ahead) {
   const int64_t a_stride = args.a_stride_bytes;
   const int64_t c_stride = args.c_stride * 4;
   char* const c_bytes = reinterpret_cast<char*>(c);
@@ -55,6 +61,7 @@ inline void TileProduct32(const PackedProductArgs& args, const char* a, const ch
       PrefetchTile(b + (k + 1) * kTileBytes, kLine);
       PrefetchTile(b_right + (k + 1) * kTileBytes, kLine);
     }
+    if (ahead != nullptr) PrefetchLater(ahead + k * kTileBytes);
     PrefetchTile(a + (k + 1) * kLine, a_stride);
     PrefetchTile(a_low + (k + 1) * kLine, a_stride);
     _tile_loadd(6, b + k * kTileBytes, kLine);
@@ -124,26 +131,25 @@ inline void TileStream16(const PackedProductArgs& args, const char* a, const cha
   _tile_stored(3, c + 48, c_stride);
 }
 
-// The rows of a pair of panels, or of the last panel alone.
+// The rows of a pair of panels, or of the last panel alone. The first two blocks of rows each fetch
+// one panel of the next pair; up to 32 rows nothing is left of the memory's time for that.
 inline void TileBlock(const PackedProductArgs& args, int64_t panel) {
   const bool pair = panel + 2 <= args.num_panels;
   const char* const b = static_cast<const char*>(args.b) + panel * args.b_panel_bytes;
-  const char* const next = NextPanels(args, panel + 2);
-  const int64_t num_lines = args.k;  // of two panels
+  const char* const next = args.num_rows > 2 * kTileRows ? NextPanels(args, panel + 2) : nullptr;
   for (int64_t row = 0; row < args.num_rows; row += 2 * kTileRows) {
     const char* const a = static_cast<const char*>(args.a) + row * args.a_stride_bytes;
     float* const c = args.c + row * args.c_stride + panel * 16;
-    const int64_t row_end =
-        row + 2 * kTileRows < args.num_rows ? row + 2 * kTileRows : args.num_rows;
-    if (args.num_rows > 2 * kTileRows) {
-      PrefetchShare(args, next, num_lines * row / args.num_rows,
-                    num_lines * row_end / args.num_rows);
-    }
-    if (pair && row_end - row > kTileRows) {
-      row == 0 ? TileProduct32<true>(args, a, b, c) : TileProduct32<false>(args, a, b, c);
+    const int64_t rest = args.num_rows - row;
+    if (pair && rest > kTileRows) {
+      const int64_t block = row / (2 * kTileRows);
+      const char* const ahead =
+          next == nullptr || block > 1 ? nullptr : next + block * args.b_panel_bytes;
+      row == 0 ? TileProduct32<true>(args, a, b, c, ahead)
+               : TileProduct32<false>(args, a, b, c, ahead);
       continue;
     }
-    for (int64_t down = 0; row + down < row_end; down += kTileRows) {
+    for (int64_t down = 0; down < 2 * kTileRows && down < rest; down += kTileRows) {
       TileProduct16(args, a + down * args.a_stride_bytes, b, c + down * args.c_stride);
       if (pair)
         TileProduct16(args, a + down * args.a_stride_bytes, b + args.b_panel_bytes,

@@ -14,7 +14,8 @@ namespace {
 // registers only if no index is a variable. Rows are addressed from every third one, so that base,
 // base + stride and base + 2 stride take three general registers for nine rows and none is spilled.
 template <int kRows, int kPanels>
-inline void DotTile(const PackedProductArgs& args, const char* a, const char* b, float* c) {
+inline void DotTile(const PackedProductArgs& args, const char* a, const char* b, float* c,
+                    const char* ahead = nullptr) {
   constexpr int kBases = (kRows + 2) / 3;
   __m512 acc[kRows][kPanels];
 #pragma GCC unroll 16
@@ -30,7 +31,11 @@ inline void DotTile(const PackedProductArgs& args, const char* a, const char* b,
   const char* base[kBases];
 #pragma GCC unroll 16
   for (int i = 0; i < kBases; ++i) base[i] = a + 3 * i * stride;
+  // Without one, the line that is being read: a request that costs a slot of a load port and no
+  // more.
+  const int64_t ahead_bytes = ahead == nullptr ? 0 : ahead - b;
   for (int64_t k = 0; k < args.k; k += 2) {
+    _mm_prefetch(b + ahead_bytes, _MM_HINT_T1);
     __m512bh w[kPanels];
 #pragma GCC unroll 16
     for (int v = 0; v < kPanels; ++v) w[v] = (__m512bh)_mm512_loadu_si512(b + v * panel_bytes);
@@ -84,30 +89,34 @@ inline void DotRowsOf(const PackedProductArgs& args) {
 }
 
 // The tiles of all rows over one group of panels, whose part of k stays in the first-level cache.
+// The first four tiles each fetch one panel of the next group: spread over the arithmetic, where a
+// burst of requests would hold it up.
 template <int kPanels>
-inline void DotBlock(const PackedProductArgs& args, int64_t panel, const char* next) {
+inline void DotBlock(const PackedProductArgs& args, int64_t panel) {
   const char* const b = static_cast<const char*>(args.b) + panel * args.b_panel_bytes;
-  // Tiles of equal height: 13 rows are 5, 4 and 4, not 6, 6 and 1.
-  const int64_t num_tiles = (args.num_rows + kBlockedRows - 1) / kBlockedRows;
-  const int64_t num_lines = args.k / 2 * kPanels;
+  const char* const next = NextPanels(args, panel + kPanels);
+  // Tiles of equal height, of 3 to 6 rows: 13 rows are 4, 3, 3 and 3.
+  const int64_t tiles_of_six = (args.num_rows + kBlockedRows - 1) / kBlockedRows;
+  const int64_t num_tiles = tiles_of_six < 4 ? 4 : tiles_of_six;
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
     const int64_t begin = args.num_rows * tile / num_tiles;
     const int64_t end = args.num_rows * (tile + 1) / num_tiles;
-    PrefetchShare(args, next, num_lines * tile / num_tiles, num_lines * (tile + 1) / num_tiles);
+    const char* const ahead =
+        next == nullptr || tile >= kPanels ? nullptr : next + tile * args.b_panel_bytes;
     const char* const a = static_cast<const char*>(args.a) + begin * args.a_stride_bytes;
     float* const c = args.c + begin * args.c_stride + panel * 16;
     switch (end - begin) {
       case 6:
-        DotTile<6, kPanels>(args, a, b, c);
+        DotTile<6, kPanels>(args, a, b, c, ahead);
         break;
       case 5:
-        DotTile<5, kPanels>(args, a, b, c);
+        DotTile<5, kPanels>(args, a, b, c, ahead);
         break;
       case 4:
-        DotTile<4, kPanels>(args, a, b, c);
+        DotTile<4, kPanels>(args, a, b, c, ahead);
         break;
       default:
-        DotTile<3, kPanels>(args, a, b, c);
+        DotTile<3, kPanels>(args, a, b, c, ahead);
         break;
     }
   }
@@ -116,9 +125,8 @@ inline void DotBlock(const PackedProductArgs& args, int64_t panel, const char* n
 void ProductBF16(const PackedProductArgs& args) {
   if (args.num_rows <= kDotRows) return DotRowsOf<kDotRows>(args);
   int64_t panel = 0;
-  for (; panel + 4 <= args.num_panels; panel += 4)
-    DotBlock<4>(args, panel, NextPanels(args, panel + 4));
-  for (; panel < args.num_panels; ++panel) DotBlock<1>(args, panel, NextPanels(args, panel + 1));
+  for (; panel + 4 <= args.num_panels; panel += 4) DotBlock<4>(args, panel);
+  for (; panel < args.num_panels; ++panel) DotBlock<1>(args, panel);
 }
 
 }  // namespace
