@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <condition_variable>
 #include <cstdio>
 #include <mutex>
 #include <random>
@@ -19,24 +20,32 @@ namespace {
 
 constexpr int kNumThreads = 2;
 constexpr int64_t kCancelsPerThread = 2'500;  // twice: with 1 and 2 steps in flight
-constexpr size_t kOldest = 12;                // on 4 slots: most of them run or are swapped
+constexpr size_t kMinOpen = 40;               // of all threads, for a step to run
+constexpr size_t kOldest = 6;                 // on 4 slots: most of them run or are swapped
 constexpr size_t kMaxOpen = 60;               // requests per client thread
 
 // Cancels one of the oldest open requests in every third step. Runs between two steps, on the
-// engine thread, so that the phases are hit in proportion to the steps spent in them, however slow
-// the clients are.
+// engine thread, and waits there until the clients have opened enough, so that the phases are hit
+// in proportion to the steps spent in them, however slow the client threads are.
 class Canceller {
  public:
   void Register(std::shared_ptr<TokenStream> stream) {
     std::lock_guard<std::mutex> lock(mutex_);
     streams_.push_back(std::move(stream));
+    changed_.notify_one();
   }
   void Forget(const std::shared_ptr<TokenStream>& stream) {
     std::lock_guard<std::mutex> lock(mutex_);
     std::erase(streams_, stream);
   }
-  void OnStep() {
+  void NoMoreRequests() {
     std::lock_guard<std::mutex> lock(mutex_);
+    finishing_ = true;
+    changed_.notify_one();
+  }
+  void OnStep() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [this] { return finishing_ || streams_.size() >= kMinOpen; });
     if (random_() % 3 != 0 || streams_.empty()) return;
     const size_t index = random_() % std::min<size_t>(streams_.size(), kOldest);
     streams_[index]->Cancel();
@@ -45,7 +54,9 @@ class Canceller {
 
  private:
   std::mutex mutex_;  // guards the rest
-  std::vector<std::shared_ptr<TokenStream>> streams_;
+  std::condition_variable changed_;
+  std::vector<std::shared_ptr<TokenStream>> streams_;  // in order of arrival
+  bool finishing_ = false;
   std::mt19937_64 random_{11};
 };
 
@@ -63,6 +74,7 @@ class Storm {
 
   Tally Run() {
     while (tally_.num_cancelled < kCancelsPerThread || !open_.empty()) {
+      if (tally_.num_cancelled >= kCancelsPerThread) canceller_.NoMoreRequests();
       if (tally_.num_cancelled < kCancelsPerThread && open_.size() < kMaxOpen) Submit();
       Poll();
     }
@@ -79,7 +91,7 @@ class Storm {
     Open open{.request = Harness::Request(1 + static_cast<int64_t>(random_() % 300),
                                           1 + static_cast<int64_t>(random_() % 60), random_())};
     if (random_() % 5 == 0) open.request.num_outputs = 2;
-    open.request.priority = static_cast<int32_t>(random_() % 8);
+    if (random_() % 4 == 0) open.request.priority = static_cast<int32_t>(random_() % 4);
     GenerateRequest request = open.request;
     request.stream = open.client.stream;
     const absl::Status status = loop_.Submit(std::move(request));
@@ -167,7 +179,7 @@ TEST(CancelStormTest, TenThousandCancelsInEveryPhase) {
                           *caches);
     EngineLoopOptions options;
     options.scheduler = {.max_tokens_per_step = 128,
-                         .max_wait = 20 * kMillisecond,
+                         .max_wait = 600'000 * kMillisecond,
                          .max_steps_in_flight = steps_in_flight,
                          .context_length = 1000};
     EngineLoop loop(options, executor, *caches);
@@ -182,7 +194,7 @@ TEST(CancelStormTest, TenThousandCancelsInEveryPhase) {
         static_cast<long long>(tally.num_compared), static_cast<long long>(tally.num_ok));
     EXPECT_GE(tally.num_cancelled, kNumThreads * kCancelsPerThread);
     for (int64_t count : tally.cancelled) EXPECT_GE(count, 20);
-    EXPECT_GE(tally.num_compared, 500);
+    EXPECT_GE(tally.num_compared, 100);
     for (const std::string& violation : executor.violations()) ADD_FAILURE() << violation;
     EXPECT_EQ(caches->free_slots(), 4);
     EXPECT_EQ(caches->free_blocks(), 70);
