@@ -26,34 +26,41 @@ std::string ExecutableFolder() {
 }
 
 // What another library says, on one line.
-std::string OneLine(absl::string_view text) { return absl::StrReplaceAll(text, {{"\n", " "}, {"\r", " "}}); }
+std::string OneLine(absl::string_view text) {
+  return absl::StrReplaceAll(text, {{"\n", " "}, {"\r", " "}});
+}
 
 // The library stays open for the life of the process: the code of its back end lies in it.
 absl::StatusOr<BackendPointer> OpenPlugin(const std::string& folder) {
-  const std::string path = absl::StrCat(folder.empty() ? ExecutableFolder() : folder, "/", kPluginName);
+  const std::string path =
+      absl::StrCat(folder.empty() ? ExecutableFolder() : folder, "/", kPluginName);
   if (access(path.c_str(), F_OK) != 0) {
     return absl::FailedPreconditionError(absl::StrCat("no CUDA plugin at ", path));
   }
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) return absl::FailedPreconditionError(absl::StrCat("CUDA plugin: ", OneLine(dlerror())));
+  if (library == nullptr)
+    return absl::FailedPreconditionError(absl::StrCat("CUDA plugin: ", OneLine(dlerror())));
   const auto create = reinterpret_cast<BackendFunction>(dlsym(library, kBackendFunction));
   if (create == nullptr) {
-    return absl::FailedPreconditionError(absl::StrCat("CUDA plugin ", path, " has no function ", kBackendFunction));
+    return absl::FailedPreconditionError(
+        absl::StrCat("CUDA plugin ", path, " has no function ", kBackendFunction));
   }
   char reason[kMaxReasonBytes] = "";
   Backend* backend = create(kBackendAbi, reason, sizeof(reason));
   if (backend != nullptr) return BackendPointer(backend);
   reason[sizeof(reason) - 1] = '\0';
-  return absl::FailedPreconditionError(
-      absl::StrCat("CUDA plugin: ", reason[0] == '\0' ? "no back end, no reason given" : OneLine(reason)));
+  return absl::FailedPreconditionError(absl::StrCat(
+      "CUDA plugin: ", reason[0] == '\0' ? "no back end, no reason given" : OneLine(reason)));
 }
 
 }  // namespace
 
-absl::StatusOr<BackendPointer> CreateBackend(const BackendChoice& choice, std::string* why_not_gpu) {
+absl::StatusOr<BackendPointer> CreateBackend(const BackendChoice& choice,
+                                             std::string* why_not_gpu) {
   why_not_gpu->clear();
   if (choice.name != "auto" && choice.name != "cpu" && choice.name != "cuda") {
-    return absl::InvalidArgumentError(absl::StrCat("backend '", choice.name, "' is not one of auto, cpu, cuda"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("backend '", choice.name, "' is not one of auto, cpu, cuda"));
   }
   if (choice.name != "cpu") {
     absl::StatusOr<BackendPointer> gpu = OpenPlugin(choice.plugin_folder);

@@ -1,11 +1,12 @@
 #include "engine/json_object.h"
 
+#include <sys/stat.h>
+
 #include <cmath>
 #include <cstdio>
 #include <fstream>
 #include <limits>
 #include <set>
-#include <sys/stat.h>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status.h"
@@ -52,8 +53,10 @@ class ParseGuard {
 
 absl::StatusOr<std::string> ReadTextFile(const std::string& path, int64_t max_bytes) {
   struct stat info = {};
-  if (stat(path.c_str(), &info) != 0) return absl::NotFoundError(absl::StrCat(path, ": no such file"));
-  if (!S_ISREG(info.st_mode)) return absl::InvalidArgumentError(absl::StrCat(path, ": not a regular file"));
+  if (stat(path.c_str(), &info) != 0)
+    return absl::NotFoundError(absl::StrCat(path, ": no such file"));
+  if (!S_ISREG(info.st_mode))
+    return absl::InvalidArgumentError(absl::StrCat(path, ": not a regular file"));
   if (info.st_size > max_bytes) {
     return absl::InvalidArgumentError(
         absl::StrCat(path, ": ", info.st_size, " bytes, the limit is ", max_bytes));
@@ -90,7 +93,8 @@ struct JsonObject::Impl {
   const Json* Require(const char* name) {
     const Json* value = Find(name);
     if (value == nullptr) {
-      Fail(absl::InvalidArgumentError(absl::StrCat(where, ": ", name, ": required field is missing")));
+      Fail(absl::InvalidArgumentError(
+          absl::StrCat(where, ": ", name, ": required field is missing")));
     }
     return value;
   }
@@ -101,7 +105,8 @@ struct JsonObject::Impl {
     std::optional<int64_t> number;
     if (value.is_number_unsigned()) {
       const auto whole = value.get<uint64_t>();
-      if (whole <= static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) number = static_cast<int64_t>(whole);
+      if (whole <= static_cast<uint64_t>(std::numeric_limits<int64_t>::max()))
+        number = static_cast<int64_t>(whole);
     } else if (value.is_number_integer()) {
       number = value.get<int64_t>();
     } else if (value.is_number_float()) {
@@ -115,7 +120,8 @@ struct JsonObject::Impl {
     return *number;
   }
   double Number(const Json& value, const std::string& name, double min, double max) {
-    const double number = value.is_number() ? value.get<double>() : std::numeric_limits<double>::quiet_NaN();
+    const double number =
+        value.is_number() ? value.get<double>() : std::numeric_limits<double>::quiet_NaN();
     if (!(number >= min && number <= max)) {
       Expected(name, absl::StrCat("a number in [", min, ", ", max, "]"), value);
       return min;
@@ -145,13 +151,16 @@ absl::StatusOr<JsonObject> JsonObject::Parse(absl::string_view text, const std::
   ParseGuard guard;
   Json json = Json::parse(
       text.begin(), text.end(),
-      [&guard](int depth, Json::parse_event_t event, Json& parsed) { return guard(depth, event, parsed); },
+      [&guard](int depth, Json::parse_event_t event, Json& parsed) {
+        return guard(depth, event, parsed);
+      },
       /*allow_exceptions=*/false);
   if (!guard.fault().empty()) {
     return absl::InvalidArgumentError(absl::StrCat(where, ": ", guard.fault()));
   }
   if (json.is_discarded()) return absl::InvalidArgumentError(absl::StrCat(where, ": not JSON"));
-  if (!json.is_object()) return absl::InvalidArgumentError(absl::StrCat(where, ": not a JSON object"));
+  if (!json.is_object())
+    return absl::InvalidArgumentError(absl::StrCat(where, ": not a JSON object"));
   auto impl = std::make_unique<Impl>();
   impl->root = std::make_shared<const Json>(std::move(json));
   impl->object = impl->root.get();
@@ -182,9 +191,11 @@ std::string JsonObject::String(const char* name) {
   return impl_->Require(name) == nullptr ? "" : StringOr(name, "");
 }
 
-std::vector<int64_t> JsonObject::IntList(const char* name, int64_t min, int64_t max, int64_t max_entries) {
+std::vector<int64_t> JsonObject::IntList(const char* name, int64_t min, int64_t max,
+                                         int64_t max_entries) {
   const Json* value = impl_->Require(name);
-  return value == nullptr ? std::vector<int64_t>() : impl_->Ints(*value, name, min, max, max_entries);
+  return value == nullptr ? std::vector<int64_t>()
+                          : impl_->Ints(*value, name, min, max, max_entries);
 }
 
 int64_t JsonObject::IntOr(const char* name, int64_t min, int64_t max, int64_t fallback) {
@@ -218,7 +229,8 @@ std::optional<int64_t> JsonObject::OptionalInt(const char* name, int64_t min, in
   return impl_->Int(*value, name, min, max);
 }
 
-std::vector<int64_t> JsonObject::IntOrList(const char* name, int64_t min, int64_t max, int64_t max_entries) {
+std::vector<int64_t> JsonObject::IntOrList(const char* name, int64_t min, int64_t max,
+                                           int64_t max_entries) {
   const Json* value = impl_->Find(name);
   if (value == nullptr) return {};
   if (value->is_array()) return impl_->Ints(*value, name, min, max, max_entries);
@@ -269,8 +281,9 @@ std::vector<std::pair<std::string, std::string>> JsonObject::StringFields() {
 void JsonObject::MustBe(const char* name, bool value) {
   const Json* found = impl_->Find(name);
   if (found == nullptr || (found->is_boolean() && found->get<bool>() == value)) return;
-  impl_->Fail(absl::UnimplementedError(absl::StrCat(where(), ": ", name, " = ", Shown(*found), " is not built in, only ",
-                                                    value ? "true" : "false")));
+  impl_->Fail(
+      absl::UnimplementedError(absl::StrCat(where(), ": ", name, " = ", Shown(*found),
+                                            " is not built in, only ", value ? "true" : "false")));
 }
 
 void JsonObject::MustBe(const char* name, double value) {
@@ -287,15 +300,18 @@ void JsonObject::Refuse(const char* name, absl::string_view feature) {
       absl::StrCat(where(), ": ", name, " = ", Shown(*found), ": ", feature, " is not built in")));
 }
 
-void JsonObject::Ignore(std::initializer_list<const char*> names) { impl_->read.insert(names.begin(), names.end()); }
+void JsonObject::Ignore(std::initializer_list<const char*> names) {
+  impl_->read.insert(names.begin(), names.end());
+}
 
 absl::Status JsonObject::Finish() const {
   RETURN_IF_ERROR(impl_->status);
   for (const auto& [name, value] : impl_->object->items()) {
     const bool is_off = value.is_null() || (value.is_boolean() && !value.get<bool>());
     if (is_off || name.starts_with('_') || impl_->read.count(name) > 0) continue;
-    return absl::UnimplementedError(absl::StrCat(where(), ": field '", name, "' = ", Shown(value),
-                                                 " is not known here; it may change what the model computes"));
+    return absl::UnimplementedError(
+        absl::StrCat(where(), ": field '", name, "' = ", Shown(value),
+                     " is not known here; it may change what the model computes"));
   }
   return absl::OkStatus();
 }

@@ -1,6 +1,7 @@
 #pragma once
-// A JSON object of a model folder, read field by field. Each reader states type and range; the first fault is kept and the
-// readers after it return harmless values, so that a parser reads like a list of fields and asks once:
+// A JSON object of a model folder, read field by field. Each reader states type and range; the
+// first fault is kept and the readers after it return harmless values, so that a parser reads like
+// a list of fields and asks once:
 //
 //   JsonObject json = ...;
 //   config.vocab_size = json.Int("vocab_size", 1, kMaxVocab);
@@ -25,13 +26,14 @@ namespace godwit {
 inline constexpr int64_t kMaxJsonFileBytes = 16 << 20;  // config.json and its neighbours
 inline constexpr int kMaxJsonDepth = 32;
 
-// The text of a regular file. NOT_FOUND when there is none; INVALID_ARGUMENT for a folder or more than `max_bytes`.
+// The text of a regular file. NOT_FOUND when there is none; INVALID_ARGUMENT for a folder or more
+// than `max_bytes`.
 absl::StatusOr<std::string> ReadTextFile(const std::string& path, int64_t max_bytes);
 
 class JsonObject {
  public:
-  // `where` names the text in errors ("config.json"). INVALID_ARGUMENT: not JSON, not an object, a key given twice, deeper
-  // than kMaxJsonDepth.
+  // `where` names the text in errors ("config.json"). INVALID_ARGUMENT: not JSON, not an object, a
+  // key given twice, deeper than kMaxJsonDepth.
   static absl::StatusOr<JsonObject> Parse(absl::string_view text, const std::string& where);
 
   bool Has(const char* name) const;  // present and not null; marks nothing as read
@@ -58,14 +60,16 @@ class JsonObject {
   // A list of strings; empty when absent or null.
   std::vector<std::string> StringListOr(const char* name, int64_t max_entries);
 
-  // The name and text of every field of an object of strings (a weight map); a field of another type is a fault.
+  // The name and text of every field of an object of strings (a weight map); a field of another
+  // type is a fault.
   std::vector<std::pair<std::string, std::string>> StringFields();
 
   // Refused with UNIMPLEMENTED, naming field and value, unless absent, null or this value.
   void MustBe(const char* name, bool value);
   void MustBe(const char* name, double value);
 
-  // UNIMPLEMENTED naming the field unless it is absent, null or false: `feature` says what it would turn on.
+  // UNIMPLEMENTED naming the field unless it is absent, null or false: `feature` says what it would
+  // turn on.
   void Refuse(const char* name, absl::string_view feature);
 
   void Ignore(std::initializer_list<const char*> names);
@@ -76,8 +80,9 @@ class JsonObject {
   const std::string& where() const;
   const absl::Status& status() const;
 
-  // The first fault. Else UNIMPLEMENTED naming a field that was neither read nor ignored, unless its value is null or false
-  // (a feature that is off) or its name starts with '_' (private notes of the writing library).
+  // The first fault. Else UNIMPLEMENTED naming a field that was neither read nor ignored, unless
+  // its value is null or false (a feature that is off) or its name starts with '_' (private notes
+  // of the writing library).
   absl::Status Finish() const;
 
   JsonObject(JsonObject&&) noexcept;

@@ -29,19 +29,24 @@ const ModelFamily* FindModelFamily(absl::string_view name) {
 
 std::string ModelFamilyNames() {
   std::string names;
-  for (const ModelFamily& family : kFamilies) absl::StrAppend(&names, names.empty() ? "'" : ", '", family.name, "'");
+  for (const ModelFamily& family : kFamilies)
+    absl::StrAppend(&names, names.empty() ? "'" : ", '", family.name, "'");
   return names;
 }
 
-absl::StatusOr<std::unique_ptr<Model>> LoadModel(const std::string& folder, const ModelOptions& options,
-                                                 absl::string_view rope_override, Backend& backend) {
+absl::StatusOr<std::unique_ptr<Model>> LoadModel(const std::string& folder,
+                                                 const ModelOptions& options,
+                                                 absl::string_view rope_override,
+                                                 Backend& backend) {
   GODWIT_CHECK(options.max_tokens_per_step > 0);
   GODWIT_CHECK(options.dtype == DType::kF32 || options.dtype == DType::kBF16);
   if (options.world != 1 || options.rank != 0) {
-    return absl::UnimplementedError(absl::StrCat("a model over ", options.world, " devices is not built in, only 1"));
+    return absl::UnimplementedError(
+        absl::StrCat("a model over ", options.world, " devices is not built in, only 1"));
   }
   ASSIGN_OR_RETURN(const ModelConfig config, ReadModelConfig(folder, rope_override));
-  ASSIGN_OR_RETURN(const std::unique_ptr<SafetensorsReader> reader, SafetensorsReader::OpenFolder(folder));
+  ASSIGN_OR_RETURN(const std::unique_ptr<SafetensorsReader> reader,
+                   SafetensorsReader::OpenFolder(folder));
   const ModelFamily* family = FindModelFamily(config.family);
   GODWIT_CHECK(family != nullptr);
   return family->load(config, *reader, options, backend);

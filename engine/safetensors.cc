@@ -1,5 +1,6 @@
-// Format: 8 bytes little-endian N; N bytes of JSON {"name": {"dtype", "shape", "data_offsets": [begin, end]}}; the data, which
-// the tensors cover without hole or overlap. https://huggingface.co/docs/safetensors
+// Format: 8 bytes little-endian N; N bytes of JSON {"name": {"dtype", "shape", "data_offsets":
+// [begin, end]}}; the data, which the tensors cover without hole or overlap.
+// https://huggingface.co/docs/safetensors
 #include "engine/safetensors.h"
 
 #include <fcntl.h>
@@ -40,9 +41,10 @@ struct DTypeName {
   absl::string_view name;
   int64_t bytes;
 };
-constexpr DTypeName kDTypes[] = {{"BOOL", 1}, {"U8", 1},  {"I8", 1},  {"F8_E5M2", 1}, {"F8_E4M3", 1},
-                                 {"I16", 2},  {"U16", 2}, {"F16", 2}, {"BF16", 2},    {"I32", 4},
-                                 {"U32", 4},  {"F32", 4}, {"F64", 8}, {"I64", 8},     {"U64", 8}};
+constexpr DTypeName kDTypes[] = {{"BOOL", 1},    {"U8", 1},  {"I8", 1},  {"F8_E5M2", 1},
+                                 {"F8_E4M3", 1}, {"I16", 2}, {"U16", 2}, {"F16", 2},
+                                 {"BF16", 2},    {"I32", 4}, {"U32", 4}, {"F32", 4},
+                                 {"F64", 8},     {"I64", 8}, {"U64", 8}};
 
 int64_t BytesOf(absl::string_view dtype) {  // 0: unknown
   for (const DTypeName& known : kDTypes) {
@@ -51,12 +53,15 @@ int64_t BytesOf(absl::string_view dtype) {  // 0: unknown
   return 0;
 }
 
-std::string ShapeText(const std::vector<int64_t>& shape) { return absl::StrCat("[", absl::StrJoin(shape, ", "), "]"); }
+std::string ShapeText(const std::vector<int64_t>& shape) {
+  return absl::StrCat("[", absl::StrJoin(shape, ", "), "]");
+}
 
 // Tensor names go into messages; a hostile one must not flood them.
 std::string Shown(absl::string_view name) {
   constexpr size_t kMaxShownBytes = 120;
-  return name.size() <= kMaxShownBytes ? std::string(name) : absl::StrCat(name.substr(0, kMaxShownBytes), "...");
+  return name.size() <= kMaxShownBytes ? std::string(name)
+                                       : absl::StrCat(name.substr(0, kMaxShownBytes), "...");
 }
 
 struct HeaderEntry {
@@ -66,7 +71,8 @@ struct HeaderEntry {
   std::vector<int64_t> offsets;  // begin, end
 };
 
-// Accepts exactly the grammar of a header; everything else (depth, types, keys given twice) ends the parse with `fault()`.
+// Accepts exactly the grammar of a header; everything else (depth, types, keys given twice) ends
+// the parse with `fault()`.
 class HeaderReader final : public nlohmann::json_sax<nlohmann::json> {
  public:
   const std::string& fault() const { return fault_; }
@@ -83,7 +89,8 @@ class HeaderReader final : public nlohmann::json_sax<nlohmann::json> {
   }
   bool end_object() override {
     if (place_ == Place::kTensor && fields_.size() != 3) {
-      return Fault(absl::StrCat("tensor '", Shown(entries_.back().name), "' lacks dtype, shape or data_offsets"));
+      return Fault(absl::StrCat("tensor '", Shown(entries_.back().name),
+                                "' lacks dtype, shape or data_offsets"));
     }
     return Go(place_ == Place::kTop ? Place::kEnd : Place::kTop);
   }
@@ -91,11 +98,16 @@ class HeaderReader final : public nlohmann::json_sax<nlohmann::json> {
     in_value_ = true;
     key_ = name;
     if (place_ == Place::kTop) {
-      if (entries_.size() >= kMaxTensors) return Fault(absl::StrCat("more than ", kMaxTensors, " tensors"));
-      return names_.insert(name).second || Fault(absl::StrCat("'", Shown(name), "' is given twice"));
+      if (entries_.size() >= kMaxTensors)
+        return Fault(absl::StrCat("more than ", kMaxTensors, " tensors"));
+      return names_.insert(name).second ||
+             Fault(absl::StrCat("'", Shown(name), "' is given twice"));
     }
-    const bool known = place_ == Place::kMetadata || name == "dtype" || name == "shape" || name == "data_offsets";
-    if (!known) return Fault(absl::StrCat("tensor '", Shown(entries_.back().name), "': unknown field '", Shown(name), "'"));
+    const bool known =
+        place_ == Place::kMetadata || name == "dtype" || name == "shape" || name == "data_offsets";
+    if (!known)
+      return Fault(absl::StrCat("tensor '", Shown(entries_.back().name), "': unknown field '",
+                                Shown(name), "'"));
     return fields_.insert(name).second || Fault(absl::StrCat("'", Shown(name), "' is given twice"));
   }
   bool start_array(std::size_t) override {
@@ -104,7 +116,8 @@ class HeaderReader final : public nlohmann::json_sax<nlohmann::json> {
   }
   bool end_array() override {
     in_value_ = false;
-    if (key_ == "data_offsets" && entries_.back().offsets.size() != 2) return Unexpected("other than two data_offsets");
+    if (key_ == "data_offsets" && entries_.back().offsets.size() != 2)
+      return Unexpected("other than two data_offsets");
     return Go(Place::kTensor);
   }
   bool string(std::string& text) override {
@@ -118,17 +131,22 @@ class HeaderReader final : public nlohmann::json_sax<nlohmann::json> {
   bool number_unsigned(std::uint64_t value) override {
     if (place_ != Place::kNumbers) return Unexpected("a number");
     auto& numbers = key_ == "shape" ? entries_.back().shape : entries_.back().offsets;
-    if (value > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) return Unexpected("a number over 2^63 - 1");
-    if (numbers.size() >= kMaxDimensions) return Unexpected(absl::StrCat("more than ", kMaxDimensions, " numbers"));
+    if (value > static_cast<uint64_t>(std::numeric_limits<int64_t>::max()))
+      return Unexpected("a number over 2^63 - 1");
+    if (numbers.size() >= kMaxDimensions)
+      return Unexpected(absl::StrCat("more than ", kMaxDimensions, " numbers"));
     numbers.push_back(static_cast<int64_t>(value));
     return true;
   }
   bool number_integer(std::int64_t) override { return Unexpected("a negative number"); }
-  bool number_float(double, const std::string&) override { return Unexpected("a number that is not whole, or over 2^64"); }
+  bool number_float(double, const std::string&) override {
+    return Unexpected("a number that is not whole, or over 2^64");
+  }
   bool null() override { return Unexpected("null"); }
   bool boolean(bool) override { return Unexpected("a truth value"); }
   bool binary(binary_t&) override { return Unexpected("binary data"); }
-  bool parse_error(std::size_t position, const std::string&, const nlohmann::detail::exception&) override {
+  bool parse_error(std::size_t position, const std::string&,
+                   const nlohmann::detail::exception&) override {
     return Fault(absl::StrCat("not JSON at byte ", position));
   }
 
@@ -143,7 +161,9 @@ class HeaderReader final : public nlohmann::json_sax<nlohmann::json> {
     if (fault_.empty()) fault_ = std::move(text);
     return false;
   }
-  bool Unexpected(absl::string_view what) { return Fault(absl::StrCat("unexpected ", what, " after key '", Shown(key_), "'")); }
+  bool Unexpected(absl::string_view what) {
+    return Fault(absl::StrCat("unexpected ", what, " after key '", Shown(key_), "'"));
+  }
 
   Place place_ = Place::kStart;
   bool in_value_ = false;  // a key was read and its value is next
@@ -166,25 +186,28 @@ int64_t ByteCount(const HeaderEntry& entry) {
 // dtype, shape and offsets of one tensor against each other and against the size of the data.
 absl::Status CheckEntry(const HeaderEntry& entry, int64_t data_bytes, const std::string& where) {
   const auto fault = [&](const auto&... parts) {
-    return absl::InvalidArgumentError(absl::StrCat(where, ": tensor '", Shown(entry.name), "': ", parts...));
+    return absl::InvalidArgumentError(
+        absl::StrCat(where, ": tensor '", Shown(entry.name), "': ", parts...));
   };
   if (BytesOf(entry.dtype) == 0) return fault("unknown dtype '", Shown(entry.dtype), "'");
   const int64_t begin = entry.offsets[0], end = entry.offsets[1];
   if (begin > end || end > data_bytes) {
-    return absl::DataLossError(absl::StrCat(where, ": tensor '", Shown(entry.name), "': data_offsets [", begin, ", ", end,
+    return absl::DataLossError(absl::StrCat(where, ": tensor '", Shown(entry.name),
+                                            "': data_offsets [", begin, ", ", end,
                                             "] are outside of the ", data_bytes, " bytes of data"));
   }
   const int64_t expected = ByteCount(entry);
   if (expected < 0) return fault("shape ", ShapeText(entry.shape), " has more than 2^63 - 1 bytes");
   if (expected != end - begin) {
-    return fault("shape ", ShapeText(entry.shape), " of ", entry.dtype, " has ", expected, " bytes, data_offsets say ",
-                 end - begin);
+    return fault("shape ", ShapeText(entry.shape), " of ", entry.dtype, " has ", expected,
+                 " bytes, data_offsets say ", end - begin);
   }
   return absl::OkStatus();
 }
 
 // The data is covered exactly: no hole, no overlap, no rest.
-absl::Status CheckCoverage(const std::vector<HeaderEntry>& entries, int64_t data_bytes, const std::string& where) {
+absl::Status CheckCoverage(const std::vector<HeaderEntry>& entries, int64_t data_bytes,
+                           const std::string& where) {
   std::vector<const HeaderEntry*> order;
   for (const HeaderEntry& entry : entries) order.push_back(&entry);
   std::sort(order.begin(), order.end(),
@@ -192,33 +215,37 @@ absl::Status CheckCoverage(const std::vector<HeaderEntry>& entries, int64_t data
   int64_t covered = 0;
   for (const HeaderEntry* entry : order) {
     if (entry->offsets[0] != covered) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(where, ": tensor '", Shown(entry->name), "': data begins at ", entry->offsets[0],
-                       entry->offsets[0] < covered ? ", inside of the tensor before it, which ends at " : ", but that before it ends at ",
-                       covered));
+      return absl::InvalidArgumentError(absl::StrCat(
+          where, ": tensor '", Shown(entry->name), "': data begins at ", entry->offsets[0],
+          entry->offsets[0] < covered ? ", inside of the tensor before it, which ends at "
+                                      : ", but that before it ends at ",
+          covered));
     }
     covered = entry->offsets[1];
   }
   if (covered != data_bytes) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(where, ": ", data_bytes - covered, " bytes after the last tensor belong to none"));
+    return absl::InvalidArgumentError(absl::StrCat(where, ": ", data_bytes - covered,
+                                                   " bytes after the last tensor belong to none"));
   }
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::vector<HeaderEntry>> ReadHeader(const char* file, int64_t file_bytes, const std::string& where) {
+absl::StatusOr<std::vector<HeaderEntry>> ReadHeader(const char* file, int64_t file_bytes,
+                                                    const std::string& where) {
   if (file_bytes < kLengthBytes) {
-    return absl::DataLossError(absl::StrCat(where, ": ", file_bytes, " bytes, no room for a safetensors header"));
+    return absl::DataLossError(
+        absl::StrCat(where, ": ", file_bytes, " bytes, no room for a safetensors header"));
   }
   uint64_t header_bytes = 0;
   std::memcpy(&header_bytes, file, kLengthBytes);
   if (header_bytes > static_cast<uint64_t>(kMaxHeaderBytes)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(where, ": header of ", header_bytes, " bytes, the limit is ", kMaxHeaderBytes));
+    return absl::InvalidArgumentError(absl::StrCat(where, ": header of ", header_bytes,
+                                                   " bytes, the limit is ", kMaxHeaderBytes));
   }
   if (static_cast<int64_t>(header_bytes) > file_bytes - kLengthBytes) {
-    return absl::DataLossError(absl::StrCat(where, ": header of ", header_bytes, " bytes, but only ",
-                                            file_bytes - kLengthBytes, " follow its length"));
+    return absl::DataLossError(absl::StrCat(where, ": header of ", header_bytes,
+                                            " bytes, but only ", file_bytes - kLengthBytes,
+                                            " follow its length"));
   }
   const char* text = file + kLengthBytes;
   HeaderReader reader;
@@ -226,7 +253,8 @@ absl::StatusOr<std::vector<HeaderEntry>> ReadHeader(const char* file, int64_t fi
     return absl::InvalidArgumentError(absl::StrCat(where, ": header: ", reader.fault()));
   }
   const int64_t data_bytes = file_bytes - kLengthBytes - static_cast<int64_t>(header_bytes);
-  for (const HeaderEntry& entry : reader.entries()) RETURN_IF_ERROR(CheckEntry(entry, data_bytes, where));
+  for (const HeaderEntry& entry : reader.entries())
+    RETURN_IF_ERROR(CheckEntry(entry, data_bytes, where));
   RETURN_IF_ERROR(CheckCoverage(reader.entries(), data_bytes, where));
   return std::move(reader.entries());
 }
@@ -249,7 +277,8 @@ bool IsFile(const std::string& path) {
 
 }  // namespace
 
-// A file mapped for reading. (Whoever truncates it while it is read kills the process: so does any mapping.)
+// A file mapped for reading. (Whoever truncates it while it is read kills the process: so does any
+// mapping.)
 struct SafetensorsReader::Mapping {
   void* data = nullptr;
   int64_t num_bytes = 0;
@@ -259,7 +288,8 @@ struct SafetensorsReader::Mapping {
   }
 
   static absl::StatusOr<std::unique_ptr<Mapping>> Open(const std::string& path) {
-    const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // never waits for the writer of a pipe
+    const int file = open(
+        path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // never waits for the writer of a pipe
     if (file < 0) {
       const std::string text = absl::StrCat(path, ": ", std::strerror(errno));
       return errno == ENOENT ? absl::NotFoundError(text) : absl::InvalidArgumentError(text);
@@ -272,7 +302,8 @@ struct SafetensorsReader::Mapping {
     } else if (info.st_size == 0) {
       status = absl::DataLossError(absl::StrCat(path, ": empty file"));
     } else {
-      void* data = mmap(nullptr, static_cast<size_t>(info.st_size), PROT_READ, MAP_PRIVATE, file, 0);
+      void* data =
+          mmap(nullptr, static_cast<size_t>(info.st_size), PROT_READ, MAP_PRIVATE, file, 0);
       if (data == MAP_FAILED) {
         status = absl::ResourceExhaustedError(absl::StrCat(path, ": mmap: ", std::strerror(errno)));
       } else {
@@ -289,22 +320,24 @@ struct SafetensorsReader::Mapping {
 SafetensorsReader::SafetensorsReader() = default;
 SafetensorsReader::~SafetensorsReader() = default;
 
-absl::StatusOr<std::unique_ptr<SafetensorsReader>> SafetensorsReader::OpenFile(const std::string& path) {
+absl::StatusOr<std::unique_ptr<SafetensorsReader>> SafetensorsReader::OpenFile(
+    const std::string& path) {
   std::unique_ptr<SafetensorsReader> reader(new SafetensorsReader());
   RETURN_IF_ERROR(reader->AddFile(path));
   return reader;
 }
 
-absl::StatusOr<std::unique_ptr<SafetensorsReader>> SafetensorsReader::OpenFolder(const std::string& folder) {
+absl::StatusOr<std::unique_ptr<SafetensorsReader>> SafetensorsReader::OpenFolder(
+    const std::string& folder) {
   const std::string single = absl::StrCat(folder, "/model.safetensors");
   const std::string index = absl::StrCat(folder, "/model.safetensors.index.json");
   if (IsFile(single)) return OpenFile(single);
   if (!IsFile(index)) {
     const bool has_pickle = IsFile(absl::StrCat(folder, "/pytorch_model.bin")) ||
                             IsFile(absl::StrCat(folder, "/pytorch_model.bin.index.json"));
-    return absl::NotFoundError(
-        absl::StrCat(folder, ": expected model.safetensors or model.safetensors.index.json, found neither",
-                     has_pickle ? "; pytorch_model.bin is not read: convert it to safetensors" : ""));
+    return absl::NotFoundError(absl::StrCat(
+        folder, ": expected model.safetensors or model.safetensors.index.json, found neither",
+        has_pickle ? "; pytorch_model.bin is not read: convert it to safetensors" : ""));
   }
   std::unique_ptr<SafetensorsReader> reader(new SafetensorsReader());
   RETURN_IF_ERROR(reader->AddShards(folder, index));
@@ -315,7 +348,8 @@ absl::Status SafetensorsReader::AddFile(const std::string& path) {
   ASSIGN_OR_RETURN(std::unique_ptr<Mapping> mapping, Mapping::Open(path));
   const char* file = static_cast<const char*>(mapping->data);
   ASSIGN_OR_RETURN(std::vector<HeaderEntry> entries, ReadHeader(file, mapping->num_bytes, path));
-  // Offsets count from the end of the header, and the tensors cover the data to the end of the file.
+  // Offsets count from the end of the header, and the tensors cover the data to the end of the
+  // file.
   int64_t data_bytes = 0;
   for (const HeaderEntry& entry : entries) data_bytes = std::max(data_bytes, entry.offsets[1]);
   const char* data = file + (mapping->num_bytes - data_bytes);
@@ -335,35 +369,43 @@ absl::Status SafetensorsReader::AddFile(const std::string& path) {
   return absl::OkStatus();
 }
 
-absl::Status SafetensorsReader::AddShards(const std::string& folder, const std::string& index_path) {
+absl::Status SafetensorsReader::AddShards(const std::string& folder,
+                                          const std::string& index_path) {
   ASSIGN_OR_RETURN(const std::string text, ReadTextFile(index_path, kMaxHeaderBytes));
   ASSIGN_OR_RETURN(JsonObject index, JsonObject::Parse(text, index_path));
   std::optional<JsonObject> map = index.Object("weight_map");
   RETURN_IF_ERROR(index.status());
-  if (!map) return absl::InvalidArgumentError(absl::StrCat(index_path, ": weight_map: required field is missing"));
+  if (!map)
+    return absl::InvalidArgumentError(
+        absl::StrCat(index_path, ": weight_map: required field is missing"));
   const auto weights = map->StringFields();
   RETURN_IF_ERROR(map->status());
 
   std::set<std::string> shards;
   for (const auto& [tensor, shard] : weights) {
     // A plain name: an index must not reach outside of its folder.
-    if (absl::StrContains(shard, '/') || shard.find('\0') != std::string::npos || !absl::EndsWith(shard, ".safetensors")) {
-      return absl::InvalidArgumentError(absl::StrCat(index_path, ": tensor '", Shown(tensor),
-                                                     "': expected the name of a .safetensors file of this folder, found '",
-                                                     Shown(shard), "'"));
+    if (absl::StrContains(shard, '/') || shard.find('\0') != std::string::npos ||
+        !absl::EndsWith(shard, ".safetensors")) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(index_path, ": tensor '", Shown(tensor),
+                       "': expected the name of a .safetensors file of this folder, found '",
+                       Shown(shard), "'"));
     }
     shards.insert(shard);
   }
   if (shards.size() > kMaxShards) {
-    return absl::InvalidArgumentError(absl::StrCat(index_path, ": ", shards.size(), " shards, the limit is ", kMaxShards));
+    return absl::InvalidArgumentError(
+        absl::StrCat(index_path, ": ", shards.size(), " shards, the limit is ", kMaxShards));
   }
-  for (const std::string& shard : shards) RETURN_IF_ERROR(AddFile(absl::StrCat(folder, "/", shard)));
+  for (const std::string& shard : shards)
+    RETURN_IF_ERROR(AddFile(absl::StrCat(folder, "/", shard)));
 
   for (const auto& [tensor, shard] : weights) {
     const StoredTensor* found = Find(tensor);
     if (found == nullptr || found->file != absl::StrCat(folder, "/", shard)) {
-      return absl::InvalidArgumentError(absl::StrCat(index_path, ": tensor '", Shown(tensor), "': expected in ", shard, ", found ",
-                                                     found == nullptr ? "in no shard" : absl::StrCat("in ", found->file)));
+      return absl::InvalidArgumentError(absl::StrCat(
+          index_path, ": tensor '", Shown(tensor), "': expected in ", shard, ", found ",
+          found == nullptr ? "in no shard" : absl::StrCat("in ", found->file)));
     }
   }
   if (weights.size() == tensors_.size()) return absl::OkStatus();
@@ -383,26 +425,30 @@ const StoredTensor* SafetensorsReader::Find(const std::string& name) const {
   return it == tensors_.end() ? nullptr : &it->second;
 }
 
-absl::StatusOr<const StoredTensor*> SafetensorsReader::Expect(const std::string& name,
-                                                              const std::vector<int64_t>& shape) const {
+absl::StatusOr<const StoredTensor*> SafetensorsReader::Expect(
+    const std::string& name, const std::vector<int64_t>& shape) const {
   const StoredTensor* tensor = Find(name);
   if (tensor == nullptr) {
     const std::string file = tensors_.empty() ? "the model" : tensors_.begin()->second.file;
-    return absl::NotFoundError(absl::StrCat(file, mappings_.size() > 1 ? " and its other shards" : "", ": tensor '", name,
-                                            "' is missing, expected shape ", ShapeText(shape)));
+    return absl::NotFoundError(
+        absl::StrCat(file, mappings_.size() > 1 ? " and its other shards" : "", ": tensor '", name,
+                     "' is missing, expected shape ", ShapeText(shape)));
   }
   if (tensor->shape != shape) {
-    return absl::InvalidArgumentError(absl::StrCat(tensor->file, ": tensor '", name, "': expected shape ", ShapeText(shape),
+    return absl::InvalidArgumentError(absl::StrCat(tensor->file, ": tensor '", name,
+                                                   "': expected shape ", ShapeText(shape),
                                                    ", found ", ShapeText(tensor->shape)));
   }
   if (tensor->dtype != "F32" && tensor->dtype != "F16" && tensor->dtype != "BF16") {
     return absl::InvalidArgumentError(absl::StrCat(tensor->file, ": tensor '", name,
-                                                   "': expected dtype F32, F16 or BF16, found ", tensor->dtype));
+                                                   "': expected dtype F32, F16 or BF16, found ",
+                                                   tensor->dtype));
   }
   return tensor;
 }
 
-absl::StatusOr<TensorView> SafetensorsReader::Matrix(const std::string& name, const std::vector<int64_t>& shape,
+absl::StatusOr<TensorView> SafetensorsReader::Matrix(const std::string& name,
+                                                     const std::vector<int64_t>& shape,
                                                      std::vector<float>& storage) const {
   ASSIGN_OR_RETURN(const StoredTensor* tensor, Expect(name, shape));
   const int64_t rows = shape.empty() ? 1 : shape[0];
@@ -411,7 +457,8 @@ absl::StatusOr<TensorView> SafetensorsReader::Matrix(const std::string& name, co
   const bool is_bf16 = tensor->dtype == "BF16";
   const auto address = reinterpret_cast<uintptr_t>(tensor->data);
   if (tensor->dtype != "F16" && address % (is_bf16 ? alignof(BF16) : alignof(float)) == 0) {
-    return MakeView(const_cast<void*>(tensor->data), is_bf16 ? DType::kBF16 : DType::kF32, rows, columns);
+    return MakeView(const_cast<void*>(tensor->data), is_bf16 ? DType::kBF16 : DType::kF32, rows,
+                    columns);
   }
   storage.resize(static_cast<size_t>(rows * columns));
   ToF32(*tensor, 0, rows * columns, storage.data());
@@ -419,11 +466,16 @@ absl::StatusOr<TensorView> SafetensorsReader::Matrix(const std::string& name, co
 }
 
 void SafetensorsReader::ReleasePages(const StoredTensor& tensor) const {
-  // Whole pages inside of the tensor; those at its edges hold parts of its neighbours, which may be in use.
+  // Whole pages inside of the tensor; those at its edges hold parts of its neighbours, which may be
+  // in use.
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const auto begin = (reinterpret_cast<uintptr_t>(tensor.data) + page - 1) / page * page;
-  const auto end = (reinterpret_cast<uintptr_t>(tensor.data) + static_cast<uintptr_t>(tensor.num_bytes)) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);  // advice: failure costs memory only
+  const auto end =
+      (reinterpret_cast<uintptr_t>(tensor.data) + static_cast<uintptr_t>(tensor.num_bytes)) / page *
+      page;
+  if (begin < end)
+    madvise(reinterpret_cast<void*>(begin), end - begin,
+            MADV_DONTNEED);  // advice: failure costs memory only
 }
 
 void ToF32(const StoredTensor& tensor, int64_t index, int64_t count, float* to) {
@@ -449,7 +501,9 @@ absl::Status WriteSafetensors(const std::string& path, const std::vector<NamedTe
     GODWIT_CHECK(bytes > 0);
     for (const int64_t dimension : tensor.shape) bytes *= dimension;
     GODWIT_CHECK(!header.contains(tensor.name));
-    header[tensor.name] = {{"dtype", tensor.dtype}, {"shape", tensor.shape}, {"data_offsets", {offset, offset + bytes}}};
+    header[tensor.name] = {{"dtype", tensor.dtype},
+                           {"shape", tensor.shape},
+                           {"data_offsets", {offset, offset + bytes}}};
     offset += bytes;
   }
   std::string text = header.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
@@ -458,7 +512,8 @@ absl::Status WriteSafetensors(const std::string& path, const std::vector<NamedTe
 
   const std::string temporary = absl::StrCat(path, ".tmp", getpid());
   FILE* file = std::fopen(temporary.c_str(), "wb");
-  if (file == nullptr) return absl::InvalidArgumentError(absl::StrCat(temporary, ": ", std::strerror(errno)));
+  if (file == nullptr)
+    return absl::InvalidArgumentError(absl::StrCat(temporary, ": ", std::strerror(errno)));
   bool written = std::fwrite(&header_bytes, 1, sizeof(header_bytes), file) == sizeof(header_bytes);
   written = written && std::fwrite(text.data(), 1, text.size(), file) == text.size();
   for (const NamedTensor& tensor : tensors) {

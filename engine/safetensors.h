@@ -14,17 +14,17 @@
 namespace godwit {
 
 struct StoredTensor {
-  std::string dtype;             // "F32", "F16", "BF16", "I32", "I64", ...
+  std::string dtype;  // "F32", "F16", "BF16", "I32", "I64", ...
   std::vector<int64_t> shape;
-  const void* data = nullptr;    // into the mapping; any alignment
+  const void* data = nullptr;  // into the mapping; any alignment
   int64_t num_bytes = 0;
-  std::string file;              // for messages
+  std::string file;  // for messages
 };
 
-// All tensors of a folder (model.safetensors, or model.safetensors.index.json and its shards) or of one file. Every offset,
-// size and shape is checked against the file size with overflow-safe arithmetic; a duplicate name, overlapping or
-// out-of-range data, or an index that disagrees with a shard is INVALID_ARGUMENT / DATA_LOSS naming file and tensor.
-// Thread-safe after Open.
+// All tensors of a folder (model.safetensors, or model.safetensors.index.json and its shards) or of
+// one file. Every offset, size and shape is checked against the file size with overflow-safe
+// arithmetic; a duplicate name, overlapping or out-of-range data, or an index that disagrees with a
+// shard is INVALID_ARGUMENT / DATA_LOSS naming file and tensor. Thread-safe after Open.
 class SafetensorsReader {
  public:
   static absl::StatusOr<std::unique_ptr<SafetensorsReader>> OpenFolder(const std::string& folder);
@@ -35,12 +35,14 @@ class SafetensorsReader {
   const StoredTensor* Find(const std::string& name) const;
   const std::map<std::string, StoredTensor>& tensors() const { return tensors_; }
 
-  // The tensor, which must exist with exactly this shape and a float dtype (F32, F16, BF16): NOT_FOUND / INVALID_ARGUMENT
-  // name file, tensor, expected and found.
-  absl::StatusOr<const StoredTensor*> Expect(const std::string& name, const std::vector<int64_t>& shape) const;
+  // The tensor, which must exist with exactly this shape and a float dtype (F32, F16, BF16):
+  // NOT_FOUND / INVALID_ARGUMENT name file, tensor, expected and found.
+  absl::StatusOr<const StoredTensor*> Expect(const std::string& name,
+                                             const std::vector<int64_t>& shape) const;
 
-  // A tensor that must exist with exactly this shape and a float dtype, as a matrix [shape[0], rest]; f16, and what is not
-  // aligned for its type, is converted to f32 on the way (`storage` keeps the conversion alive). Errors as Expect.
+  // A tensor that must exist with exactly this shape and a float dtype, as a matrix [shape[0],
+  // rest]; f16, and what is not aligned for its type, is converted to f32 on the way (`storage`
+  // keeps the conversion alive). Errors as Expect.
   absl::StatusOr<TensorView> Matrix(const std::string& name, const std::vector<int64_t>& shape,
                                     std::vector<float>& storage) const;
 
@@ -61,7 +63,7 @@ void ToF32(const StoredTensor& tensor, int64_t index, int64_t count, float* to);
 
 struct NamedTensor {
   std::string name;
-  std::string dtype;             // "F32", "BF16", "I32"
+  std::string dtype;  // "F32", "BF16", "I32"
   std::vector<int64_t> shape;
   const void* data = nullptr;
 };

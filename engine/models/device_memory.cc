@@ -16,12 +16,14 @@ absl::StatusOr<void*> DeviceMemory::Allocate(int64_t num_bytes) {
   return data;
 }
 
-absl::StatusOr<TensorView> DeviceMemory::Tensor(DType dtype, int64_t num_rows, int64_t num_columns) {
+absl::StatusOr<TensorView> DeviceMemory::Tensor(DType dtype, int64_t num_rows,
+                                                int64_t num_columns) {
   ASSIGN_OR_RETURN(void* data, Allocate(num_rows * num_columns * DTypeBytes(dtype)));
   return MakeView(data, dtype, num_rows, num_columns);
 }
 
-absl::StatusOr<MatrixView> DeviceMemory::Matrix(int64_t num_rows, int64_t num_columns, DType dtype) {
+absl::StatusOr<MatrixView> DeviceMemory::Matrix(int64_t num_rows, int64_t num_columns,
+                                                DType dtype) {
   MatrixView matrix;
   RETURN_IF_ERROR(backend_.AllocateMatrix(num_rows, num_columns, dtype, &matrix));
   blocks_.push_back(matrix.data);
@@ -29,9 +31,11 @@ absl::StatusOr<MatrixView> DeviceMemory::Matrix(int64_t num_rows, int64_t num_co
   return matrix;
 }
 
-absl::StatusOr<TensorView> DeviceMemory::Upload(const std::vector<float>& values, int64_t num_rows, int64_t num_columns) {
+absl::StatusOr<TensorView> DeviceMemory::Upload(const std::vector<float>& values, int64_t num_rows,
+                                                int64_t num_columns) {
   ASSIGN_OR_RETURN(const TensorView view, Tensor(DType::kF32, num_rows, num_columns));
-  RETURN_IF_ERROR(backend_.CopyFromHost(view.data, values.data(), num_rows * num_columns * DTypeBytes(DType::kF32)));
+  RETURN_IF_ERROR(backend_.CopyFromHost(view.data, values.data(),
+                                        num_rows * num_columns * DTypeBytes(DType::kF32)));
   return view;
 }
 

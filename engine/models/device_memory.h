@@ -21,7 +21,8 @@ class DeviceMemory {
   absl::StatusOr<MatrixView> Matrix(int64_t num_rows, int64_t num_columns, DType dtype);
 
   // A copy of host data, dense [num_rows, num_columns].
-  absl::StatusOr<TensorView> Upload(const std::vector<float>& values, int64_t num_rows, int64_t num_columns);
+  absl::StatusOr<TensorView> Upload(const std::vector<float>& values, int64_t num_rows,
+                                    int64_t num_columns);
   absl::StatusOr<const double*> Upload(const std::vector<double>& values);
 
   Backend& backend() const { return backend_; }

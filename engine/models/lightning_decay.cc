@@ -19,11 +19,13 @@ std::vector<double> AlibiSlopes(int64_t num_heads) {
   const auto floor = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(num_heads)));
   std::vector<double> slopes;
   for (int64_t head = 0; head < floor; ++head) slopes.push_back(PowerOfTwoSlope(head, floor));
-  for (int64_t head = 0; head < num_heads - floor; ++head) slopes.push_back(PowerOfTwoSlope(2 * head, 2 * floor));
+  for (int64_t head = 0; head < num_heads - floor; ++head)
+    slopes.push_back(PowerOfTwoSlope(2 * head, 2 * floor));
   return slopes;
 }
 
-std::vector<double> DecayRates(DecayRule rule, int64_t num_heads, int64_t layer, int64_t num_layers) {
+std::vector<double> DecayRates(DecayRule rule, int64_t num_heads, int64_t layer,
+                               int64_t num_layers) {
   GODWIT_CHECK(rule == DecayRule::kAlibiLayer);
   GODWIT_CHECK(num_layers >= 2);
   std::vector<double> rates = AlibiSlopes(num_heads);

@@ -37,8 +37,10 @@ class Llama final : public Model {
 
   absl::Status Load(const SafetensorsReader& reader) {
     WeightLoader loader(reader, options_.dtype, weights_);
-    ASSIGN_OR_RETURN(embedding_, loader.Matrix({{"model.embed_tokens.weight", config_.vocab_size}}, config_.d_model));
-    for (int64_t layer = 0; layer < config_.num_layers; ++layer) RETURN_IF_ERROR(LoadLayer(layer, loader));
+    ASSIGN_OR_RETURN(embedding_, loader.Matrix({{"model.embed_tokens.weight", config_.vocab_size}},
+                                               config_.d_model));
+    for (int64_t layer = 0; layer < config_.num_layers; ++layer)
+      RETURN_IF_ERROR(LoadLayer(layer, loader));
     ASSIGN_OR_RETURN(final_norm_, LoadNorm("model.norm.weight", loader));
     RETURN_IF_ERROR(LoadHead(loader));
     RETURN_IF_ERROR(loader.Finish());
@@ -59,14 +61,17 @@ class Llama final : public Model {
   absl::StatusOr<TensorView> Forward(const ForwardPlan& plan, CachePool& pool) override {
     GODWIT_CHECK(plan.num_tokens <= options_.max_tokens_per_step);
     const TensorView x = RowRange(x_, 0, plan.num_tokens);  // [T, d_model], the residual stream
-    RETURN_IF_ERROR(backend_.EmbedTokens(
-        {.table = embedding_, .token_ids = plan.token_ids, .scale = config_.embedding_scale, .y = x}));
-    RETURN_IF_ERROR(backend_.Rope({.positions = plan.positions,  // once: the same angles in every layer
-                                   .inv_freq = inv_freq_,
-                                   .num_freqs = static_cast<int32_t>(rope_.inv_freq.size()),
-                                   .attention_factor = rope_.attention_factor,
-                                   .cos = RowRange(cos_, 0, plan.num_tokens),
-                                   .sin = RowRange(sin_, 0, plan.num_tokens)}));
+    RETURN_IF_ERROR(backend_.EmbedTokens({.table = embedding_,
+                                          .token_ids = plan.token_ids,
+                                          .scale = config_.embedding_scale,
+                                          .y = x}));
+    RETURN_IF_ERROR(
+        backend_.Rope({.positions = plan.positions,  // once: the same angles in every layer
+                       .inv_freq = inv_freq_,
+                       .num_freqs = static_cast<int32_t>(rope_.inv_freq.size()),
+                       .attention_factor = rope_.attention_factor,
+                       .cos = RowRange(cos_, 0, plan.num_tokens),
+                       .sin = RowRange(sin_, 0, plan.num_tokens)}));
     for (size_t layer = 0; layer < layers_.size(); ++layer) {
       RETURN_IF_ERROR(SelfAttention(static_cast<int>(layer), plan, pool, x));
       RETURN_IF_ERROR(Mlp(layers_[layer], plan, x));
@@ -83,7 +88,8 @@ class Llama final : public Model {
 
  private:
   absl::StatusOr<NormSpec> LoadNorm(const std::string& name, WeightLoader& loader) {
-    ASSIGN_OR_RETURN(const TensorView weight, loader.Table(name, {config_.d_model}, 1, config_.d_model));
+    ASSIGN_OR_RETURN(const TensorView weight,
+                     loader.Table(name, {config_.d_model}, 1, config_.d_model));
     return NormSpec{.kind = NormKind::kRms,
                     .weight = MakeView(weight.data, DType::kF32, config_.d_model),
                     .epsilon = config_.norm_epsilon};
@@ -112,16 +118,20 @@ class Llama final : public Model {
     return absl::OkStatus();
   }
 
-  // A tied checkpoint may store the head again. Where it differs from the embedding, no reading of the folder is right.
+  // A tied checkpoint may store the head again. Where it differs from the embedding, no reading of
+  // the folder is right.
   absl::Status LoadHead(WeightLoader& loader) {
     if (!config_.tie_word_embeddings) {
-      ASSIGN_OR_RETURN(head_, loader.Matrix({{"lm_head.weight", config_.vocab_size}}, config_.d_model));
+      ASSIGN_OR_RETURN(head_,
+                       loader.Matrix({{"lm_head.weight", config_.vocab_size}}, config_.d_model));
       return absl::OkStatus();
     }
     head_ = embedding_;
-    if (loader.Has("lm_head.weight") && !loader.Same("lm_head.weight", "model.embed_tokens.weight")) {
+    if (loader.Has("lm_head.weight") &&
+        !loader.Same("lm_head.weight", "model.embed_tokens.weight")) {
       return absl::InvalidArgumentError(
-          "tensor 'lm_head.weight': config.json says tie_word_embeddings, but it differs from 'model.embed_tokens.weight'");
+          "tensor 'lm_head.weight': config.json says tie_word_embeddings, but it differs from "
+          "'model.embed_tokens.weight'");
     }
     loader.MarkUsed("lm_head.weight");
     return absl::OkStatus();
@@ -139,14 +149,17 @@ class Llama final : public Model {
     return absl::OkStatus();
   }
 
-  absl::Status SelfAttention(int index, const ForwardPlan& plan, CachePool& pool, const TensorView& x) {
+  absl::Status SelfAttention(int index, const ForwardPlan& plan, CachePool& pool,
+                             const TensorView& x) {
     const Layer& layer = layers_[static_cast<size_t>(index)];
     const int64_t decode = plan.num_decode_tokens, num_blocks = pool.geometry().num_blocks;
     const TensorView qkv = RowRange(qkv_, 0, plan.num_tokens);  // [T, q_width + 2 kv_width]
     const TensorView o = RowRange(o_, 0, plan.num_tokens);      // [T, q_width]
 
-    RETURN_IF_ERROR(backend_.Linear(
-        {.input = {.x = x, .norm = layer.attention_norm}, .w = layer.qkv, .y = qkv, .num_decode_tokens = decode}));
+    RETURN_IF_ERROR(backend_.Linear({.input = {.x = x, .norm = layer.attention_norm},
+                                     .w = layer.qkv,
+                                     .y = qkv,
+                                     .num_decode_tokens = decode}));
     RETURN_IF_ERROR(backend_.PagedAttention(
         {.q = ColumnRange(qkv, 0, q_width_),
          .k = ColumnRange(qkv, q_width_, kv_width_),
@@ -165,8 +178,11 @@ class Llama final : public Model {
          .num_rows = plan.num_rows,
          .num_decode_tokens = decode,
          .o = o}));
-    return ToStatus(backend_.Linear(
-        {.input = {.x = o}, .w = layer.out, .epilogue = Epilogue::kAdd, .y = x, .num_decode_tokens = decode}));
+    return ToStatus(backend_.Linear({.input = {.x = o},
+                                     .w = layer.out,
+                                     .epilogue = Epilogue::kAdd,
+                                     .y = x,
+                                     .num_decode_tokens = decode}));
   }
 
   // SwiGLU.
@@ -202,7 +218,8 @@ class Llama final : public Model {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Model>> LoadLlama(const ModelConfig& config, const SafetensorsReader& reader,
+absl::StatusOr<std::unique_ptr<Model>> LoadLlama(const ModelConfig& config,
+                                                 const SafetensorsReader& reader,
                                                  const ModelOptions& options, Backend& backend) {
   auto model = std::make_unique<Llama>(config, options, backend);
   RETURN_IF_ERROR(model->Load(reader));

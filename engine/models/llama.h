@@ -12,7 +12,8 @@ namespace godwit {
 
 absl::StatusOr<ModelConfig> ParseLlamaConfig(JsonObject& json, absl::string_view rope_override);
 
-absl::StatusOr<std::unique_ptr<Model>> LoadLlama(const ModelConfig& config, const SafetensorsReader& reader,
+absl::StatusOr<std::unique_ptr<Model>> LoadLlama(const ModelConfig& config,
+                                                 const SafetensorsReader& reader,
                                                  const ModelOptions& options, Backend& backend);
 
 }  // namespace godwit

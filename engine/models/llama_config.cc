@@ -26,8 +26,8 @@ void RefuseOtherFeatures(JsonObject& json) {
   }
   const std::string activation = json.StringOr("hidden_act", "silu");
   if (activation != "silu" && activation != "swish") {
-    json.Fail(absl::UnimplementedError(
-        absl::StrCat(json.where(), ": hidden_act: '", activation, "' is not built in, only 'silu'")));
+    json.Fail(absl::UnimplementedError(absl::StrCat(json.where(), ": hidden_act: '", activation,
+                                                    "' is not built in, only 'silu'")));
   }
 }
 
@@ -37,18 +37,22 @@ absl::Status ReadHeads(JsonObject& json, ModelConfig& config) {
   config.head_dim = json.IntOr("head_dim", 2, kMaxHeadDim, 0);
   RETURN_IF_ERROR(json.status());
   if (config.num_heads % config.num_kv_heads != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(json.where(), ": num_key_value_heads: expected a divisor of the ",
-                                                   config.num_heads, " attention heads, found ", config.num_kv_heads));
+    return absl::InvalidArgumentError(
+        absl::StrCat(json.where(), ": num_key_value_heads: expected a divisor of the ",
+                     config.num_heads, " attention heads, found ", config.num_kv_heads));
   }
   if (config.head_dim == 0 && config.d_model % config.num_heads != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(json.where(), ": num_attention_heads: expected a divisor of hidden_size ",
-                                                   config.d_model, " (head_dim is not given), found ", config.num_heads));
+    return absl::InvalidArgumentError(
+        absl::StrCat(json.where(), ": num_attention_heads: expected a divisor of hidden_size ",
+                     config.d_model, " (head_dim is not given), found ", config.num_heads));
   }
   if (config.head_dim == 0) config.head_dim = config.d_model / config.num_heads;
-  if (config.head_dim % 2 != 0 || config.head_dim > kMaxHeadDim || config.num_heads * config.head_dim > kMaxWidth) {
-    return absl::InvalidArgumentError(absl::StrCat(json.where(), ": head_dim: expected an even number <= ", kMaxHeadDim,
-                                                   " and heads * head_dim <= ", kMaxWidth, ", found ", config.head_dim,
-                                                   " for ", config.num_heads, " heads"));
+  if (config.head_dim % 2 != 0 || config.head_dim > kMaxHeadDim ||
+      config.num_heads * config.head_dim > kMaxWidth) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(json.where(), ": head_dim: expected an even number <= ", kMaxHeadDim,
+                     " and heads * head_dim <= ", kMaxWidth, ", found ", config.head_dim, " for ",
+                     config.num_heads, " heads"));
   }
   return absl::OkStatus();
 }
@@ -67,9 +71,10 @@ absl::StatusOr<ModelConfig> ParseLlamaConfig(JsonObject& json, absl::string_view
   config.d_ff = json.Int("intermediate_size", 1, kMaxWidth);
   RETURN_IF_ERROR(ReadHeads(json, config));
 
-  // The stated length is the limit, also with linear scaling: some checkpoints state the length before scaling (Giraffe
-  // 70B's first revision, 4096 with factor 8) and some that after (32768), and nothing in the file tells which. It is never
-  // multiplied silently, and --rope changes the table only; an operator who knows better gives the engine a context length.
+  // The stated length is the limit, also with linear scaling: some checkpoints state the length
+  // before scaling (Giraffe 70B's first revision, 4096 with factor 8) and some that after (32768),
+  // and nothing in the file tells which. It is never multiplied silently, and --rope changes the
+  // table only; an operator who knows better gives the engine a context length.
   config.context_length = json.Int("max_position_embeddings", 1, kMaxContextLength);
 
   config.norm_epsilon = static_cast<float>(json.Number("rms_norm_eps", 1e-12, 0.1));

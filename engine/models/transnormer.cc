@@ -14,8 +14,8 @@ namespace godwit {
 namespace {
 
 struct Layer {
-  MatrixView qkvu;        // [4 hidden, d_model]: rows of q, k, v, u
-  MatrixView out;         // [d_model, hidden]
+  MatrixView qkvu;  // [4 hidden, d_model]: rows of q, k, v, u
+  MatrixView out;   // [d_model, hidden]
   LightningDecay decay;
   TensorView lrpe_theta;  // [num_heads, head_dim] f32; absent: no positions in this layer
   MatrixView l1, l2;      // [d_ff, d_model]
@@ -37,12 +37,16 @@ class Transnormer final : public Model {
 
   absl::Status Load(const SafetensorsReader& reader) {
     WeightLoader loader(reader, options_.dtype, weights_);
-    ASSIGN_OR_RETURN(embedding_, loader.Matrix({{"model.embed_tokens.weight", config_.vocab_size}}, config_.d_model));
-    for (int64_t layer = 0; layer < config_.num_layers; ++layer) RETURN_IF_ERROR(LoadLayer(layer, loader));
+    ASSIGN_OR_RETURN(embedding_, loader.Matrix({{"model.embed_tokens.weight", config_.vocab_size}},
+                                               config_.d_model));
+    for (int64_t layer = 0; layer < config_.num_layers; ++layer)
+      RETURN_IF_ERROR(LoadLayer(layer, loader));
     head_ = embedding_;
-    // Published checkpoints carry a head of their own though their config says tied: what is stored counts.
+    // Published checkpoints carry a head of their own though their config says tied: what is stored
+    // counts.
     if (loader.Has("lm_head.weight") || !config_.tie_word_embeddings) {
-      ASSIGN_OR_RETURN(head_, loader.Matrix({{"lm_head.weight", config_.vocab_size}}, config_.d_model));
+      ASSIGN_OR_RETURN(head_,
+                       loader.Matrix({{"lm_head.weight", config_.vocab_size}}, config_.d_model));
     }
     RETURN_IF_ERROR(loader.Finish());
     num_parameters_ = loader.num_parameters();
@@ -58,8 +62,10 @@ class Transnormer final : public Model {
   absl::StatusOr<TensorView> Forward(const ForwardPlan& plan, CachePool& pool) override {
     GODWIT_CHECK(plan.num_tokens <= options_.max_tokens_per_step);
     const TensorView x = RowRange(x_, 0, plan.num_tokens);  // [T, d_model], the residual stream
-    RETURN_IF_ERROR(backend_.EmbedTokens(
-        {.table = embedding_, .token_ids = plan.token_ids, .scale = config_.embedding_scale, .y = x}));
+    RETURN_IF_ERROR(backend_.EmbedTokens({.table = embedding_,
+                                          .token_ids = plan.token_ids,
+                                          .scale = config_.embedding_scale,
+                                          .y = x}));
     for (size_t layer = 0; layer < layers_.size(); ++layer) {
       RETURN_IF_ERROR(TokenMixer(static_cast<int>(layer), plan, pool, x));
       RETURN_IF_ERROR(ChannelMixer(layers_[layer], plan, x));
@@ -79,30 +85,39 @@ class Transnormer final : public Model {
     const std::string prefix = absl::StrCat("model.layers.", index, ".");
     const int64_t d_model = config_.d_model, d_ff = config_.d_ff;
     Layer layer;
-    ASSIGN_OR_RETURN(layer.qkvu, loader.Matrix({{prefix + "token_mixer.qkvu_proj.weight", 4 * hidden_}}, d_model));
-    ASSIGN_OR_RETURN(layer.out, loader.Matrix({{prefix + "token_mixer.out_proj.weight", d_model}}, hidden_));
+    ASSIGN_OR_RETURN(
+        layer.qkvu,
+        loader.Matrix({{prefix + "token_mixer.qkvu_proj.weight", 4 * hidden_}}, d_model));
+    ASSIGN_OR_RETURN(layer.out,
+                     loader.Matrix({{prefix + "token_mixer.out_proj.weight", d_model}}, hidden_));
     if (config_.lrpe_layers[static_cast<size_t>(index)]) {
-      ASSIGN_OR_RETURN(layer.lrpe_theta,
-                       loader.Table(prefix + "token_mixer.lrpe.theta", {config_.num_heads, 1, config_.head_dim},
-                                    config_.num_heads, config_.head_dim));
+      ASSIGN_OR_RETURN(layer.lrpe_theta, loader.Table(prefix + "token_mixer.lrpe.theta",
+                                                      {config_.num_heads, 1, config_.head_dim},
+                                                      config_.num_heads, config_.head_dim));
     }
-    ASSIGN_OR_RETURN(layer.l1, loader.Matrix({{prefix + "channel_mixer.l1.weight", d_ff}}, d_model));
-    ASSIGN_OR_RETURN(layer.l2, loader.Matrix({{prefix + "channel_mixer.l2.weight", d_ff}}, d_model));
-    ASSIGN_OR_RETURN(layer.l3, loader.Matrix({{prefix + "channel_mixer.l3.weight", d_model}}, d_ff));
+    ASSIGN_OR_RETURN(layer.l1,
+                     loader.Matrix({{prefix + "channel_mixer.l1.weight", d_ff}}, d_model));
+    ASSIGN_OR_RETURN(layer.l2,
+                     loader.Matrix({{prefix + "channel_mixer.l2.weight", d_ff}}, d_model));
+    ASSIGN_OR_RETURN(layer.l3,
+                     loader.Matrix({{prefix + "channel_mixer.l3.weight", d_model}}, d_ff));
 
-    const DecayTables tables =
-        MakeDecayTables(DecayRates(config_.decay_rule, config_.num_heads, index, config_.num_layers));
-    ASSIGN_OR_RETURN(layer.decay.decay, weights_.Upload(tables.decay, config_.num_heads, kPrefillBlock + 1));
-    ASSIGN_OR_RETURN(layer.decay.fold_epsilon, weights_.Upload(tables.fold_epsilon, config_.num_heads, 2));
+    const DecayTables tables = MakeDecayTables(
+        DecayRates(config_.decay_rule, config_.num_heads, index, config_.num_layers));
+    ASSIGN_OR_RETURN(layer.decay.decay,
+                     weights_.Upload(tables.decay, config_.num_heads, kPrefillBlock + 1));
+    ASSIGN_OR_RETURN(layer.decay.fold_epsilon,
+                     weights_.Upload(tables.fold_epsilon, config_.num_heads, 2));
 
     const int64_t d_v = config_.head_dim, d_k = KeyWidth(layer);
-    components_.push_back({.name = absl::StrCat("layers.", index, ".lightning"),
-                           .base_bytes = config_.num_heads * d_k * d_v * DTypeBytes(DType::kF32),
-                           .row_bytes = config_.num_heads * (d_k + d_v) * DTypeBytes(options_.dtype),
-                           .block = kWindow,
-                           .lag = 0,
-                           .retain = 0,
-                           .shard = ShardAxis::kHeads});
+    components_.push_back(
+        {.name = absl::StrCat("layers.", index, ".lightning"),
+         .base_bytes = config_.num_heads * d_k * d_v * DTypeBytes(DType::kF32),
+         .row_bytes = config_.num_heads * (d_k + d_v) * DTypeBytes(options_.dtype),
+         .block = kWindow,
+         .lag = 0,
+         .retain = 0,
+         .shard = ShardAxis::kHeads});
     layers_.push_back(layer);
     return absl::OkStatus();
   }
@@ -116,10 +131,13 @@ class Transnormer final : public Model {
     return absl::OkStatus();
   }
 
-  int64_t KeyWidth(const Layer& layer) const { return layer.lrpe_theta ? 2 * config_.head_dim : config_.head_dim; }
+  int64_t KeyWidth(const Layer& layer) const {
+    return layer.lrpe_theta ? 2 * config_.head_dim : config_.head_dim;
+  }
 
   // Gated linear attention (2307.14995 §3.1).
-  absl::Status TokenMixer(int index, const ForwardPlan& plan, CachePool& pool, const TensorView& x) {
+  absl::Status TokenMixer(int index, const ForwardPlan& plan, CachePool& pool,
+                          const TensorView& x) {
     const Layer& layer = layers_[static_cast<size_t>(index)];
     const int64_t decode = plan.num_decode_tokens;
     const TensorView qkvu = RowRange(qkvu_, 0, plan.num_tokens);  // [T, 4 hidden]
@@ -128,8 +146,10 @@ class Transnormer final : public Model {
     const int64_t d_v = config_.head_dim, d_k = KeyWidth(layer);
     const int64_t slots = pool.geometry().num_slots, window_rows = pool.geometry().window_rows;
 
-    RETURN_IF_ERROR(backend_.Linear(
-        {.input = {.x = x, .norm = srms_norm_}, .w = layer.qkvu, .y = qkvu, .num_decode_tokens = decode}));
+    RETURN_IF_ERROR(backend_.Linear({.input = {.x = x, .norm = srms_norm_},
+                                     .w = layer.qkvu,
+                                     .y = qkvu,
+                                     .num_decode_tokens = decode}));
     RETURN_IF_ERROR(backend_.LightningAttention(
         {.q = ColumnRange(qkvu, 0, hidden_),
          .k = ColumnRange(qkvu, hidden_, hidden_),
@@ -141,7 +161,8 @@ class Transnormer final : public Model {
          .num_heads = static_cast<int32_t>(config_.num_heads),
          .head_dim = static_cast<int32_t>(config_.head_dim),
          .state = MakeView(pool.bases(index), DType::kF32, slots, config_.num_heads, d_k, d_v),
-         .window = MakeView(pool.windows(index), options_.dtype, slots, window_rows, config_.num_heads * (d_k + d_v)),
+         .window = MakeView(pool.windows(index), options_.dtype, slots, window_rows,
+                            config_.num_heads * (d_k + d_v)),
          .rows = plan.rows,
          .num_rows = plan.num_rows,
          .num_decode_tokens = decode,
@@ -184,8 +205,10 @@ class Transnormer final : public Model {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Model>> LoadTransnormer(const ModelConfig& config, const SafetensorsReader& reader,
-                                                       const ModelOptions& options, Backend& backend) {
+absl::StatusOr<std::unique_ptr<Model>> LoadTransnormer(const ModelConfig& config,
+                                                       const SafetensorsReader& reader,
+                                                       const ModelOptions& options,
+                                                       Backend& backend) {
   auto model = std::make_unique<Transnormer>(config, options, backend);
   RETURN_IF_ERROR(model->Load(reader));
   return model;

@@ -1,6 +1,6 @@
 #pragma once
-// TransNormerLLM 1 and 2 (2307.14995): lightning attention with a gate, SRMSNorm, SGLU, LRPE in the layers that the config
-// lists. Version 3 has another gate and is refused.
+// TransNormerLLM 1 and 2 (2307.14995): lightning attention with a gate, SRMSNorm, SGLU, LRPE in the
+// layers that the config lists. Version 3 has another gate and is refused.
 
 #include <memory>
 
@@ -11,9 +11,12 @@
 
 namespace godwit {
 
-absl::StatusOr<ModelConfig> ParseTransnormerConfig(JsonObject& json, absl::string_view rope_override);
+absl::StatusOr<ModelConfig> ParseTransnormerConfig(JsonObject& json,
+                                                   absl::string_view rope_override);
 
-absl::StatusOr<std::unique_ptr<Model>> LoadTransnormer(const ModelConfig& config, const SafetensorsReader& reader,
-                                                       const ModelOptions& options, Backend& backend);
+absl::StatusOr<std::unique_ptr<Model>> LoadTransnormer(const ModelConfig& config,
+                                                       const SafetensorsReader& reader,
+                                                       const ModelOptions& options,
+                                                       Backend& backend);
 
 }  // namespace godwit

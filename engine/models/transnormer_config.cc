@@ -12,13 +12,14 @@ namespace {
 
 constexpr float kSrmsEpsilon = 1e-6f;  // fixed in the published code, no field of the config
 
-void MustBeOneOf(JsonObject& json, const char* name, const char* fallback, std::initializer_list<absl::string_view> known) {
+void MustBeOneOf(JsonObject& json, const char* name, const char* fallback,
+                 std::initializer_list<absl::string_view> known) {
   const std::string found = json.StringOr(name, fallback);
   for (const absl::string_view value : known) {
     if (found == value) return;
   }
-  json.Fail(absl::UnimplementedError(
-      absl::StrCat(json.where(), ": ", name, ": '", found, "' is not built in, only '", *known.begin(), "'")));
+  json.Fail(absl::UnimplementedError(absl::StrCat(
+      json.where(), ": ", name, ": '", found, "' is not built in, only '", *known.begin(), "'")));
 }
 
 void RefuseOtherFeatures(JsonObject& json) {
@@ -39,8 +40,9 @@ absl::Status ReadLrpeLayers(JsonObject& json, ModelConfig& config) {
   const std::vector<int64_t> uses_lrpe = json.IntList("linear_use_lrpe_list", 0, 1, kMaxLayers);
   RETURN_IF_ERROR(json.status());
   if (static_cast<int64_t>(uses_lrpe.size()) != config.num_layers) {
-    return absl::InvalidArgumentError(absl::StrCat(json.where(), ": linear_use_lrpe_list: expected one 0 or 1 for each of the ",
-                                                   config.num_layers, " layers, found ", uses_lrpe.size(), " entries"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(json.where(), ": linear_use_lrpe_list: expected one 0 or 1 for each of the ",
+                     config.num_layers, " layers, found ", uses_lrpe.size(), " entries"));
   }
   config.lrpe_layers.assign(uses_lrpe.begin(), uses_lrpe.end());
   return absl::OkStatus();
@@ -49,30 +51,36 @@ absl::Status ReadLrpeLayers(JsonObject& json, ModelConfig& config) {
 absl::Status ReadHeads(JsonObject& json, ModelConfig& config) {
   config.num_heads = json.Int("decoder_attention_heads", 1, kMaxHeads);
   config.num_kv_heads = config.num_heads;
-  const int64_t hidden = json.Int("hidden_dim", 1, kMaxWidth);  // width of q, k, v and u: num_heads * head_dim
+  const int64_t hidden =
+      json.Int("hidden_dim", 1, kMaxWidth);  // width of q, k, v and u: num_heads * head_dim
   RETURN_IF_ERROR(json.status());
   config.head_dim = hidden / config.num_heads;
   if (hidden % config.num_heads != 0 || config.head_dim > kMaxHeadDim) {
-    return absl::InvalidArgumentError(absl::StrCat(json.where(), ": hidden_dim: expected ", config.num_heads,
-                                                   " heads times a head_dim <= ", kMaxHeadDim, ", found ", hidden));
+    return absl::InvalidArgumentError(
+        absl::StrCat(json.where(), ": hidden_dim: expected ", config.num_heads,
+                     " heads times a head_dim <= ", kMaxHeadDim, ", found ", hidden));
   }
   return absl::OkStatus();
 }
 
 }  // namespace
 
-absl::StatusOr<ModelConfig> ParseTransnormerConfig(JsonObject& json, absl::string_view rope_override) {
+absl::StatusOr<ModelConfig> ParseTransnormerConfig(JsonObject& json,
+                                                   absl::string_view rope_override) {
   if (!rope_override.empty()) {
-    return absl::InvalidArgumentError("--rope: the family transnormer has no rotary embedding to replace");
+    return absl::InvalidArgumentError(
+        "--rope: the family transnormer has no rotary embedding to replace");
   }
   ModelConfig config;
   config.family = "transnormer";
   CheckArchitecture(json, {"TransnormerForCausalLM"});
   RefuseOtherFeatures(json);
   IgnoreMetadata(json);
+  json.Ignore({"max_position_embeddings"});  // no table and no state depends on a length
   config.vocab_size = json.Int("vocab_size", 1, kMaxVocabSize);
   config.d_model = json.Int("decoder_embed_dim", 1, kMaxWidth);
-  config.num_layers = json.Int("decoder_layers", 2, kMaxLayers);  // the decay divides by num_layers - 1
+  config.num_layers =
+      json.Int("decoder_layers", 2, kMaxLayers);  // the decay divides by num_layers - 1
   config.d_ff = json.Int("glu_dim", 1, kMaxWidth);
   RETURN_IF_ERROR(ReadHeads(json, config));
   RETURN_IF_ERROR(ReadLrpeLayers(json, config));
@@ -86,7 +94,8 @@ absl::StatusOr<ModelConfig> ParseTransnormerConfig(JsonObject& json, absl::strin
   config.q_scale = 1;
   config.tie_word_embeddings = json.BoolOr("tie_word_embeddings", true);
   const bool is_unscaled = json.BoolOr("no_scale_embedding", false);
-  config.embedding_scale = is_unscaled ? 1.0f : static_cast<float>(std::sqrt(static_cast<double>(config.d_model)));
+  config.embedding_scale =
+      is_unscaled ? 1.0f : static_cast<float>(std::sqrt(static_cast<double>(config.d_model)));
   ReadTokenIds(json, /*adds_bos=*/false, config);
   RETURN_IF_ERROR(json.Finish());
   return config;

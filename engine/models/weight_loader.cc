@@ -11,7 +11,8 @@
 namespace godwit {
 namespace {
 
-constexpr int64_t kConversionValues = 1 << 20;  // f32 values converted at a time, 4 MiB; at least one row
+constexpr int64_t kConversionValues =
+    1 << 20;  // f32 values converted at a time, 4 MiB; at least one row
 
 absl::Status Named(const std::string& name, const absl::Status& status) {
   return absl::Status(status.code(), absl::StrCat("tensor '", name, "': ", status.message()));
@@ -22,12 +23,14 @@ absl::Status Named(const std::string& name, const absl::Status& status) {
 WeightLoader::WeightLoader(const SafetensorsReader& reader, DType dtype, DeviceMemory& memory)
     : reader_(reader), dtype_(dtype), memory_(memory) {}
 
-absl::StatusOr<MatrixView> WeightLoader::Matrix(const std::vector<Rows>& parts, int64_t num_columns) {
+absl::StatusOr<MatrixView> WeightLoader::Matrix(const std::vector<Rows>& parts,
+                                                int64_t num_columns) {
   GODWIT_CHECK(!parts.empty());
   std::vector<const StoredTensor*> tensors;
   int64_t num_rows = 0;
   for (const Rows& part : parts) {
-    ASSIGN_OR_RETURN(const StoredTensor* tensor, reader_.Expect(part.name, {part.num_rows, num_columns}));
+    ASSIGN_OR_RETURN(const StoredTensor* tensor,
+                     reader_.Expect(part.name, {part.num_rows, num_columns}));
     tensors.push_back(tensor);
     used_.insert(part.name);
     num_rows += part.num_rows;
@@ -45,16 +48,19 @@ absl::StatusOr<MatrixView> WeightLoader::Matrix(const std::vector<Rows>& parts, 
   return matrix;
 }
 
-absl::Status WeightLoader::Pack(const MatrixView& matrix, int64_t first_row, const StoredTensor& tensor) {
+absl::Status WeightLoader::Pack(const MatrixView& matrix, int64_t first_row,
+                                const StoredTensor& tensor) {
   Backend& backend = memory_.backend();
   const int64_t num_rows = tensor.shape[0], num_columns = tensor.shape[1];
   const auto address = reinterpret_cast<uintptr_t>(tensor.data);
   const DType stored = tensor.dtype == "BF16" ? DType::kBF16 : DType::kF32;
   if (tensor.dtype != "F16" && address % static_cast<uintptr_t>(DTypeBytes(stored)) == 0) {
-    const TensorView source = MakeView(const_cast<void*>(tensor.data), stored, num_rows, num_columns);
+    const TensorView source =
+        MakeView(const_cast<void*>(tensor.data), stored, num_rows, num_columns);
     RETURN_IF_ERROR(backend.PackMatrixRows(matrix, first_row, source));
   } else {
-    const int64_t rows_at_once = std::min(num_rows, std::max<int64_t>(1, kConversionValues / num_columns));
+    const int64_t rows_at_once =
+        std::min(num_rows, std::max<int64_t>(1, kConversionValues / num_columns));
     std::vector<float> buffer(static_cast<size_t>(rows_at_once * num_columns));
     for (int64_t row = 0; row < num_rows; row += rows_at_once) {
       const int64_t count = std::min(rows_at_once, num_rows - row);
@@ -69,7 +75,8 @@ absl::Status WeightLoader::Pack(const MatrixView& matrix, int64_t first_row, con
   return absl::OkStatus();
 }
 
-absl::StatusOr<TensorView> WeightLoader::Table(const std::string& name, const std::vector<int64_t>& shape, int64_t num_rows,
+absl::StatusOr<TensorView> WeightLoader::Table(const std::string& name,
+                                               const std::vector<int64_t>& shape, int64_t num_rows,
                                                int64_t num_columns) {
   ASSIGN_OR_RETURN(const StoredTensor* tensor, reader_.Expect(name, shape));
   used_.insert(name);
@@ -94,8 +101,9 @@ bool WeightLoader::Same(const std::string& name, const std::string& other) const
 absl::Status WeightLoader::Finish() const {
   for (const auto& [name, tensor] : reader_.tensors()) {
     if (used_.count(name) > 0 || absl::EndsWith(name, "rotary_emb.inv_freq")) continue;
-    return absl::UnimplementedError(absl::StrCat(tensor.file, ": tensor '", name.substr(0, 120),
-                                                 "' belongs to no part of this model; leaving it out may change the result"));
+    return absl::UnimplementedError(
+        absl::StrCat(tensor.file, ": tensor '", name.substr(0, 120),
+                     "' belongs to no part of this model; leaving it out may change the result"));
   }
   return absl::OkStatus();
 }

@@ -1,6 +1,6 @@
 #pragma once
-// Carries the tensors of a checkpoint into a back end, one at a time: besides the packed weights, memory holds the pages of
-// one tensor and one conversion buffer.
+// Carries the tensors of a checkpoint into a back end, one at a time: besides the packed weights,
+// memory holds the pages of one tensor and one conversion buffer.
 
 #include <set>
 #include <string>
@@ -19,17 +19,18 @@ class WeightLoader {
   WeightLoader(const SafetensorsReader& reader, DType dtype, DeviceMemory& memory);
 
   struct Rows {
-    std::string name;      // of a stored [num_rows, num_columns]
+    std::string name;  // of a stored [num_rows, num_columns]
     int64_t num_rows = 0;
   };
 
   // One matrix of the rows of all parts, in order: products that share their input run as one.
-  // NOT_FOUND / INVALID_ARGUMENT name file, tensor, expected and found; RESOURCE_EXHAUSTED the tensor.
+  // NOT_FOUND / INVALID_ARGUMENT name file, tensor, expected and found; RESOURCE_EXHAUSTED the
+  // tensor.
   absl::StatusOr<MatrixView> Matrix(const std::vector<Rows>& parts, int64_t num_columns);
 
   // A stored tensor of this shape as dense f32 [rows, columns].
-  absl::StatusOr<TensorView> Table(const std::string& name, const std::vector<int64_t>& shape, int64_t num_rows,
-                                   int64_t num_columns);
+  absl::StatusOr<TensorView> Table(const std::string& name, const std::vector<int64_t>& shape,
+                                   int64_t num_rows, int64_t num_columns);
 
   bool Has(const std::string& name) const { return reader_.Find(name) != nullptr; }
 
@@ -39,8 +40,8 @@ class WeightLoader {
   // Counts a tensor as known though nothing is loaded from it.
   void MarkUsed(const std::string& name) { used_.insert(name); }
 
-  // UNIMPLEMENTED naming a tensor that nothing asked for: a bias or a gate that would be left out silently. Tables that
-  // follow from the config (rotary_emb.inv_freq) are not missed.
+  // UNIMPLEMENTED naming a tensor that nothing asked for: a bias or a gate that would be left out
+  // silently. Tables that follow from the config (rotary_emb.inv_freq) are not missed.
   absl::Status Finish() const;
 
   int64_t num_parameters() const { return num_parameters_; }

@@ -16,7 +16,8 @@ const std::string kPlugins = FAKE_PLUGINS;  // folder with one folder for each k
 
 TEST(BackendLoaderTest, CpuNeedsNoPlugin) {
   std::string why = "unchanged";
-  const auto backend = CreateBackend({.name = "cpu", .num_threads = 1, .plugin_folder = "/nonexistent"}, &why);
+  const auto backend =
+      CreateBackend({.name = "cpu", .num_threads = 1, .plugin_folder = "/nonexistent"}, &why);
   ASSERT_TRUE(backend.ok()) << backend.status();
   EXPECT_STREQ((*backend)->Info().name, "cpu");
   EXPECT_EQ(why, "");
@@ -58,9 +59,11 @@ TEST(BackendLoaderTest, AutoFallsBackAndSaysWhyInOneLine) {
 
 TEST(BackendLoaderTest, CudaWithoutOneFailsWithTheReason) {
   std::string why;
-  const auto backend = CreateBackend({.name = "cuda", .plugin_folder = kPlugins + "/refusing"}, &why);
+  const auto backend =
+      CreateBackend({.name = "cuda", .plugin_folder = kPlugins + "/refusing"}, &why);
   EXPECT_EQ(backend.status().code(), StatusCode::kFailedPrecondition);
-  EXPECT_NE(backend.status().message().find("no device: asked twice"), std::string::npos) << backend.status();
+  EXPECT_NE(backend.status().message().find("no device: asked twice"), std::string::npos)
+      << backend.status();
 }
 
 TEST(BackendLoaderTest, LooksBesideTheExecutable) {
@@ -73,7 +76,8 @@ TEST(BackendLoaderTest, LooksBesideTheExecutable) {
 TEST(BackendLoaderTest, UnknownNamesAreRefused) {
   std::string why;
   for (const char* name : {"", "gpu", "CPU"}) {
-    EXPECT_EQ(CreateBackend({.name = name}, &why).status().code(), StatusCode::kInvalidArgument) << name;
+    EXPECT_EQ(CreateBackend({.name = name}, &why).status().code(), StatusCode::kInvalidArgument)
+        << name;
   }
 }
 

@@ -1,6 +1,7 @@
 #pragma once
-// Cases computed by another implementation: golden/<case>/{config.json, model.safetensors, golden.safetensors}. They live
-// outside of the repository; GODWIT_TEST_DATA names the folder that holds golden/.
+// Cases computed by another implementation: golden/<case>/{config.json, model.safetensors,
+// golden.safetensors}. They live outside of the repository; GODWIT_TEST_DATA names the folder that
+// holds golden/.
 
 #include <cstdint>
 #include <cstdlib>
@@ -39,7 +40,8 @@ inline absl::StatusOr<GoldenCase> ReadGoldenCase(const std::string& name) {
     return true;
   };
   const StoredTensor* logits = (*reader)->Find("logits");
-  if (!read_ids("tokens", golden.tokens) || !read_ids("greedy", golden.greedy) || logits == nullptr) {
+  if (!read_ids("tokens", golden.tokens) || !read_ids("greedy", golden.greedy) ||
+      logits == nullptr) {
     return absl::InvalidArgumentError(golden.folder + ": not a golden case");
   }
   golden.vocab_size = logits->shape[1];

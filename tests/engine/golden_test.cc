@@ -1,11 +1,13 @@
-// Whole models against the logits of another implementation, through the engine. Tolerances are those that the cases were
-// published with: f32 within 2e-3 and the same greedy ids; bf16 within a normalised mean square error of 1e-3 and the same
-// greedy ids wherever the reference's two best logits differ by more than 0.05.
+// Whole models against the logits of another implementation, through the engine. Tolerances are
+// those that the cases were published with: f32 within 2e-3 and the same greedy ids; bf16 within a
+// normalised mean square error of 1e-3 and the same greedy ids wherever the reference's two best
+// logits differ by more than 0.05.
 
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
+#include <fstream>
 #include <memory>
 #include <string>
 #include <vector>
@@ -14,6 +16,7 @@
 #include "engine/offline.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/ref/ref_backend.h"
+#include "nlohmann/json.hpp"
 #include "tests/engine/golden_data.h"
 
 namespace godwit {
@@ -36,7 +39,8 @@ std::string ParamName(const testing::TestParamInfo<Param>& info) {
 }
 
 // An engine that may run past the length that the checkpoint states: the cases do.
-std::unique_ptr<Engine> MakeEngine(const GoldenCase& golden, const std::string& backend_name, DType dtype) {
+std::unique_ptr<Engine> MakeEngine(const GoldenCase& golden, const std::string& backend_name,
+                                   DType dtype) {
   std::unique_ptr<Backend, BackendDeleter> backend;
   if (backend_name == "ref") {
     backend = CreateRefBackend();
@@ -57,7 +61,8 @@ std::unique_ptr<Engine> MakeEngine(const GoldenCase& golden, const std::string& 
   return engine.ok() ? std::move(*engine) : nullptr;
 }
 
-std::vector<float> Score(Engine& engine, const std::vector<int32_t>& tokens, int64_t vocab_size, int64_t chunk) {
+std::vector<float> Score(Engine& engine, const std::vector<int32_t>& tokens, int64_t vocab_size,
+                         int64_t chunk) {
   std::vector<float> logits(tokens.size() * static_cast<size_t>(vocab_size), NAN);
   const auto result = ScoreOffline(engine, tokens, chunk, logits.data());
   EXPECT_TRUE(result.ok()) << result.status();
@@ -65,9 +70,11 @@ std::vector<float> Score(Engine& engine, const std::vector<int32_t>& tokens, int
 }
 
 std::vector<int32_t> Generate(Engine& engine, const GoldenCase& golden, int64_t chunk) {
-  const auto result = GenerateOffline(
-      engine, golden.tokens,
-      {.sampling = {.temperature = 0}, .max_tokens = std::ssize(golden.greedy), .ignore_eos = true, .chunk = chunk});
+  const auto result = GenerateOffline(engine, golden.tokens,
+                                      {.sampling = {.temperature = 0},
+                                       .max_tokens = std::ssize(golden.greedy),
+                                       .ignore_eos = true,
+                                       .chunk = chunk});
   EXPECT_TRUE(result.ok()) << result.status();
   std::vector<int32_t> ids;
   if (result.ok()) {
@@ -89,7 +96,8 @@ float MaxError(const std::vector<float>& logits, const std::vector<float>& expec
 double Nmse(const std::vector<float>& logits, const std::vector<float>& expected) {
   double error = 0, power = 0;
   for (size_t i = 0; i < expected.size(); ++i) {
-    error += (static_cast<double>(logits[i]) - expected[i]) * (static_cast<double>(logits[i]) - expected[i]);
+    error += (static_cast<double>(logits[i]) - expected[i]) *
+             (static_cast<double>(logits[i]) - expected[i]);
     power += static_cast<double>(expected[i]) * expected[i];
   }
   return error / power;
@@ -128,7 +136,8 @@ TEST_P(GoldenTest, F32LogitsAndGreedyIdsAgreeInEveryCut) {
   for (const int64_t chunk : {0, 1, 7, 64, 255, 256, 257}) {
     if (chunk > std::ssize(golden_.tokens)) continue;
     SCOPED_TRACE(testing::Message() << "chunk " << chunk);
-    EXPECT_LE(MaxError(Score(*engine, golden_.tokens, golden_.vocab_size, chunk), golden_.logits), kMaxError);
+    EXPECT_LE(MaxError(Score(*engine, golden_.tokens, golden_.vocab_size, chunk), golden_.logits),
+              kMaxError);
     EXPECT_EQ(Generate(*engine, golden_, chunk), golden_.greedy);
   }
 }
@@ -138,18 +147,23 @@ TEST_P(GoldenTest, Bf16AgreesWhereTheReferenceIsSure) {
   const auto engine = MakeEngine(golden_, GetParam().backend, DType::kBF16);
   ASSERT_NE(exact, nullptr);
   ASSERT_NE(engine, nullptr);
-  EXPECT_LE(Nmse(Score(*engine, golden_.tokens, golden_.vocab_size, 0), golden_.logits), kMaxBf16Nmse);
-  EXPECT_LE(Nmse(Score(*engine, golden_.tokens, golden_.vocab_size, 7), golden_.logits), kMaxBf16Nmse);
+  EXPECT_LE(Nmse(Score(*engine, golden_.tokens, golden_.vocab_size, 0), golden_.logits),
+            kMaxBf16Nmse);
+  EXPECT_LE(Nmse(Score(*engine, golden_.tokens, golden_.vocab_size, 7), golden_.logits),
+            kMaxBf16Nmse);
 
-  // Where the reference is sure of the continuation: the f32 logits stand for its own, which end with the prompt.
+  // Where the reference is sure of the continuation: the f32 logits stand for its own, which end
+  // with the prompt.
   std::vector<int32_t> tokens = golden_.tokens;
   tokens.insert(tokens.end(), golden_.greedy.begin(), golden_.greedy.end());
   const std::vector<float> expected = Score(*exact, tokens, golden_.vocab_size, 0);
   const std::vector<float> logits = Score(*engine, tokens, golden_.vocab_size, 0);
-  for (int64_t position = std::ssize(golden_.tokens) - 1; position < std::ssize(tokens) - 1; ++position) {
+  for (int64_t position = std::ssize(golden_.tokens) - 1; position < std::ssize(tokens) - 1;
+       ++position) {
     const Best best = BestOf(expected, position, golden_.vocab_size);
     if (best.margin <= kMinMargin) continue;
-    EXPECT_EQ(BestOf(logits, position, golden_.vocab_size).token_id, best.token_id) << "position " << position;
+    EXPECT_EQ(BestOf(logits, position, golden_.vocab_size).token_id, best.token_id)
+        << "position " << position;
   }
 
   // Decoding by itself: the same ids up to the first that the reference is not sure of.
@@ -164,10 +178,28 @@ TEST_P(GoldenTest, Bf16AgreesWhereTheReferenceIsSure) {
 
 std::vector<Param> AllParams() {
   std::vector<Param> params;
-  for (const char* golden : {"tnl-small", "tnl-untied-heads6", "llama-default", "llama-gqa-tied", "llama-linear-8"}) {
+  for (const char* golden :
+       {"tnl-small", "tnl-untied-heads6", "llama-default", "llama-gqa-tied", "llama-linear-8"}) {
     for (const char* backend : {"cpu", "ref"}) params.push_back({golden, backend});
   }
   return params;
+}
+
+// A trained model: each of its continuations was checked in double when the case was made.
+TEST(TrainedModelTest, Stories260KContinuesAsRecorded) {
+  if (TestDataFolder().empty()) GTEST_SKIP() << "GODWIT_TEST_DATA names no folder with assets/";
+  const std::string folder = TestDataFolder() + "/assets/models/stories260K";
+  std::ifstream file(folder + "/greedy.json");
+  const auto recorded = nlohmann::json::parse(file, nullptr, /*allow_exceptions=*/false);
+  ASSERT_TRUE(recorded.is_object()) << folder;
+  const auto engine = MakeEngine({.folder = folder}, "cpu", DType::kF32);
+  ASSERT_NE(engine, nullptr);
+  EXPECT_EQ(engine->card().config.bos_token_id, 1);
+  for (const auto& recorded_case : recorded["cases"]) {
+    const GoldenCase golden = {.tokens = recorded_case["prompt_ids"],
+                               .greedy = recorded_case["greedy_ids"]};
+    EXPECT_EQ(Generate(*engine, golden, 0), golden.greedy) << recorded_case["prompt"];
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(All, GoldenTest, testing::ValuesIn(AllParams()), ParamName);

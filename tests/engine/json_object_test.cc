@@ -24,7 +24,8 @@ void ExpectFault(const absl::Status& status, StatusCode code, const std::string&
 }
 
 TEST(JsonObjectTest, ReadsEveryType) {
-  JsonObject json = Parse(R"({"i":3,"f":8192.0,"x":1e-5,"s":"silu","b":true,"n":null,"l":[1,0],"o":{"k":1},"one":7,"t":["a"]})");
+  JsonObject json = Parse(
+      R"({"i":3,"f":8192.0,"x":1e-5,"s":"silu","b":true,"n":null,"l":[1,0],"o":{"k":1},"one":7,"t":["a"]})");
   EXPECT_EQ(json.Int("i", 0, 10), 3);
   EXPECT_EQ(json.Int("f", 0, 10000), 8192);
   EXPECT_EQ(json.Number("x", 0, 1), 1e-5);
@@ -47,7 +48,8 @@ TEST(JsonObjectTest, KeepsTheFirstFaultAndNamesFieldExpectedAndFound) {
   JsonObject json = Parse(R"({"i":-1,"s":3})");
   EXPECT_EQ(json.Int("i", 0, 10), 0);
   EXPECT_EQ(json.String("s"), "");
-  ExpectFault(json.status(), StatusCode::kInvalidArgument, "t.json: i: expected a whole number in [0, 10], found -1");
+  ExpectFault(json.status(), StatusCode::kInvalidArgument,
+              "t.json: i: expected a whole number in [0, 10], found -1");
 }
 
 TEST(JsonObjectTest, WrongTypesAreFaults) {
@@ -57,22 +59,34 @@ TEST(JsonObjectTest, WrongTypesAreFaults) {
     return json.status();
   };
   const auto read_int = [](JsonObject& json) { json.Int("x", 0, 1 << 20); };
-  for (const char* value : {"\"3\"", "3.5", "1e300", "18446744073709551615", "-9223372036854775808", "true", "[3]", "{}"}) {
-    ExpectFault(fault_of(std::string("{\"x\":") + value + "}", read_int), StatusCode::kInvalidArgument, "x: expected a whole");
+  for (const char* value : {"\"3\"", "3.5", "1e300", "18446744073709551615", "-9223372036854775808",
+                            "true", "[3]", "{}"}) {
+    ExpectFault(fault_of(std::string("{\"x\":") + value + "}", read_int),
+                StatusCode::kInvalidArgument, "x: expected a whole");
   }
-  ExpectFault(fault_of("{}", read_int), StatusCode::kInvalidArgument, "x: required field is missing");
-  ExpectFault(fault_of(R"({"x":null})", read_int), StatusCode::kInvalidArgument, "x: required field is missing");
-  ExpectFault(fault_of(R"({"x":"a"})", [](JsonObject& json) { json.Number("x", 0, 1); }), StatusCode::kInvalidArgument, "a number in");
-  ExpectFault(fault_of(R"({"x":1})", [](JsonObject& json) { json.BoolOr("x", false); }), StatusCode::kInvalidArgument, "true or false");
-  ExpectFault(fault_of(R"({"x":[1,2]})", [](JsonObject& json) { json.IntList("x", 0, 9, 1); }), StatusCode::kInvalidArgument, "at most 1");
-  ExpectFault(fault_of(R"({"x":[1,"a"]})", [](JsonObject& json) { json.IntList("x", 0, 9, 9); }), StatusCode::kInvalidArgument, "x[1]");
-  ExpectFault(fault_of(R"({"x":[1]})", [](JsonObject& json) { json.StringListOr("x", 9); }), StatusCode::kInvalidArgument, "strings");
-  ExpectFault(fault_of(R"({"x":1})", [](JsonObject& json) { json.Object("x"); }), StatusCode::kInvalidArgument, "an object");
-  ExpectFault(fault_of(R"({"x":1})", [](JsonObject& json) { json.StringFields(); }), StatusCode::kInvalidArgument, "a string");
+  ExpectFault(fault_of("{}", read_int), StatusCode::kInvalidArgument,
+              "x: required field is missing");
+  ExpectFault(fault_of(R"({"x":null})", read_int), StatusCode::kInvalidArgument,
+              "x: required field is missing");
+  ExpectFault(fault_of(R"({"x":"a"})", [](JsonObject& json) { json.Number("x", 0, 1); }),
+              StatusCode::kInvalidArgument, "a number in");
+  ExpectFault(fault_of(R"({"x":1})", [](JsonObject& json) { json.BoolOr("x", false); }),
+              StatusCode::kInvalidArgument, "true or false");
+  ExpectFault(fault_of(R"({"x":[1,2]})", [](JsonObject& json) { json.IntList("x", 0, 9, 1); }),
+              StatusCode::kInvalidArgument, "at most 1");
+  ExpectFault(fault_of(R"({"x":[1,"a"]})", [](JsonObject& json) { json.IntList("x", 0, 9, 9); }),
+              StatusCode::kInvalidArgument, "x[1]");
+  ExpectFault(fault_of(R"({"x":[1]})", [](JsonObject& json) { json.StringListOr("x", 9); }),
+              StatusCode::kInvalidArgument, "strings");
+  ExpectFault(fault_of(R"({"x":1})", [](JsonObject& json) { json.Object("x"); }),
+              StatusCode::kInvalidArgument, "an object");
+  ExpectFault(fault_of(R"({"x":1})", [](JsonObject& json) { json.StringFields(); }),
+              StatusCode::kInvalidArgument, "a string");
 }
 
 TEST(JsonObjectTest, UnreadFieldsAreRefusedUnlessOffOrPrivate) {
-  ExpectFault(Parse(R"({"qk_norm":true})").Finish(), StatusCode::kUnimplemented, "field 'qk_norm' = true is not known");
+  ExpectFault(Parse(R"({"qk_norm":true})").Finish(), StatusCode::kUnimplemented,
+              "field 'qk_norm' = true is not known");
   ExpectFault(Parse(R"({"scale":0})").Finish(), StatusCode::kUnimplemented, "'scale'");
   EXPECT_TRUE(Parse(R"({"qk_norm":false,"sink":null,"_name_or_path":"x"})").Finish().ok());
   JsonObject json = Parse(R"({"init":1})");
@@ -89,11 +103,14 @@ TEST(JsonObjectTest, RefusesFeaturesByNameAndValue) {
   ExpectFault(number.status(), StatusCode::kUnimplemented, "p = 0.5 is not built in, only 1");
   JsonObject window = Parse(R"({"sliding_window":4096})");
   window.Refuse("sliding_window", "sliding-window attention");
-  ExpectFault(window.status(), StatusCode::kUnimplemented, "sliding_window = 4096: sliding-window attention is not built in");
+  ExpectFault(window.status(), StatusCode::kUnimplemented,
+              "sliding_window = 4096: sliding-window attention is not built in");
 }
 
 TEST(JsonObjectTest, BadTextIsAStatus) {
-  const auto fault_of = [](const std::string& text) { return JsonObject::Parse(text, "t.json").status(); };
+  const auto fault_of = [](const std::string& text) {
+    return JsonObject::Parse(text, "t.json").status();
+  };
   ExpectFault(fault_of(""), StatusCode::kInvalidArgument, "not JSON");
   ExpectFault(fault_of("{"), StatusCode::kInvalidArgument, "not JSON");
   ExpectFault(fault_of("{} x"), StatusCode::kInvalidArgument, "not JSON");
@@ -101,19 +118,24 @@ TEST(JsonObjectTest, BadTextIsAStatus) {
   ExpectFault(fault_of("[]"), StatusCode::kInvalidArgument, "not a JSON object");
   ExpectFault(fault_of("null"), StatusCode::kInvalidArgument, "not a JSON object");
   ExpectFault(fault_of(R"({"a":1,"a":2})"), StatusCode::kInvalidArgument, "key 'a' is given twice");
-  ExpectFault(fault_of(R"({"o":{"b":1,"b":1}})"), StatusCode::kInvalidArgument, "key 'b' is given twice");
+  ExpectFault(fault_of(R"({"o":{"b":1,"b":1}})"), StatusCode::kInvalidArgument,
+              "key 'b' is given twice");
   EXPECT_TRUE(fault_of(R"({"a":{"b":1},"c":{"b":1}})").ok());
-  ExpectFault(fault_of("{\"a\":" + std::string(100'000, '[') + std::string(100'000, ']') + "}"), StatusCode::kInvalidArgument, "nested deeper");
-  ExpectFault(fault_of("{\"a\":" + std::string(100'000, '[')), StatusCode::kInvalidArgument, "nested deeper");
+  ExpectFault(fault_of("{\"a\":" + std::string(100'000, '[') + std::string(100'000, ']') + "}"),
+              StatusCode::kInvalidArgument, "nested deeper");
+  ExpectFault(fault_of("{\"a\":" + std::string(100'000, '[')), StatusCode::kInvalidArgument,
+              "nested deeper");
 }
 
 TEST(JsonObjectTest, FilesAreRegularAndBounded) {
   const TempFolder folder;
   EXPECT_EQ(*ReadTextFile(folder.Write("a", "hello"), 5), "hello");
   EXPECT_EQ(*ReadTextFile(folder.Write("empty", ""), 5), "");
-  ExpectFault(ReadTextFile(folder.Write("b", "hello!"), 5).status(), StatusCode::kInvalidArgument, "6 bytes, the limit is 5");
+  ExpectFault(ReadTextFile(folder.Write("b", "hello!"), 5).status(), StatusCode::kInvalidArgument,
+              "6 bytes, the limit is 5");
   ExpectFault(ReadTextFile(folder.File("none"), 5).status(), StatusCode::kNotFound, "no such file");
-  ExpectFault(ReadTextFile(folder.path(), 5).status(), StatusCode::kInvalidArgument, "not a regular file");
+  ExpectFault(ReadTextFile(folder.path(), 5).status(), StatusCode::kInvalidArgument,
+              "not a regular file");
 }
 
 }  // namespace

@@ -43,9 +43,11 @@ absl::StatusOr<ModelConfig> Parse(const Json& json, const std::string& rope = ""
   return ParseModelConfig(json.dump(), rope);
 }
 
-void ExpectFault(const absl::Status& status, StatusCode code, const std::vector<std::string>& parts) {
+void ExpectFault(const absl::Status& status, StatusCode code,
+                 const std::vector<std::string>& parts) {
   EXPECT_EQ(status.code(), code) << status;
-  for (const std::string& part : parts) EXPECT_NE(status.message().find(part), std::string::npos) << part << ": " << status;
+  for (const std::string& part : parts)
+    EXPECT_NE(status.message().find(part), std::string::npos) << part << ": " << status;
 }
 
 TEST(ModelConfigTest, ReadsLlama) {
@@ -102,18 +104,21 @@ TEST(ModelConfigTest, TransnormerSpellings) {
   json["no_scale_embedding"] = true;
   json["linear_act_fun"] = "silu";
   json["tie_word_embeddings"] = false;
-  json["hidden_dim"] = 240;  // wider than the model
+  json["hidden_dim"] = 240;                // wider than the model
+  json["max_position_embeddings"] = 2048;  // says nothing about this family
   const auto config = Parse(json);
   ASSERT_TRUE(config.ok()) << config.status();
   EXPECT_EQ(config->embedding_scale, 1);
   EXPECT_FALSE(config->tie_word_embeddings);
   EXPECT_EQ(config->head_dim, 40);
+  EXPECT_EQ(config->context_length, 0);
 }
 
 TEST(ModelConfigTest, LlamaDefaultsOfAbsentFields) {
   Json json = LlamaJson();
-  for (const char* name : {"head_dim", "num_key_value_heads", "rope_parameters", "tie_word_embeddings", "hidden_act",
-                           "attention_bias", "mlp_bias", "bos_token_id", "eos_token_id", "architectures"}) {
+  for (const char* name :
+       {"head_dim", "num_key_value_heads", "rope_parameters", "tie_word_embeddings", "hidden_act",
+        "attention_bias", "mlp_bias", "bos_token_id", "eos_token_id", "architectures"}) {
     json.erase(name);
   }
   const auto config = Parse(json);
@@ -164,32 +169,44 @@ TEST(ModelConfigTest, TheRopeFlagReplacesTheTableOnly) {
 }
 
 TEST(ModelConfigTest, BadRopeFlags) {
-  ExpectFault(Parse(LlamaJson(), "linear").status(), StatusCode::kInvalidArgument, {"--rope", "not JSON"});
-  ExpectFault(Parse(LlamaJson(), R"({"type":"linear"})").status(), StatusCode::kInvalidArgument, {"--rope", "factor"});
-  ExpectFault(Parse(LlamaJson(), R"({"type":"linear","factor":0.5})").status(), StatusCode::kInvalidArgument, {"factor", "0.5"});
-  ExpectFault(Parse(LlamaJson(), R"({"type":"linear","factor":2,"speed":3})").status(), StatusCode::kUnimplemented, {"speed"});
-  ExpectFault(Parse(LlamaJson(), R"({"type":"yarn","factor":2})").status(), StatusCode::kUnimplemented, {"yarn"});
-  ExpectFault(Parse(TransnormerJson(), R"({"type":"linear","factor":2})").status(), StatusCode::kInvalidArgument, {"--rope", "transnormer"});
+  ExpectFault(Parse(LlamaJson(), "linear").status(), StatusCode::kInvalidArgument,
+              {"--rope", "not JSON"});
+  ExpectFault(Parse(LlamaJson(), R"({"type":"linear"})").status(), StatusCode::kInvalidArgument,
+              {"--rope", "factor"});
+  ExpectFault(Parse(LlamaJson(), R"({"type":"linear","factor":0.5})").status(),
+              StatusCode::kInvalidArgument, {"factor", "0.5"});
+  ExpectFault(Parse(LlamaJson(), R"({"type":"linear","factor":2,"speed":3})").status(),
+              StatusCode::kUnimplemented, {"speed"});
+  ExpectFault(Parse(LlamaJson(), R"({"type":"yarn","factor":2})").status(),
+              StatusCode::kUnimplemented, {"yarn"});
+  ExpectFault(Parse(TransnormerJson(), R"({"type":"linear","factor":2})").status(),
+              StatusCode::kInvalidArgument, {"--rope", "transnormer"});
 }
 
 TEST(ModelConfigTest, OtherRopeTypesAreRefusedByName) {
-  for (const char* type : {"dynamic", "yarn", "longrope", "su", "llama3", "proportional", "mrope", "surprise"}) {
+  for (const char* type :
+       {"dynamic", "yarn", "longrope", "su", "llama3", "proportional", "mrope", "surprise"}) {
     Json json = LlamaJson();
-    json["rope_parameters"] = {{"rope_type", type}, {"factor", 4.0}, {"original_max_position_embeddings", 64}};
-    ExpectFault(Parse(json).status(), StatusCode::kUnimplemented, {std::string("'") + type + "'"});
+    json["rope_parameters"] = {
+        {"rope_type", type}, {"factor", 4.0}, {"original_max_position_embeddings", 64}};
+    ExpectFault(Parse(json).status(), StatusCode::kUnimplemented,
+                {"config.json: rope_parameters", std::string("'") + type + "'"});
   }
 }
 
 TEST(ModelConfigTest, RopeContradictionsAreRefused) {
   Json both = LlamaJson();
   both["rope_scaling"] = {{"type", "linear"}, {"factor", 8.0}};
-  ExpectFault(Parse(both).status(), StatusCode::kInvalidArgument, {"rope_parameters and rope_scaling"});
+  ExpectFault(Parse(both).status(), StatusCode::kInvalidArgument,
+              {"rope_parameters and rope_scaling"});
   Json thetas = LlamaJson();
   thetas["rope_theta"] = 10000.0;
-  ExpectFault(Parse(thetas).status(), StatusCode::kInvalidArgument, {"rope_theta", "10000", "500000"});
+  ExpectFault(Parse(thetas).status(), StatusCode::kInvalidArgument,
+              {"rope_theta", "10000", "500000"});
   Json types = LlamaJson();
   types["rope_parameters"] = {{"rope_type", "linear"}, {"type", "default"}, {"factor", 2}};
-  ExpectFault(Parse(types).status(), StatusCode::kInvalidArgument, {"rope_type", "linear", "default"});
+  ExpectFault(Parse(types).status(), StatusCode::kInvalidArgument,
+              {"rope_type", "linear", "default"});
   Json by_layer = LlamaJson();
   by_layer["rope_parameters"] = {{"full_attention", {{"rope_type", "default"}}}};
   ExpectFault(Parse(by_layer).status(), StatusCode::kUnimplemented, {"full_attention"});
@@ -210,7 +227,8 @@ TEST(ModelConfigTest, EosIsOneAListOrNull) {
   json["eos_token_id"] = nullptr;
   EXPECT_TRUE(Parse(json)->eos_token_ids.empty());
   json["eos_token_id"] = 512;
-  ExpectFault(Parse(json).status(), StatusCode::kInvalidArgument, {"eos_token_id", "[0, 511]", "512"});
+  ExpectFault(Parse(json).status(), StatusCode::kInvalidArgument,
+              {"eos_token_id", "[0, 511]", "512"});
   json["eos_token_id"] = {2, -1};
   ExpectFault(Parse(json).status(), StatusCode::kInvalidArgument, {"eos_token_id[1]"});
   json["eos_token_id"] = std::vector<int>(65, 1);
@@ -218,30 +236,36 @@ TEST(ModelConfigTest, EosIsOneAListOrNull) {
   json = LlamaJson();
   json["bos_token_id"] = nullptr;
   json["add_bos_token"] = true;
-  ExpectFault(Parse(json).status(), StatusCode::kInvalidArgument, {"add_bos_token", "bos_token_id"});
+  ExpectFault(Parse(json).status(), StatusCode::kInvalidArgument,
+              {"add_bos_token", "bos_token_id"});
 }
 
 TEST(ModelConfigTest, NeighbourFilesAddEosAndBos) {
   const TempFolder folder;
   folder.Write("config.json", LlamaJson().dump());
   EXPECT_EQ(ReadModelConfig(folder.path(), "")->eos_token_ids, (std::vector<int32_t>{2}));
-  folder.Write("generation_config.json", R"({"eos_token_id":[7,8],"temperature":0.6,"anything":1})");
-  folder.Write("tokenizer_config.json", R"({"add_bos_token":false,"added_tokens_decoder":{"0":{"content":"<unk>"}}})");
+  folder.Write("generation_config.json",
+               R"({"eos_token_id":[7,8],"temperature":0.6,"anything":1})");
+  folder.Write("tokenizer_config.json",
+               R"({"add_bos_token":false,"added_tokens_decoder":{"0":{"content":"<unk>"}}})");
   const auto config = ReadModelConfig(folder.path(), "");
   ASSERT_TRUE(config.ok()) << config.status();
   EXPECT_EQ(config->eos_token_ids, (std::vector<int32_t>{7, 8}));
   EXPECT_FALSE(config->add_bos);
 
   folder.Write("generation_config.json", R"({"eos_token_id":999})");
-  ExpectFault(ReadModelConfig(folder.path(), "").status(), StatusCode::kInvalidArgument, {"generation_config.json", "999"});
+  ExpectFault(ReadModelConfig(folder.path(), "").status(), StatusCode::kInvalidArgument,
+              {"generation_config.json", "999"});
   folder.Write("generation_config.json", "{");
-  ExpectFault(ReadModelConfig(folder.path(), "").status(), StatusCode::kInvalidArgument, {"generation_config.json", "not JSON"});
+  ExpectFault(ReadModelConfig(folder.path(), "").status(), StatusCode::kInvalidArgument,
+              {"generation_config.json", "not JSON"});
 }
 
 TEST(ModelConfigTest, TheConfigsOwnAddBosWinsOverTheTokenizers) {
   const TempFolder folder;
   folder.Write("config.json", TransnormerJson().dump());
-  folder.Write("tokenizer_config.json", R"({"add_bos_token":true})");  // as Baichuan's, whose bos this family never adds
+  folder.Write("tokenizer_config.json",
+               R"({"add_bos_token":true})");  // as Baichuan's, whose bos this family never adds
   EXPECT_FALSE(ReadModelConfig(folder.path(), "")->add_bos);
 }
 
@@ -253,14 +277,16 @@ TEST(ModelConfigTest, AFolderWithoutConfigIsNotFound) {
 // --- Refusals. ---
 
 TEST(ModelConfigTest, RequiredFieldsAreNamed) {
-  for (const char* name : {"model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                           "intermediate_size", "max_position_embeddings", "rms_norm_eps"}) {
+  for (const char* name :
+       {"model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+        "intermediate_size", "max_position_embeddings", "rms_norm_eps"}) {
     Json json = LlamaJson();
     json.erase(name);
     ExpectFault(Parse(json).status(), StatusCode::kInvalidArgument, {name, "missing"});
   }
-  for (const char* name : {"vocab_size", "decoder_embed_dim", "decoder_layers", "decoder_attention_heads", "hidden_dim",
-                           "glu_dim", "linear_use_lrpe_list"}) {
+  for (const char* name :
+       {"vocab_size", "decoder_embed_dim", "decoder_layers", "decoder_attention_heads",
+        "hidden_dim", "glu_dim", "linear_use_lrpe_list"}) {
     Json json = TransnormerJson();
     json.erase(name);
     ExpectFault(Parse(json).status(), StatusCode::kInvalidArgument, {name, "missing"});
@@ -268,16 +294,20 @@ TEST(ModelConfigTest, RequiredFieldsAreNamed) {
 }
 
 TEST(ModelConfigTest, NumbersOutOfRangeAreNamed) {
-  for (const char* name : {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                           "intermediate_size", "max_position_embeddings", "head_dim"}) {
-    for (const Json& value : {Json(0), Json(-1), Json(int64_t{1} << 62), Json("8"), Json(1.5), Json(true), Json(1e30)}) {
+  for (const char* name :
+       {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "intermediate_size", "max_position_embeddings", "head_dim"}) {
+    for (const Json& value : {Json(0), Json(-1), Json(int64_t{1} << 62), Json("8"), Json(1.5),
+                              Json(true), Json(1e30)}) {
       Json json = LlamaJson();
       json[name] = value;
       ExpectFault(Parse(json).status(), StatusCode::kInvalidArgument, {name});
     }
   }
-  for (const char* name : {"vocab_size", "decoder_embed_dim", "decoder_layers", "decoder_attention_heads", "hidden_dim", "glu_dim"}) {
-    for (const Json& value : {Json(0), Json(-1), Json(int64_t{1} << 62), Json("8"), Json(nullptr)}) {
+  for (const char* name : {"vocab_size", "decoder_embed_dim", "decoder_layers",
+                           "decoder_attention_heads", "hidden_dim", "glu_dim"}) {
+    for (const Json& value :
+         {Json(0), Json(-1), Json(int64_t{1} << 62), Json("8"), Json(nullptr)}) {
       Json json = TransnormerJson();
       json[name] = value;
       ExpectFault(Parse(json).status(), StatusCode::kInvalidArgument, {name});
@@ -293,11 +323,13 @@ TEST(ModelConfigTest, NumbersOutOfRangeAreNamed) {
 TEST(ModelConfigTest, NumbersThatDoNotFitTogether) {
   Json json = LlamaJson();
   json["num_key_value_heads"] = 4;
-  ExpectFault(Parse(json).status(), StatusCode::kInvalidArgument, {"num_key_value_heads", "6", "4"});
+  ExpectFault(Parse(json).status(), StatusCode::kInvalidArgument,
+              {"num_key_value_heads", "6", "4"});
   json = LlamaJson();
   json.erase("head_dim");
   json["hidden_size"] = 100;
-  ExpectFault(Parse(json).status(), StatusCode::kInvalidArgument, {"num_attention_heads", "hidden_size 100"});
+  ExpectFault(Parse(json).status(), StatusCode::kInvalidArgument,
+              {"num_attention_heads", "hidden_size 100"});
   json = LlamaJson();
   json["head_dim"] = 15;
   ExpectFault(Parse(json).status(), StatusCode::kInvalidArgument, {"head_dim", "even"});
@@ -314,7 +346,8 @@ TEST(ModelConfigTest, NumbersThatDoNotFitTogether) {
   json = TransnormerJson();
   for (const Json& list : {Json::array(), Json{1, 0}, Json{1, 0, 0, 0, 0}}) {
     json["linear_use_lrpe_list"] = list;
-    ExpectFault(Parse(json).status(), StatusCode::kInvalidArgument, {"linear_use_lrpe_list", "4 layers"});
+    ExpectFault(Parse(json).status(), StatusCode::kInvalidArgument,
+                {"linear_use_lrpe_list", "4 layers"});
   }
   json["linear_use_lrpe_list"] = {1, 0, 0, 2};
   ExpectFault(Parse(json).status(), StatusCode::kInvalidArgument, {"linear_use_lrpe_list[3]"});
@@ -322,23 +355,36 @@ TEST(ModelConfigTest, NumbersThatDoNotFitTogether) {
 
 TEST(ModelConfigTest, OtherFeaturesAreRefusedByName) {
   const std::vector<std::pair<std::string, Json>> llama = {
-      {"attention_bias", true},       {"mlp_bias", true},
-      {"sliding_window", 4096},       {"use_sliding_window", true},
-      {"hidden_act", "gelu"},         {"quantization_config", {{"bits", 4}}},
-      {"partial_rotary_factor", 0.5}, {"layer_types", {"full_attention", "sliding_attention", "full_attention"}},
-      {"logit_scale", 0.5},           {"num_local_experts", 8},
-      {"final_logit_softcapping", 30.0}, {"qk_norm", true},
-      {"embedding_multiplier", 12},   {"is_encoder_decoder", true},
-      {"clip_qkv", 8},                {"some_future_field", "on"}};
+      {"attention_bias", true},
+      {"mlp_bias", true},
+      {"sliding_window", 4096},
+      {"use_sliding_window", true},
+      {"hidden_act", "gelu"},
+      {"quantization_config", {{"bits", 4}}},
+      {"partial_rotary_factor", 0.5},
+      {"layer_types", {"full_attention", "sliding_attention", "full_attention"}},
+      {"logit_scale", 0.5},
+      {"num_local_experts", 8},
+      {"final_logit_softcapping", 30.0},
+      {"qk_norm", true},
+      {"embedding_multiplier", 12},
+      {"is_encoder_decoder", true},
+      {"clip_qkv", 8},
+      {"some_future_field", "on"}};
   for (const auto& [name, value] : llama) {
     Json json = LlamaJson();
     json[name] = value;
     ExpectFault(Parse(json).status(), StatusCode::kUnimplemented, {name});
   }
   const std::vector<std::pair<std::string, Json>> transnormer = {
-      {"gate_dim", 16},       {"linear_act_fun", "relu"}, {"linear_act_fun", "1+elu"}, {"norm_type", "layernorm"},
-      {"bias", true},         {"rope_scaling", {{"type", "linear"}, {"factor", 2}}},
-      {"use_softmax", true},  {"quantization_config", {{"bits", 4}}}};
+      {"gate_dim", 16},
+      {"linear_act_fun", "relu"},
+      {"linear_act_fun", "1+elu"},
+      {"norm_type", "layernorm"},
+      {"bias", true},
+      {"rope_scaling", {{"type", "linear"}, {"factor", 2}}},
+      {"use_softmax", true},
+      {"quantization_config", {{"bits", 4}}}};
   for (const auto& [name, value] : transnormer) {
     Json json = TransnormerJson();
     json[name] = value;
@@ -350,23 +396,27 @@ TEST(ModelConfigTest, OtherModelsAreRefusedByName) {
   Json json = LlamaJson();
   for (const char* type : {"mistral", "minimax", "bailing_moe_linear", "Llama", ""}) {
     json["model_type"] = type;
-    ExpectFault(Parse(json).status(), StatusCode::kUnimplemented, {std::string("'") + type + "'", "'llama', 'transnormer'"});
+    ExpectFault(Parse(json).status(), StatusCode::kUnimplemented,
+                {std::string("'") + type + "'", "'llama', 'transnormer'"});
   }
   json = LlamaJson();
   json["architectures"] = {"LlamaForSequenceClassification"};
-  ExpectFault(Parse(json).status(), StatusCode::kUnimplemented, {"architectures", "LlamaForSequenceClassification"});
+  ExpectFault(Parse(json).status(), StatusCode::kUnimplemented,
+              {"architectures", "LlamaForSequenceClassification"});
 }
 
 TEST(ModelConfigTest, FieldsAtTheirDefaultAreFine) {
   Json json = LlamaJson();
-  json.update(Json::parse(R"({"attention_bias":false,"mlp_bias":false,"sliding_window":null,"use_sliding_window":false,
+  json.update(Json::parse(
+      R"({"attention_bias":false,"mlp_bias":false,"sliding_window":null,"use_sliding_window":false,
     "quantization_config":null,"partial_rotary_factor":1.0,"layer_types":["full_attention","full_attention","full_attention"],
     "qk_norm":false,"_name_or_path":"x","is_decoder":true,"temperature":0.7,"some_future_field":false})"));
   EXPECT_TRUE(Parse(json).ok()) << Parse(json).status();
 }
 
 TEST(ModelConfigTest, TextThatIsNoConfig) {
-  for (const char* text : {"", "{", "[]", "null", "3", "{\"model_type\":3}", "{}", "{\"model_type\":\"llama\",\"model_type\":\"llama\"}"}) {
+  for (const char* text : {"", "{", "[]", "null", "3", "{\"model_type\":3}", "{}",
+                           "{\"model_type\":\"llama\",\"model_type\":\"llama\"}"}) {
     EXPECT_EQ(ParseModelConfig(text, "").status().code(), StatusCode::kInvalidArgument) << text;
   }
 }
@@ -374,21 +424,32 @@ TEST(ModelConfigTest, TextThatIsNoConfig) {
 TEST(ModelConfigTest, SurvivesMutations) {
   constexpr uint32_t kSeed = 7;
   std::mt19937 random(kSeed);
-  const auto below = [&](size_t limit) { return std::uniform_int_distribution<size_t>(0, limit - 1)(random); };
+  const auto below = [&](size_t limit) {
+    return std::uniform_int_distribution<size_t>(0, limit - 1)(random);
+  };
   for (const std::string& original : {LlamaJson().dump(), TransnormerJson().dump()}) {
     for (int variant = 0; variant < 2000; ++variant) {
       std::string text = original;
       for (size_t edit = 0, count = 1 + below(4); edit < count && !text.empty(); ++edit) {
         const size_t at = below(text.size());
         switch (below(4)) {
-          case 0: text[at] = static_cast<char>(below(256)); break;
-          case 1: text.insert(at, 1 + below(3), "0123456789[]{},:\".-e"[below(20)]); break;
-          case 2: text.erase(at, 1 + below(4)); break;
-          default: text[at] = "0123456789[]{},:\".-e"[below(20)]; break;
+          case 0:
+            text[at] = static_cast<char>(below(256));
+            break;
+          case 1:
+            text.insert(at, 1 + below(3), "0123456789[]{},:\".-e"[below(20)]);
+            break;
+          case 2:
+            text.erase(at, 1 + below(4));
+            break;
+          default:
+            text[at] = "0123456789[]{},:\".-e"[below(20)];
+            break;
         }
       }
       const auto config = ParseModelConfig(text, "");
-      EXPECT_EQ(config.ok(), config.status().message().empty()) << "seed " << kSeed << ", variant " << variant;
+      EXPECT_EQ(config.ok(), config.status().message().empty())
+          << "seed " << kSeed << ", variant " << variant;
     }
   }
 }
@@ -405,10 +466,11 @@ TEST(ModelConfigTest, ReadsPublishedConfigs) {
   ASSERT_TRUE(llama.ok()) << llama.status();
   EXPECT_EQ(llama->head_dim, 128);
   EXPECT_EQ(llama->rope->theta, 10000);
-  EXPECT_EQ(ParseModelConfig(read("minimax-m1-config.json"), "").status().code(), StatusCode::kUnimplemented);
+  EXPECT_EQ(ParseModelConfig(read("minimax-m1-config.json"), "").status().code(),
+            StatusCode::kUnimplemented);
   // The class defaults have no list of LRPE layers: no checkpoint runs without one.
-  ExpectFault(ParseModelConfig(read("transnormer-class-defaults.json"), "").status(), StatusCode::kInvalidArgument,
-              {"linear_use_lrpe_list", "24 layers", "0 entries"});
+  ExpectFault(ParseModelConfig(read("transnormer-class-defaults.json"), "").status(),
+              StatusCode::kInvalidArgument, {"linear_use_lrpe_list", "24 layers", "0 entries"});
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Both families in many shapes against their formulas (naive_models.h), and what a checkpoint may not do.
+// Both families in many shapes against their formulas (naive_models.h), and what a checkpoint may
+// not do.
 
 #include <gtest/gtest.h>
 
@@ -33,7 +34,8 @@ BackendPointer MakeBackend(const std::string& name) {
   return cpu.ok() ? *std::move(cpu) : nullptr;
 }
 
-std::unique_ptr<Engine> MakeEngine(const std::string& folder, const std::string& backend, DType dtype) {
+std::unique_ptr<Engine> MakeEngine(const std::string& folder, const std::string& backend,
+                                   DType dtype) {
   auto engine = Engine::Create({.model_folder = folder,
                                 .dtype = dtype,
                                 .max_sequences = 2,
@@ -53,7 +55,8 @@ std::vector<int32_t> RandomTokens(uint64_t seed, int64_t count, int64_t vocab_si
 }
 
 std::vector<float> Score(Engine& engine, const std::vector<int32_t>& tokens, int64_t chunk) {
-  std::vector<float> logits(tokens.size() * static_cast<size_t>(engine.card().config.vocab_size), NAN);
+  std::vector<float> logits(tokens.size() * static_cast<size_t>(engine.card().config.vocab_size),
+                            NAN);
   const auto result = ScoreOffline(engine, tokens, chunk, logits.data());
   EXPECT_TRUE(result.ok()) << result.status();
   return logits;
@@ -83,18 +86,108 @@ Difference Compare(const std::vector<float>& logits, const std::vector<double>& 
 std::vector<RandomModel> Shapes() {
   return {
       {.seed = 1},
-      {.seed = 2, .vocab_size = 257, .d_model = 33, .num_heads = 3, .head_dim = 11, .d_ff = 77, .tied = false, .scaled_embedding = false},
-      {.seed = 3, .vocab_size = 64, .d_model = 50, .num_layers = 2, .num_heads = 1, .head_dim = 8, .d_ff = 31, .lrpe_layers = {0, 0}},
-      {.seed = 4, .vocab_size = 99, .d_model = 64, .num_layers = 4, .num_heads = 7, .head_dim = 24, .d_ff = 129, .lrpe_layers = {1, 1, 0, 1}, .dtype = "F32"},
-      {.seed = 5, .vocab_size = 300, .d_model = 96, .num_layers = 2, .num_heads = 2, .head_dim = 128, .d_ff = 160, .tied = false, .lrpe_layers = {1, 0}, .dtype = "F16"},
-      {.seed = 6, .vocab_size = 77, .d_model = 100, .num_layers = 5, .num_heads = 10, .head_dim = 10, .d_ff = 1, .lrpe_layers = {1, 0, 0, 0, 0}},
-      {.seed = 7, .vocab_size = 513, .d_model = 72, .num_heads = 12, .head_dim = 6, .d_ff = 200, .scaled_embedding = false},
+      {.seed = 2,
+       .vocab_size = 257,
+       .d_model = 33,
+       .num_heads = 3,
+       .head_dim = 11,
+       .d_ff = 77,
+       .tied = false,
+       .scaled_embedding = false},
+      {.seed = 3,
+       .vocab_size = 64,
+       .d_model = 50,
+       .num_layers = 2,
+       .num_heads = 1,
+       .head_dim = 8,
+       .d_ff = 31,
+       .lrpe_layers = {0, 0}},
+      {.seed = 4,
+       .vocab_size = 99,
+       .d_model = 64,
+       .num_layers = 4,
+       .num_heads = 7,
+       .head_dim = 24,
+       .d_ff = 129,
+       .lrpe_layers = {1, 1, 0, 1},
+       .dtype = "F32"},
+      {.seed = 5,
+       .vocab_size = 300,
+       .d_model = 96,
+       .num_layers = 2,
+       .num_heads = 2,
+       .head_dim = 128,
+       .d_ff = 160,
+       .tied = false,
+       .lrpe_layers = {1, 0},
+       .dtype = "F16"},
+      {.seed = 6,
+       .vocab_size = 77,
+       .d_model = 100,
+       .num_layers = 5,
+       .num_heads = 10,
+       .head_dim = 10,
+       .d_ff = 1,
+       .lrpe_layers = {1, 0, 0, 0, 0}},
+      {.seed = 7,
+       .vocab_size = 513,
+       .d_model = 72,
+       .num_heads = 12,
+       .head_dim = 6,
+       .d_ff = 200,
+       .scaled_embedding = false},
       {.family = "llama", .seed = 11},
-      {.family = "llama", .seed = 12, .vocab_size = 257, .d_model = 33, .num_heads = 6, .num_kv_heads = 2, .head_dim = 8, .d_ff = 77, .tied = false},
-      {.family = "llama", .seed = 13, .vocab_size = 91, .d_model = 50, .num_layers = 1, .num_heads = 8, .num_kv_heads = 1, .head_dim = 10, .d_ff = 131, .rope_theta = 500000, .dtype = "F16"},
-      {.family = "llama", .seed = 14, .vocab_size = 64, .d_model = 96, .num_layers = 2, .num_heads = 3, .num_kv_heads = 3, .head_dim = 128, .d_ff = 96, .rope_factor = 8, .dtype = "F32"},
-      {.family = "llama", .seed = 15, .vocab_size = 333, .d_model = 70, .num_layers = 4, .num_heads = 15, .num_kv_heads = 5, .head_dim = 14, .d_ff = 1, .tied = false, .rope_factor = 2.5},
-      {.family = "llama", .seed = 16, .vocab_size = 130, .d_model = 160, .num_layers = 2, .num_heads = 2, .num_kv_heads = 1, .head_dim = 80, .d_ff = 300},
+      {.family = "llama",
+       .seed = 12,
+       .vocab_size = 257,
+       .d_model = 33,
+       .num_heads = 6,
+       .num_kv_heads = 2,
+       .head_dim = 8,
+       .d_ff = 77,
+       .tied = false},
+      {.family = "llama",
+       .seed = 13,
+       .vocab_size = 91,
+       .d_model = 50,
+       .num_layers = 1,
+       .num_heads = 8,
+       .num_kv_heads = 1,
+       .head_dim = 10,
+       .d_ff = 131,
+       .rope_theta = 500000,
+       .dtype = "F16"},
+      {.family = "llama",
+       .seed = 14,
+       .vocab_size = 64,
+       .d_model = 96,
+       .num_layers = 2,
+       .num_heads = 3,
+       .num_kv_heads = 3,
+       .head_dim = 128,
+       .d_ff = 96,
+       .rope_factor = 8,
+       .dtype = "F32"},
+      {.family = "llama",
+       .seed = 15,
+       .vocab_size = 333,
+       .d_model = 70,
+       .num_layers = 4,
+       .num_heads = 15,
+       .num_kv_heads = 5,
+       .head_dim = 14,
+       .d_ff = 1,
+       .tied = false,
+       .rope_factor = 2.5},
+      {.family = "llama",
+       .seed = 16,
+       .vocab_size = 130,
+       .d_model = 160,
+       .num_layers = 2,
+       .num_heads = 2,
+       .num_kv_heads = 1,
+       .head_dim = 80,
+       .d_ff = 300},
   };
 }
 
@@ -105,7 +198,9 @@ struct Param {
 
 class ShapeTest : public testing::TestWithParam<Param> {
  protected:
-  ShapeTest() : model_(Shapes()[GetParam().shape]), tokens_(RandomTokens(model_.seed, 100, model_.vocab_size)) {
+  ShapeTest()
+      : model_(Shapes()[GetParam().shape]),
+        tokens_(RandomTokens(model_.seed, 100, model_.vocab_size)) {
     WriteRandomModel(model_, folder_.path());
     expected_ = NaiveLogits(model_, folder_.path(), tokens_);
   }
@@ -119,11 +214,13 @@ TEST_P(ShapeTest, F32FollowsTheFormulasInEveryCut) {
   const auto engine = MakeEngine(folder_.path(), GetParam().backend, DType::kF32);
   ASSERT_NE(engine, nullptr);
   for (const int64_t chunk : {0, 1, 7, 64}) {
-    EXPECT_LE(Compare(Score(*engine, tokens_, chunk), expected_).max, 2e-3) << "chunk " << chunk << ", seed " << model_.seed;
+    EXPECT_LE(Compare(Score(*engine, tokens_, chunk), expected_).max, 2e-3)
+        << "chunk " << chunk << ", seed " << model_.seed;
   }
 }
 
-// (Of the reference back end the whole models are checked in f32: its decoding runs the same loops.)
+// (Of the reference back end the whole models are checked in f32: its decoding runs the same
+// loops.)
 TEST_P(ShapeTest, DecodingFollowsTheFormulas) {
   if (std::string(GetParam().backend) == "ref") GTEST_SKIP() << "on the CPU back end only";
   constexpr int64_t kNumTokens = 40;  // past two folds of a window
@@ -131,18 +228,24 @@ TEST_P(ShapeTest, DecodingFollowsTheFormulas) {
   const auto engine = MakeEngine(folder_.path(), GetParam().backend, DType::kF32);
   ASSERT_NE(engine, nullptr);
   const std::vector<int32_t> prompt(tokens_.begin(), tokens_.begin() + 70);
-  const auto generated = GenerateOffline(*engine, prompt, {.sampling = {.temperature = 0, .num_logprobs = 0}, .max_tokens = kNumTokens, .ignore_eos = true});
+  const auto generated = GenerateOffline(*engine, prompt,
+                                         {.sampling = {.temperature = 0, .num_logprobs = 0},
+                                          .max_tokens = kNumTokens,
+                                          .ignore_eos = true});
   ASSERT_TRUE(generated.ok()) << generated.status();
   std::vector<int32_t> all = prompt;
   for (const SampledToken& token : generated->tokens) all.push_back(token.token_id);
   const std::vector<double> expected = NaiveLogits(model_, folder_.path(), all);
   for (size_t index = 0; index < generated->tokens.size(); ++index) {
-    const double* row = expected.data() + static_cast<int64_t>(prompt.size() + index - 1) * model_.vocab_size;
+    const double* row =
+        expected.data() + static_cast<int64_t>(prompt.size() + index - 1) * model_.vocab_size;
     const double best = *std::max_element(row, row + model_.vocab_size);
-    EXPECT_GE(row[generated->tokens[index].token_id], best - kTie) << "token " << index << ", seed " << model_.seed;
+    EXPECT_GE(row[generated->tokens[index].token_id], best - kTie)
+        << "token " << index << ", seed " << model_.seed;
     double sum = 0;
     for (int64_t id = 0; id < model_.vocab_size; ++id) sum += std::exp(row[id] - best);
-    EXPECT_NEAR(generated->tokens[index].logprob, row[generated->tokens[index].token_id] - best - std::log(sum), 4e-3);
+    EXPECT_NEAR(generated->tokens[index].logprob,
+                row[generated->tokens[index].token_id] - best - std::log(sum), 4e-3);
   }
 }
 
@@ -164,14 +267,16 @@ std::vector<Param> AllParams() {
 
 INSTANTIATE_TEST_SUITE_P(All, ShapeTest, testing::ValuesIn(AllParams()), [](const auto& info) {
   const RandomModel model = Shapes()[info.param.shape];
-  return absl::StrCat(model.family, "_heads", model.num_heads, "x", model.head_dim, "_d", model.d_model, "_", info.param.backend);
+  return absl::StrCat(model.family, "_heads", model.num_heads, "x", model.head_dim, "_d",
+                      model.d_model, "_", info.param.backend);
 });
 
 // --- What a model says about itself. ---
 
 class LoadTest : public testing::Test {
  protected:
-  absl::StatusOr<std::unique_ptr<Model>> Load(ModelOptions options = {.dtype = DType::kF32, .max_tokens_per_step = 16}) {
+  absl::StatusOr<std::unique_ptr<Model>> Load(ModelOptions options = {.dtype = DType::kF32,
+                                                                      .max_tokens_per_step = 16}) {
     return LoadModel(folder_.path(), options, "", *backend_);
   }
   // Writes the model again with its tensors changed by `edit`.
@@ -181,22 +286,29 @@ class LoadTest : public testing::Test {
     const auto reader = SafetensorsReader::OpenFile(path);
     ASSERT_TRUE(reader.ok()) << reader.status();
     std::vector<NamedTensor> tensors;
-    for (const auto& [name, tensor] : (*reader)->tensors()) tensors.push_back({name, tensor.dtype, tensor.shape, tensor.data});
+    for (const auto& [name, tensor] : (*reader)->tensors())
+      tensors.push_back({name, tensor.dtype, tensor.shape, tensor.data});
     edit(tensors);
     ASSERT_TRUE(WriteSafetensors(path, tensors).ok());  // the old file lives on in its mapping
   }
   void Remove(const std::string& name) {
     Rewrite([&](std::vector<NamedTensor>& tensors) {
-      EXPECT_EQ(std::erase_if(tensors, [&](const NamedTensor& tensor) { return tensor.name == name; }), 1u) << name;
+      EXPECT_EQ(
+          std::erase_if(tensors, [&](const NamedTensor& tensor) { return tensor.name == name; }),
+          1u)
+          << name;
     });
   }
   void Add(const std::string& name, std::vector<int64_t> shape) {
-    Rewrite([&](std::vector<NamedTensor>& tensors) { tensors.push_back({name, "F32", shape, zeros_.data()}); });
+    Rewrite([&](std::vector<NamedTensor>& tensors) {
+      tensors.push_back({name, "F32", shape, zeros_.data()});
+    });
   }
   void ExpectFault(StatusCode code, const std::vector<std::string>& parts) {
     const absl::Status status = Load().status();
     EXPECT_EQ(status.code(), code) << status;
-    for (const std::string& part : parts) EXPECT_NE(status.message().find(part), std::string::npos) << part << ": " << status;
+    for (const std::string& part : parts)
+      EXPECT_NE(status.message().find(part), std::string::npos) << part << ": " << status;
   }
 
   TempFolder folder_;
@@ -235,19 +347,22 @@ TEST_F(LoadTest, LlamaDeclaresPagedKeysAndValues) {
   EXPECT_EQ(components[2].base_bytes, 0);
   EXPECT_EQ(components[2].row_bytes, 2 * 2 * 16 * 4);
   EXPECT_TRUE(components[2].paged());
-  EXPECT_EQ((*model)->num_parameters(), 3 * (2 * 40 * 64 + 2 * 40 * 32 + 3 * 40 * 72 + 2 * 40) + 101 * 40 + 40);
+  EXPECT_EQ((*model)->num_parameters(),
+            3 * (2 * 40 * 64 + 2 * 40 * 32 + 3 * 40 * 72 + 2 * 40) + 101 * 40 + 40);
 }
 
 // --- Checkpoints that do not fit. ---
 
 TEST_F(LoadTest, MissingTensorsAreNamed) {
-  for (const char* name : {"model.embed_tokens.weight", "model.layers.1.token_mixer.qkvu_proj.weight",
-                           "model.layers.0.token_mixer.lrpe.theta", "model.layers.2.channel_mixer.l3.weight"}) {
+  for (const char* name :
+       {"model.embed_tokens.weight", "model.layers.1.token_mixer.qkvu_proj.weight",
+        "model.layers.0.token_mixer.lrpe.theta", "model.layers.2.channel_mixer.l3.weight"}) {
     WriteRandomModel({}, folder_.path());
     Remove(name);
     ExpectFault(StatusCode::kNotFound, {"model.safetensors", name, "missing, expected shape ["});
   }
-  for (const char* name : {"model.norm.weight", "model.layers.0.self_attn.k_proj.weight", "lm_head.weight"}) {
+  for (const char* name :
+       {"model.norm.weight", "model.layers.0.self_attn.k_proj.weight", "lm_head.weight"}) {
     WriteRandomModel({.family = "llama", .tied = false}, folder_.path());
     Remove(name);
     ExpectFault(StatusCode::kNotFound, {"model.safetensors", name, "missing, expected shape ["});
@@ -262,7 +377,8 @@ TEST_F(LoadTest, MisshapenTensorsAreNamed) {
     }
   });
   ExpectFault(StatusCode::kInvalidArgument,
-              {"model.safetensors", "model.layers.1.self_attn.v_proj.weight", "expected shape [32, 40], found [40, 32]"});
+              {"model.safetensors", "model.layers.1.self_attn.v_proj.weight",
+               "expected shape [32, 40], found [40, 32]"});
 }
 
 TEST_F(LoadTest, OtherTypesAreNamed) {
@@ -272,18 +388,22 @@ TEST_F(LoadTest, OtherTypesAreNamed) {
       if (tensor.name == "model.layers.1.channel_mixer.l1.weight") tensor.dtype = "I16";
     }
   });
-  ExpectFault(StatusCode::kInvalidArgument, {"model.layers.1.channel_mixer.l1.weight", "expected dtype F32, F16 or BF16, found I16"});
+  ExpectFault(StatusCode::kInvalidArgument, {"model.layers.1.channel_mixer.l1.weight",
+                                             "expected dtype F32, F16 or BF16, found I16"});
 }
 
 TEST_F(LoadTest, TensorsOfOtherModelsAreRefusedByName) {
-  for (const char* name : {"model.layers.0.self_attn.q_proj.bias", "model.layers.3.input_layernorm.weight",
-                           "model.layers.0.self_attn.q_norm.weight", "model.layers.0.self_attn.q_proj.qweight"}) {
+  for (const char* name :
+       {"model.layers.0.self_attn.q_proj.bias", "model.layers.3.input_layernorm.weight",
+        "model.layers.0.self_attn.q_norm.weight", "model.layers.0.self_attn.q_proj.qweight"}) {
     WriteRandomModel({.family = "llama"}, folder_.path());
     Add(name, {4});
-    ExpectFault(StatusCode::kUnimplemented, {"model.safetensors", name, "belongs to no part of this model"});
+    ExpectFault(StatusCode::kUnimplemented,
+                {"model.safetensors", name, "belongs to no part of this model"});
   }
   WriteRandomModel({.lrpe_layers = {1, 0, 0}}, folder_.path());
-  Add("model.layers.1.token_mixer.lrpe.theta", {4, 1, 16});  // the config says that this layer has none
+  Add("model.layers.1.token_mixer.lrpe.theta",
+      {4, 1, 16});  // the config says that this layer has none
   ExpectFault(StatusCode::kUnimplemented, {"model.layers.1.token_mixer.lrpe.theta"});
 }
 
@@ -297,7 +417,8 @@ TEST_F(LoadTest, ATiedLlamaMayStoreTheHeadAgainButNotAnother) {
   WriteRandomModel({.family = "llama"}, folder_.path());
   Rewrite([](std::vector<NamedTensor>& tensors) {
     for (const NamedTensor& tensor : std::vector<NamedTensor>(tensors)) {
-      if (tensor.name == "model.embed_tokens.weight") tensors.push_back({"lm_head.weight", tensor.dtype, tensor.shape, tensor.data});
+      if (tensor.name == "model.embed_tokens.weight")
+        tensors.push_back({"lm_head.weight", tensor.dtype, tensor.shape, tensor.data});
     }
   });
   EXPECT_TRUE(Load().ok()) << Load().status();
@@ -348,10 +469,13 @@ TEST_F(LoadTest, ShardsAndOneFileAreTheSameModel) {
   for (const auto& [name, tensor] : (*reader)->tensors()) {
     const size_t shard = map.size() % 2;
     shards[shard].push_back({name, tensor.dtype, tensor.shape, tensor.data});
-    absl::StrAppend(&map, map.empty() ? "" : ",", "\"", name, "\":\"model-", shard, ".safetensors\"");
+    absl::StrAppend(&map, map.empty() ? "" : ",", "\"", name, "\":\"model-", shard,
+                    ".safetensors\"");
   }
   for (int shard : {0, 1}) {
-    ASSERT_TRUE(WriteSafetensors(folder_.File(absl::StrCat("model-", shard, ".safetensors")), shards[shard]).ok());
+    ASSERT_TRUE(
+        WriteSafetensors(folder_.File(absl::StrCat("model-", shard, ".safetensors")), shards[shard])
+            .ok());
   }
   folder_.Write("model.safetensors.index.json", absl::StrCat("{\"weight_map\":{", map, "}}"));
   std::filesystem::remove(folder_.File("model.safetensors"));
@@ -363,7 +487,8 @@ TEST_F(LoadTest, ShardsAndOneFileAreTheSameModel) {
 // --- Decay. ---
 
 TEST(LightningDecayTest, SlopesOfHeadCountsThatAreNoPowerOfTwo) {
-  EXPECT_EQ(AlibiSlopes(8), (std::vector<double>{1 / 2., 1 / 4., 1 / 8., 1 / 16., 1 / 32., 1 / 64., 1 / 128., 1 / 256.}));
+  EXPECT_EQ(AlibiSlopes(8), (std::vector<double>{1 / 2., 1 / 4., 1 / 8., 1 / 16., 1 / 32., 1 / 64.,
+                                                 1 / 128., 1 / 256.}));
   const std::vector<double> six = AlibiSlopes(6);
   const std::vector<double> expected = {1 / 4., 1 / 16., 1 / 64., 1 / 256., 1 / 2., 1 / 8.};
   for (size_t head = 0; head < 6; ++head) EXPECT_DOUBLE_EQ(six[head], expected[head]);
@@ -385,13 +510,15 @@ TEST(LightningDecayTest, TheLastLayerHardlyForgets) {
   // 1 - exp(-s 16) keeps all its digits, which 1 - float(exp(-s 16)) would not.
   for (int fold : {0, 1}) {
     const double x = 0.25e-5 * (fold == 0 ? kWindow : kPrefillBlock);
-    EXPECT_FLOAT_EQ(tables.fold_epsilon[static_cast<size_t>(fold)], static_cast<float>(x - x * x / 2 + x * x * x / 6));
+    EXPECT_FLOAT_EQ(tables.fold_epsilon[static_cast<size_t>(fold)],
+                    static_cast<float>(x - x * x / 2 + x * x * x / 6));
   }
 }
 
 TEST(ModelRegistryTest, ListsEachFamilyOnce) {
   EXPECT_EQ(ModelFamilyNames(), "'llama', 'transnormer'");
-  for (const ModelFamily& family : ModelFamilies()) EXPECT_EQ(FindModelFamily(family.name), &family);
+  for (const ModelFamily& family : ModelFamilies())
+    EXPECT_EQ(FindModelFamily(family.name), &family);
   EXPECT_EQ(FindModelFamily("mistral"), nullptr);
 }
 

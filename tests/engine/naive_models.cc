@@ -26,7 +26,8 @@ uint16_t ToHalf(float x) {  // of values that are normal halves
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const int exponent = static_cast<int>((bits >> 23) & 0xff) - 127 + 15;
   if (exponent <= 0) return static_cast<uint16_t>(bits >> 16 & 0x8000u);
-  return static_cast<uint16_t>((bits >> 16 & 0x8000u) | static_cast<uint32_t>(exponent) << 10 | (bits >> 13 & 0x3ffu));
+  return static_cast<uint16_t>((bits >> 16 & 0x8000u) | static_cast<uint32_t>(exponent) << 10 |
+                               (bits >> 13 & 0x3ffu));
 }
 
 class Writer {
@@ -124,7 +125,9 @@ void WriteLlama(const RandomModel& model, const std::string& folder) {
   if (!model.tied) writer.AddMatrix("lm_head.weight", model.vocab_size, model.d_model);
   writer.Finish(folder);
   Json rope = {{"rope_type", "default"}, {"rope_theta", model.rope_theta}};
-  if (model.rope_factor > 1) rope = {{"rope_type", "linear"}, {"factor", model.rope_factor}, {"rope_theta", model.rope_theta}};
+  if (model.rope_factor > 1)
+    rope = {
+        {"rope_type", "linear"}, {"factor", model.rope_factor}, {"rope_theta", model.rope_theta}};
   std::ofstream(folder + "/config.json") << Json{{"model_type", "llama"},
                                                  {"vocab_size", model.vocab_size},
                                                  {"hidden_size", model.d_model},
@@ -179,7 +182,8 @@ Rows RmsNorm(const Rows& x, double epsilon, const std::vector<double>* weight = 
   Rows y = x;
   for (auto& row : y) {
     const double factor = 1 / std::sqrt(Dot(row, row) / static_cast<double>(row.size()) + epsilon);
-    for (size_t column = 0; column < row.size(); ++column) row[column] *= factor * (weight ? (*weight)[column] : 1);
+    for (size_t column = 0; column < row.size(); ++column)
+      row[column] *= factor * (weight ? (*weight)[column] : 1);
   }
   return y;
 }
@@ -218,15 +222,20 @@ Rows Columns(const Rows& x, int64_t begin, int64_t count) {
 double AlibiSlope(int64_t head, int64_t num_heads) {  // facts of the publication, written anew
   int64_t power = 1;
   while (power * 2 <= num_heads) power *= 2;
-  if (head < power) return std::pow(2.0, -8.0 * static_cast<double>(head + 1) / static_cast<double>(power));
-  return std::pow(2.0, -8.0 * static_cast<double>(2 * (head - power) + 1) / static_cast<double>(2 * power));
+  if (head < power)
+    return std::pow(2.0, -8.0 * static_cast<double>(head + 1) / static_cast<double>(power));
+  return std::pow(
+      2.0, -8.0 * static_cast<double>(2 * (head - power) + 1) / static_cast<double>(2 * power));
 }
 
 // [q cos(theta pos), q sin(theta pos)]
-std::vector<double> Lrpe(const std::vector<double>& q, const std::vector<double>& theta, size_t position) {
+std::vector<double> Lrpe(const std::vector<double>& q, const std::vector<double>& theta,
+                         size_t position) {
   std::vector<double> y;
-  for (size_t column = 0; column < q.size(); ++column) y.push_back(q[column] * std::cos(theta[column] * static_cast<double>(position)));
-  for (size_t column = 0; column < q.size(); ++column) y.push_back(q[column] * std::sin(theta[column] * static_cast<double>(position)));
+  for (size_t column = 0; column < q.size(); ++column)
+    y.push_back(q[column] * std::cos(theta[column] * static_cast<double>(position)));
+  for (size_t column = 0; column < q.size(); ++column)
+    y.push_back(q[column] * std::sin(theta[column] * static_cast<double>(position)));
   return y;
 }
 
@@ -242,7 +251,8 @@ Rows LightningHead(const Rows& q, const Rows& k, const Rows& v, double rate) {
   return o;
 }
 
-Rows TransnormerLogits(const RandomModel& model, Weights& weights, const std::vector<int32_t>& tokens) {
+Rows TransnormerLogits(const RandomModel& model, Weights& weights,
+                       const std::vector<int32_t>& tokens) {
   const int64_t hidden = model.num_heads * model.head_dim;
   Rows x = Embed(weights["model.embed_tokens.weight"], tokens,
                  model.scaled_embedding ? std::sqrt(static_cast<double>(model.d_model)) : 1);
@@ -261,11 +271,13 @@ Rows TransnormerLogits(const RandomModel& model, Weights& weights, const std::ve
         q[t] = Lrpe(q[t], theta, t);
         k[t] = Lrpe(k[t], theta, t);
       }
-      const double rate = AlibiSlope(head, model.num_heads) *
-                          (1 - static_cast<double>(layer) / static_cast<double>(model.num_layers - 1) + 1e-5);
+      const double rate =
+          AlibiSlope(head, model.num_heads) *
+          (1 - static_cast<double>(layer) / static_cast<double>(model.num_layers - 1) + 1e-5);
       const Rows v = Columns(qkvu, 2 * hidden + head * model.head_dim, model.head_dim);
       const Rows o_head = LightningHead(q, k, v, rate);
-      for (size_t t = 0; t < tokens.size(); ++t) o[t].insert(o[t].end(), o_head[t].begin(), o_head[t].end());
+      for (size_t t = 0; t < tokens.size(); ++t)
+        o[t].insert(o[t].end(), o_head[t].begin(), o_head[t].end());
     }
     const Rows gated = Times(Columns(qkvu, 3 * hidden, hidden), RmsNorm(o, 1e-6));
     AddTo(x, Product(gated, weights[prefix + "token_mixer.out_proj.weight"]));
@@ -274,15 +286,18 @@ Rows TransnormerLogits(const RandomModel& model, Weights& weights, const std::ve
                                Product(normed, weights[prefix + "channel_mixer.l2.weight"]));
     AddTo(x, Product(product, weights[prefix + "channel_mixer.l3.weight"]));
   }
-  return Product(RmsNorm(x, 1e-6), weights[model.tied ? "model.embed_tokens.weight" : "lm_head.weight"]);
+  return Product(RmsNorm(x, 1e-6),
+                 weights[model.tied ? "model.embed_tokens.weight" : "lm_head.weight"]);
 }
 
-std::vector<double> Rotate(const RandomModel& model, const std::vector<double>& x, size_t position) {
+std::vector<double> Rotate(const RandomModel& model, const std::vector<double>& x,
+                           size_t position) {
   const size_t half = x.size() / 2;
   std::vector<double> y(x.size());
   for (size_t pair = 0; pair < half; ++pair) {
-    const double frequency =
-        std::pow(model.rope_theta, -2.0 * static_cast<double>(pair) / static_cast<double>(x.size())) / model.rope_factor;
+    const double frequency = std::pow(model.rope_theta, -2.0 * static_cast<double>(pair) /
+                                                            static_cast<double>(x.size())) /
+                             model.rope_factor;
     const double angle = frequency * static_cast<double>(position);
     y[pair] = x[pair] * std::cos(angle) - x[pair + half] * std::sin(angle);
     y[pair + half] = x[pair + half] * std::cos(angle) + x[pair] * std::sin(angle);
@@ -301,7 +316,8 @@ Rows SoftmaxHead(const Rows& q, const Rows& k, const Rows& v) {
     }
     for (double& score : scores) sum += score = std::exp(score - max);
     for (size_t j = 0; j <= t; ++j) {
-      for (size_t column = 0; column < v[j].size(); ++column) o[t][column] += scores[j] / sum * v[j][column];
+      for (size_t column = 0; column < v[j].size(); ++column)
+        o[t][column] += scores[j] / sum * v[j][column];
     }
   }
   return o;
@@ -325,11 +341,14 @@ Rows LlamaLogits(const RandomModel& model, Weights& weights, const std::vector<i
         q[t] = Rotate(model, q[t], t);
         k[t] = Rotate(model, k[t], t);
       }
-      const Rows o_head = SoftmaxHead(q, k, Columns(v_all, kv_head * model.head_dim, model.head_dim));
-      for (size_t t = 0; t < tokens.size(); ++t) o[t].insert(o[t].end(), o_head[t].begin(), o_head[t].end());
+      const Rows o_head =
+          SoftmaxHead(q, k, Columns(v_all, kv_head * model.head_dim, model.head_dim));
+      for (size_t t = 0; t < tokens.size(); ++t)
+        o[t].insert(o[t].end(), o_head[t].begin(), o_head[t].end());
     }
     AddTo(x, Product(o, weights[prefix + "self_attn.o_proj.weight"]));
-    const Rows normed_mlp = RmsNorm(x, kEpsilon, &weights[prefix + "post_attention_layernorm.weight"][0]);
+    const Rows normed_mlp =
+        RmsNorm(x, kEpsilon, &weights[prefix + "post_attention_layernorm.weight"][0]);
     Rows gate = Product(normed_mlp, weights[prefix + "mlp.gate_proj.weight"]);
     for (auto& row : gate) {
       for (double& value : row) value = Silu(value);
@@ -347,9 +366,11 @@ void WriteRandomModel(const RandomModel& model, const std::string& folder) {
   model.family == "llama" ? WriteLlama(model, folder) : WriteTransnormer(model, folder);
 }
 
-std::vector<double> NaiveLogits(const RandomModel& model, const std::string& folder, const std::vector<int32_t>& tokens) {
+std::vector<double> NaiveLogits(const RandomModel& model, const std::string& folder,
+                                const std::vector<int32_t>& tokens) {
   Weights weights = ReadWeights(folder);
-  const Rows rows = model.family == "llama" ? LlamaLogits(model, weights, tokens) : TransnormerLogits(model, weights, tokens);
+  const Rows rows = model.family == "llama" ? LlamaLogits(model, weights, tokens)
+                                            : TransnormerLogits(model, weights, tokens);
   std::vector<double> logits;
   for (const auto& row : rows) logits.insert(logits.end(), row.begin(), row.end());
   return logits;

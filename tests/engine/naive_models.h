@@ -1,6 +1,7 @@
 #pragma once
-// Whole models from their formulas, in double, with the quadratic forms of attention: independent of kernels, state, steps and
-// of the engine's own model code. And folders of random weights in any shape.
+// Whole models from their formulas, in double, with the quadratic forms of attention: independent
+// of kernels, state, steps and of the engine's own model code. And folders of random weights in any
+// shape.
 
 #include <cstdint>
 #include <string>
@@ -15,8 +16,8 @@ struct RandomModel {
   int64_t d_model = 40;
   int64_t num_layers = 3;
   int64_t num_heads = 4;
-  int64_t num_kv_heads = 4;     // llama
-  int64_t head_dim = 16;        // num_heads * head_dim need not be d_model
+  int64_t num_kv_heads = 4;  // llama
+  int64_t head_dim = 16;     // num_heads * head_dim need not be d_model
   int64_t d_ff = 72;
   bool tied = true;
   std::vector<int> lrpe_layers = {1, 0, 0};  // transnormer
@@ -26,10 +27,12 @@ struct RandomModel {
   std::string dtype = "BF16";                // as stored: F32, F16, BF16
 };
 
-// config.json and model.safetensors. Weights are rounded to bf16 first, so that every dtype stores the same values.
+// config.json and model.safetensors. Weights are rounded to bf16 first, so that every dtype stores
+// the same values.
 void WriteRandomModel(const RandomModel& model, const std::string& folder);
 
 // [T, vocab] logits of the model in `folder`, read from its files.
-std::vector<double> NaiveLogits(const RandomModel& model, const std::string& folder, const std::vector<int32_t>& tokens);
+std::vector<double> NaiveLogits(const RandomModel& model, const std::string& folder,
+                                const std::vector<int32_t>& tokens);
 
 }  // namespace godwit

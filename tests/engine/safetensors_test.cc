@@ -43,7 +43,8 @@ int64_t Touch(const SafetensorsReader& reader) {
     for (int64_t index = 0; index < tensor.num_bytes; ++index) sum += bytes[index];
     std::vector<float> storage;
     const auto view = reader.Matrix(name, tensor.shape, storage);
-    if (view.ok() && view->elements() > 0 && view->dtype == DType::kF32) sum += std::isnan(view->row<float>(0)[0]);
+    if (view.ok() && view->elements() > 0 && view->dtype == DType::kF32)
+      sum += std::isnan(view->row<float>(0)[0]);
     reader.ReleasePages(tensor);
   }
   return sum;
@@ -79,18 +80,21 @@ TEST(SafetensorsTest, WritesAndReadsBack) {
   EXPECT_EQ(b->dtype, DType::kBF16);
   (*reader)->ReleasePages(*(*reader)->Find("a"));
   EXPECT_EQ(a->row<float>(0)[1], 2) << "released pages come back from the file";
-  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(folder.path()), {}), 1) << "no temporary is left";
+  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(folder.path()), {}), 1)
+      << "no temporary is left";
 }
 
 TEST(SafetensorsTest, WritingToNowhereIsAStatus) {
   const float value = 1;
-  EXPECT_FALSE(WriteSafetensors("/nonexistent-folder/x.safetensors", {{"a", "F32", {1}, &value}}).ok());
+  EXPECT_FALSE(
+      WriteSafetensors("/nonexistent-folder/x.safetensors", {{"a", "F32", {1}, &value}}).ok());
 }
 
 TEST(SafetensorsTest, HalvesConvertExactly) {
-  const std::vector<uint16_t> halves = {0x0000, 0x8000, 0x3c00, 0xc000, 0x7bff, 0x0001, 0x03ff, 0x0400, 0x7c00, 0xfc00, 0x7e00};
-  const std::vector<float> expected = {0,       -0.0f,        1,        -2,       65504,   0x1p-24f,
-                                       0x1.ff8p-15f, 0x1p-14f, INFINITY, -INFINITY, NAN};
+  const std::vector<uint16_t> halves = {0x0000, 0x8000, 0x3c00, 0xc000, 0x7bff, 0x0001,
+                                        0x03ff, 0x0400, 0x7c00, 0xfc00, 0x7e00};
+  const std::vector<float> expected = {
+      0, -0.0f, 1, -2, 65504, 0x1p-24f, 0x1.ff8p-15f, 0x1p-14f, INFINITY, -INFINITY, NAN};
   const TempFolder folder;
   const std::string path = folder.File("h.safetensors");
   ASSERT_TRUE(WriteSafetensors(path, {{"h", "F16", {11}, halves.data()}}).ok());
@@ -100,7 +104,8 @@ TEST(SafetensorsTest, HalvesConvertExactly) {
   const auto view = (*reader)->Matrix("h", {11}, storage);
   ASSERT_TRUE(view.ok()) << view.status();
   for (size_t index = 0; index + 1 < expected.size(); ++index) {
-    EXPECT_EQ(std::bit_cast<uint32_t>(storage[index]), std::bit_cast<uint32_t>(expected[index])) << index;
+    EXPECT_EQ(std::bit_cast<uint32_t>(storage[index]), std::bit_cast<uint32_t>(expected[index]))
+        << index;
   }
   EXPECT_TRUE(std::isnan(storage.back()));
 }
@@ -125,14 +130,17 @@ TEST(SafetensorsTest, DataAtAnOddAddressIsCopied) {
   std::vector<float> other;
   const auto view = (*reader)->Matrix("b", {1}, other);
   ASSERT_TRUE(view.ok()) << view.status();
-  EXPECT_EQ(view->dtype == DType::kF32 ? view->row<float>(0)[0] : ToF32(view->row<BF16>(0)[0]), 8.0f);
+  EXPECT_EQ(view->dtype == DType::kF32 ? view->row<float>(0)[0] : ToF32(view->row<BF16>(0)[0]),
+            8.0f);
 }
 
 TEST(SafetensorsTest, MatrixNamesFileTensorExpectedAndFound) {
   const TempFolder folder;
   const std::vector<float> values(6);
   const std::string path = folder.File("model.safetensors");
-  ASSERT_TRUE(WriteSafetensors(path, {{"a", "F32", {2, 3}, values.data()}, {"i", "I32", {6}, values.data()}}).ok());
+  ASSERT_TRUE(WriteSafetensors(
+                  path, {{"a", "F32", {2, 3}, values.data()}, {"i", "I32", {6}, values.data()}})
+                  .ok());
   const auto reader = SafetensorsReader::OpenFolder(folder.path());
   ASSERT_TRUE(reader.ok());
   std::vector<float> storage;
@@ -143,7 +151,8 @@ TEST(SafetensorsTest, MatrixNamesFileTensorExpectedAndFound) {
   EXPECT_EQ(misshapen.code(), StatusCode::kInvalidArgument);
   EXPECT_EQ(misshapen.message(), path + ": tensor 'a': expected shape [3, 2], found [2, 3]");
   const auto wrong_type = (*reader)->Matrix("i", {6}, storage).status();
-  EXPECT_EQ(wrong_type.message(), path + ": tensor 'i': expected dtype F32, F16 or BF16, found I32");
+  EXPECT_EQ(wrong_type.message(),
+            path + ": tensor 'i': expected dtype F32, F16 or BF16, found I32");
 }
 
 // --- Files that lie. ---
@@ -174,43 +183,90 @@ const std::vector<Hostile>& HostileFiles() {
       {"TensorIsNull", FileBytes(R"({"a":null})", 8), "unexpected null"},
       {"TensorIsList", FileBytes(R"({"a":[1]})", 8), "unexpected a list"},
       {"DeepLists", FileBytes(std::string(200'000, '['), 8), "unexpected a list"},
-      {"DeepObjects", FileBytes([] {
-         std::string text;
-         for (int depth = 0; depth < 50'000; ++depth) text += R"({"a":)";
-         return text;
-       }(), 8), "unknown field 'a'"},
-      {"DeepShape", FileBytes(one(R"("dtype":"F32","shape":[[2]],"data_offsets":[0,8])"), 8), "unexpected a list"},
-      {"MetadataNested", FileBytes(R"({"__metadata__":{"a":{"b":"c"}}})", 0), "unexpected an object"},
+      {"DeepObjects",
+       FileBytes(
+           [] {
+             std::string text;
+             for (int depth = 0; depth < 50'000; ++depth) text += R"({"a":)";
+             return text;
+           }(),
+           8),
+       "unknown field 'a'"},
+      {"DeepShape", FileBytes(one(R"("dtype":"F32","shape":[[2]],"data_offsets":[0,8])"), 8),
+       "unexpected a list"},
+      {"MetadataNested", FileBytes(R"({"__metadata__":{"a":{"b":"c"}}})", 0),
+       "unexpected an object"},
       {"MetadataNumber", FileBytes(R"({"__metadata__":{"a":1}})", 0), "unexpected a number"},
-      {"DuplicateTensor", FileBytes(R"({"a":{)" + good + R"(},"a":{)" + good + "}}", 8), "'a' is given twice"},
+      {"DuplicateTensor", FileBytes(R"({"a":{)" + good + R"(},"a":{)" + good + "}}", 8),
+       "'a' is given twice"},
       {"DuplicateField", FileBytes(one(good + R"(,"dtype":"I32")"), 8), "'dtype' is given twice"},
       {"UnknownField", FileBytes(one(good + R"(,"stride":[1])"), 8), "unknown field 'stride'"},
-      {"NoDtype", FileBytes(one(R"("shape":[2],"data_offsets":[0,8])"), 8), "lacks dtype, shape or data_offsets"},
-      {"NoOffsets", FileBytes(one(R"("dtype":"F32","shape":[2])"), 8), "lacks dtype, shape or data_offsets"},
-      {"DtypeUnknown", FileBytes(one(R"("dtype":"F4","shape":[2],"data_offsets":[0,8])"), 8), "unknown dtype 'F4'"},
-      {"DtypeNumber", FileBytes(one(R"("dtype":4,"shape":[2],"data_offsets":[0,8])"), 8), "unexpected a number"},
-      {"DtypeList", FileBytes(one(R"("dtype":["F32"],"shape":[2],"data_offsets":[0,8])"), 8), "unexpected a list"},
-      {"DtypeWrong", FileBytes(one(R"("dtype":"BF16","shape":[2],"data_offsets":[0,8])"), 8), "has 4 bytes, data_offsets say 8"},
-      {"ShapeString", FileBytes(one(R"("dtype":"F32","shape":"2","data_offsets":[0,8])"), 8), "unexpected a string"},
-      {"ShapeNegative", FileBytes(one(R"("dtype":"F32","shape":[-2],"data_offsets":[0,8])"), 8), "unexpected a negative number"},
-      {"ShapeFraction", FileBytes(one(R"("dtype":"F32","shape":[2.0],"data_offsets":[0,8])"), 8), "not whole"},
-      {"ShapeOver64Bits", FileBytes(one(R"("dtype":"F32","shape":[18446744073709551616],"data_offsets":[0,8])"), 8), "not whole, or over 2^64"},
-      {"ShapeOver63Bits", FileBytes(one(R"("dtype":"F32","shape":[18446744073709551615],"data_offsets":[0,8])"), 8), "over 2^63"},
-      {"ShapeNineDimensions", FileBytes(one(R"("dtype":"F32","shape":[1,1,1,1,1,1,1,1,2],"data_offsets":[0,8])"), 8), "more than 8"},
-      {"ShapeProductOverflows", FileBytes(one(R"("dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,8])"), 8), "more than 2^63 - 1 bytes"},
-      {"ShapeProductWrapsToEight", FileBytes(one(R"("dtype":"F32","shape":[4611686018427387906],"data_offsets":[0,8])"), 8), "more than 2^63 - 1 bytes"},
-      {"OneOffset", FileBytes(one(R"("dtype":"F32","shape":[2],"data_offsets":[0])"), 8), "other than two data_offsets"},
-      {"ThreeOffsets", FileBytes(one(R"("dtype":"F32","shape":[2],"data_offsets":[0,8,8])"), 8), "other than two data_offsets"},
-      {"OffsetsReversed", FileBytes(one(R"("dtype":"F32","shape":[2],"data_offsets":[8,0])"), 8), "are outside"},
-      {"OffsetsBeyondData", FileBytes(one(R"("dtype":"F32","shape":[4],"data_offsets":[0,16])"), 8), "are outside of the 8 bytes"},
-      {"OffsetsHuge", FileBytes(one(R"("dtype":"F32","shape":[2],"data_offsets":[9223372036854775800,9223372036854775807])"), 8), "are outside"},
+      {"NoDtype", FileBytes(one(R"("shape":[2],"data_offsets":[0,8])"), 8),
+       "lacks dtype, shape or data_offsets"},
+      {"NoOffsets", FileBytes(one(R"("dtype":"F32","shape":[2])"), 8),
+       "lacks dtype, shape or data_offsets"},
+      {"DtypeUnknown", FileBytes(one(R"("dtype":"F4","shape":[2],"data_offsets":[0,8])"), 8),
+       "unknown dtype 'F4'"},
+      {"DtypeNumber", FileBytes(one(R"("dtype":4,"shape":[2],"data_offsets":[0,8])"), 8),
+       "unexpected a number"},
+      {"DtypeList", FileBytes(one(R"("dtype":["F32"],"shape":[2],"data_offsets":[0,8])"), 8),
+       "unexpected a list"},
+      {"DtypeWrong", FileBytes(one(R"("dtype":"BF16","shape":[2],"data_offsets":[0,8])"), 8),
+       "has 4 bytes, data_offsets say 8"},
+      {"ShapeString", FileBytes(one(R"("dtype":"F32","shape":"2","data_offsets":[0,8])"), 8),
+       "unexpected a string"},
+      {"ShapeNegative", FileBytes(one(R"("dtype":"F32","shape":[-2],"data_offsets":[0,8])"), 8),
+       "unexpected a negative number"},
+      {"ShapeFraction", FileBytes(one(R"("dtype":"F32","shape":[2.0],"data_offsets":[0,8])"), 8),
+       "not whole"},
+      {"ShapeOver64Bits",
+       FileBytes(one(R"("dtype":"F32","shape":[18446744073709551616],"data_offsets":[0,8])"), 8),
+       "not whole, or over 2^64"},
+      {"ShapeOver63Bits",
+       FileBytes(one(R"("dtype":"F32","shape":[18446744073709551615],"data_offsets":[0,8])"), 8),
+       "over 2^63"},
+      {"ShapeNineDimensions",
+       FileBytes(one(R"("dtype":"F32","shape":[1,1,1,1,1,1,1,1,2],"data_offsets":[0,8])"), 8),
+       "more than 8"},
+      {"ShapeProductOverflows",
+       FileBytes(one(R"("dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,8])"), 8),
+       "more than 2^63 - 1 bytes"},
+      {"ShapeProductWrapsToEight",
+       FileBytes(one(R"("dtype":"F32","shape":[4611686018427387906],"data_offsets":[0,8])"), 8),
+       "more than 2^63 - 1 bytes"},
+      {"OneOffset", FileBytes(one(R"("dtype":"F32","shape":[2],"data_offsets":[0])"), 8),
+       "other than two data_offsets"},
+      {"ThreeOffsets", FileBytes(one(R"("dtype":"F32","shape":[2],"data_offsets":[0,8,8])"), 8),
+       "other than two data_offsets"},
+      {"OffsetsReversed", FileBytes(one(R"("dtype":"F32","shape":[2],"data_offsets":[8,0])"), 8),
+       "are outside"},
+      {"OffsetsBeyondData", FileBytes(one(R"("dtype":"F32","shape":[4],"data_offsets":[0,16])"), 8),
+       "are outside of the 8 bytes"},
+      {"OffsetsHuge",
+       FileBytes(
+           one(R"("dtype":"F32","shape":[2],"data_offsets":[9223372036854775800,9223372036854775807])"),
+           8),
+       "are outside"},
       {"DataTruncated", FileBytes(one(good), 7), "are outside of the 7 bytes"},
       {"DataLeftOver", FileBytes(one(good), 9), "1 bytes after the last tensor"},
       {"DataWithoutTensors", FileBytes("{}", 4), "4 bytes after the last tensor"},
-      {"Hole", FileBytes(R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"b":{"dtype":"U8","shape":[2],"data_offsets":[4,6]}})", 6), "begins at 4, but that before it ends at 2"},
-      {"HoleAtStart", FileBytes(R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[4,6]}})", 6), "begins at 4"},
-      {"Overlap", FileBytes(R"({"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],"data_offsets":[2,6]}})", 6), "inside of the tensor before it"},
-      {"SameData", FileBytes(R"({"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}})", 4), "inside of the tensor before it"},
+      {"Hole",
+       FileBytes(
+           R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"b":{"dtype":"U8","shape":[2],"data_offsets":[4,6]}})",
+           6),
+       "begins at 4, but that before it ends at 2"},
+      {"HoleAtStart", FileBytes(R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[4,6]}})", 6),
+       "begins at 4"},
+      {"Overlap",
+       FileBytes(
+           R"({"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],"data_offsets":[2,6]}})",
+           6),
+       "inside of the tensor before it"},
+      {"SameData",
+       FileBytes(
+           R"({"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}})",
+           4),
+       "inside of the tensor before it"},
   };
   return *files;
 }
@@ -222,7 +278,9 @@ TEST_P(HostileTest, IsRefusedNamingFileAndFault) {
   const TempFolder folder;
   const std::string path = folder.Write("model.safetensors", hostile.bytes);
   const absl::Status status = SafetensorsReader::OpenFile(path).status();
-  EXPECT_TRUE(status.code() == StatusCode::kInvalidArgument || status.code() == StatusCode::kDataLoss) << status;
+  EXPECT_TRUE(status.code() == StatusCode::kInvalidArgument ||
+              status.code() == StatusCode::kDataLoss)
+      << status;
   EXPECT_NE(status.message().find(path), std::string::npos) << status;
   EXPECT_NE(status.message().find(hostile.message), std::string::npos) << status;
   EXPECT_LT(status.message().size(), 600u);
@@ -233,9 +291,11 @@ INSTANTIATE_TEST_SUITE_P(Files, HostileTest, testing::Range(size_t{0}, HostileFi
 
 TEST(SafetensorsTest, AcceptsWhatTheFormatAllows) {
   const TempFolder folder;
-  const std::string metadata = R"({"__metadata__":{"format":"pt"},"s":{"dtype":"F64","shape":[],"data_offsets":[0,8]},)"
-                               R"("z":{"dtype":"U8","shape":[0],"data_offsets":[8,8]}}      )";
-  const auto reader = SafetensorsReader::OpenFile(folder.Write("a.safetensors", FileBytes(metadata, 8)));
+  const std::string metadata =
+      R"({"__metadata__":{"format":"pt"},"s":{"dtype":"F64","shape":[],"data_offsets":[0,8]},)"
+      R"("z":{"dtype":"U8","shape":[0],"data_offsets":[8,8]}}      )";
+  const auto reader =
+      SafetensorsReader::OpenFile(folder.Write("a.safetensors", FileBytes(metadata, 8)));
   ASSERT_TRUE(reader.ok()) << reader.status();
   EXPECT_EQ((*reader)->tensors().size(), 2u);
   EXPECT_TRUE(SafetensorsReader::OpenFile(folder.Write("b.safetensors", FileBytes("{}", 0))).ok());
@@ -248,7 +308,8 @@ TEST(SafetensorsTest, FoldersAndMissingFilesAreRefused) {
   EXPECT_EQ(is_folder.code(), StatusCode::kInvalidArgument);
   EXPECT_NE(is_folder.message().find("not a regular file"), std::string::npos) << is_folder;
 
-  EXPECT_EQ(SafetensorsReader::OpenFile(folder.File("none")).status().code(), StatusCode::kNotFound);
+  EXPECT_EQ(SafetensorsReader::OpenFile(folder.File("none")).status().code(),
+            StatusCode::kNotFound);
   const TempFolder empty;
   const auto nothing = SafetensorsReader::OpenFolder(empty.path()).status();
   EXPECT_EQ(nothing.code(), StatusCode::kNotFound);
@@ -264,8 +325,10 @@ class ShardTest : public testing::Test {
  protected:
   ShardTest() {
     const float value = 1;
-    EXPECT_TRUE(WriteSafetensors(folder_.File("one.safetensors"), {{"a", "F32", {1}, &value}}).ok());
-    EXPECT_TRUE(WriteSafetensors(folder_.File("two.safetensors"), {{"b", "F32", {1}, &value}}).ok());
+    EXPECT_TRUE(
+        WriteSafetensors(folder_.File("one.safetensors"), {{"a", "F32", {1}, &value}}).ok());
+    EXPECT_TRUE(
+        WriteSafetensors(folder_.File("two.safetensors"), {{"b", "F32", {1}, &value}}).ok());
   }
   absl::Status Open(const std::string& index) {
     folder_.Write("model.safetensors.index.json", index);
@@ -280,20 +343,30 @@ class ShardTest : public testing::Test {
 };
 
 TEST_F(ShardTest, ReadsAllShards) {
-  const auto status = Open(R"({"metadata":{"total_size":8},"weight_map":{"a":"one.safetensors","b":"two.safetensors"}})");
+  const auto status = Open(
+      R"({"metadata":{"total_size":8},"weight_map":{"a":"one.safetensors","b":"two.safetensors"}})");
   EXPECT_TRUE(status.ok()) << status;
 }
 
 TEST_F(ShardTest, RefusesAnIndexThatLies) {
-  ExpectRefused(R"({"weight_map":{"a":"../one.safetensors"}})", "expected the name of a .safetensors file of this folder");
-  ExpectRefused(R"({"weight_map":{"a":"/etc/passwd"}})", "expected the name of a .safetensors file");
-  ExpectRefused(R"({"weight_map":{"a":"sub/one.safetensors"}})", "expected the name of a .safetensors file");
-  ExpectRefused(R"({"weight_map":{"a":"one.safetensors\u0000.safetensors"}})", "expected the name of a .safetensors file");
-  ExpectRefused(R"({"weight_map":{"a":"config.json"}})", "expected the name of a .safetensors file");
+  ExpectRefused(R"({"weight_map":{"a":"../one.safetensors"}})",
+                "expected the name of a .safetensors file of this folder");
+  ExpectRefused(R"({"weight_map":{"a":"/etc/passwd"}})",
+                "expected the name of a .safetensors file");
+  ExpectRefused(R"({"weight_map":{"a":"sub/one.safetensors"}})",
+                "expected the name of a .safetensors file");
+  ExpectRefused(R"({"weight_map":{"a":"one.safetensors\u0000.safetensors"}})",
+                "expected the name of a .safetensors file");
+  ExpectRefused(R"({"weight_map":{"a":"config.json"}})",
+                "expected the name of a .safetensors file");
   ExpectRefused(R"({"weight_map":{"a":"three.safetensors"}})", "three.safetensors");
-  ExpectRefused(R"({"weight_map":{"a":"two.safetensors","b":"two.safetensors"}})", "tensor 'a': expected in two.safetensors, found in no shard");
-  ExpectRefused(R"({"weight_map":{"a":"two.safetensors","b":"one.safetensors"}})", "expected in two.safetensors, found in ");
-  ExpectRefused(R"({"weight_map":{"a":"one.safetensors","b":"two.safetensors","c":"two.safetensors"}})", "tensor 'c'");
+  ExpectRefused(R"({"weight_map":{"a":"two.safetensors","b":"two.safetensors"}})",
+                "tensor 'a': expected in two.safetensors, found in no shard");
+  ExpectRefused(R"({"weight_map":{"a":"two.safetensors","b":"one.safetensors"}})",
+                "expected in two.safetensors, found in ");
+  ExpectRefused(
+      R"({"weight_map":{"a":"one.safetensors","b":"two.safetensors","c":"two.safetensors"}})",
+      "tensor 'c'");
   ExpectRefused(R"({"weight_map":{"a":7}})", "expected a string");
   ExpectRefused(R"({"weight_map":["a"]})", "expected an object");
   ExpectRefused(R"({"metadata":{}})", "weight_map: required field is missing");
@@ -304,8 +377,11 @@ TEST_F(ShardTest, RefusesAnIndexThatLies) {
 
 TEST_F(ShardTest, RefusesTensorsThatTheIndexHides) {
   const float values[2] = {1, 2};
-  ASSERT_TRUE(WriteSafetensors(folder_.File("one.safetensors"), {{"a", "F32", {1}, values}, {"x", "F32", {1}, values}}).ok());
-  ExpectRefused(R"({"weight_map":{"a":"one.safetensors","b":"two.safetensors"}})", "tensor 'x' is not listed in");
+  ASSERT_TRUE(WriteSafetensors(folder_.File("one.safetensors"),
+                               {{"a", "F32", {1}, values}, {"x", "F32", {1}, values}})
+                  .ok());
+  ExpectRefused(R"({"weight_map":{"a":"one.safetensors","b":"two.safetensors"}})",
+                "tensor 'x' is not listed in");
 }
 
 TEST_F(ShardTest, RefusesATensorInTwoShards) {
@@ -329,7 +405,9 @@ TEST(SafetensorsTest, SurvivesMutations) {
                   .ok());
   const std::string original = Slurp(path);
   std::mt19937 random(kSeed);
-  const auto below = [&](size_t limit) { return std::uniform_int_distribution<size_t>(0, limit - 1)(random); };
+  const auto below = [&](size_t limit) {
+    return std::uniform_int_distribution<size_t>(0, limit - 1)(random);
+  };
   int num_accepted = 0;
   for (int variant = 0; variant < kVariants; ++variant) {
     std::string bytes = original;
@@ -337,11 +415,21 @@ TEST(SafetensorsTest, SurvivesMutations) {
       // Three of four edits hit the header: a change of the data is no fault.
       const size_t at = below(below(4) == 0 ? bytes.size() : std::min<size_t>(bytes.size(), 320));
       switch (below(5)) {
-        case 0: bytes[at] = static_cast<char>(bytes[at] ^ (1 << below(8))); break;
-        case 1: bytes.insert(at, 1, static_cast<char>(below(256))); break;
-        case 2: bytes.erase(at, 1 + below(8)); break;
-        case 3: bytes[at] = "0123456789[]{},:\""[below(17)]; break;
-        default: bytes.resize(at); break;
+        case 0:
+          bytes[at] = static_cast<char>(bytes[at] ^ (1 << below(8)));
+          break;
+        case 1:
+          bytes.insert(at, 1, static_cast<char>(below(256)));
+          break;
+        case 2:
+          bytes.erase(at, 1 + below(8));
+          break;
+        case 3:
+          bytes[at] = "0123456789[]{},:\""[below(17)];
+          break;
+        default:
+          bytes.resize(at);
+          break;
       }
     }
     folder.Write("m.safetensors", bytes);

@@ -1,13 +1,12 @@
 #pragma once
 // A folder of a test, removed with the object.
 
+#include <gtest/gtest.h>
 #include <stdlib.h>
 
 #include <filesystem>
 #include <fstream>
 #include <string>
-
-#include <gtest/gtest.h>
 
 namespace godwit {
 
