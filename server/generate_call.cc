@@ -123,7 +123,6 @@ class StreamReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   // Any thread, at any time: makes the one call that is due, if any.
   void Pump() {
     std::optional<absl::Status> end;
-    bool more = false;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       if (writing_ || finished_ || running_.run == nullptr) return;
@@ -132,7 +131,6 @@ class StreamReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
         writing_ = true;
         current_ = std::move(out_.front());
         out_.pop_front();
-        more = !out_.empty();
       } else if (running_.encoder->done()) {
         finished_ = true;
         end = running_.encoder->status();
@@ -141,9 +139,8 @@ class StreamReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
       }
     }
     if (end.has_value()) return End(*end);
-    grpc::WriteOptions options;
-    if (more) options.set_buffer_hint();  // one packet for what was taken together
-    StartWrite(&current_, options);
+    // No buffer hint: the first write carries the initial metadata, and would not complete until somebody flushes it.
+    StartWrite(&current_);
   }
 
   const ServiceContext services_;

@@ -176,11 +176,15 @@ grpc::Status ToGrpcStatus(const absl::Status& status, grpc::CallbackServerContex
   google::rpc::Status rich;
   rich.set_code(static_cast<int32_t>(shown.code()));
   rich.set_message(std::string(shown.message()));
-  shown.ForEachPayload([&rich](absl::string_view type_url, const absl::Cord& payload) {
-    auto* detail = rich.add_details();
-    detail->set_type_url(std::string(type_url));
-    detail->set_value(std::string(payload));
+  std::map<std::string, std::string> payloads;  // absl visits them in a random order
+  shown.ForEachPayload([&payloads](absl::string_view type_url, const absl::Cord& payload) {
+    payloads[std::string(type_url)] = std::string(payload);
   });
+  for (const auto& [type_url, payload] : payloads) {
+    auto* detail = rich.add_details();
+    detail->set_type_url(type_url);
+    detail->set_value(payload);
+  }
   google::rpc::RetryInfo retry;
   if (context != nullptr && ReadDetail(shown, &retry)) {
     const int64_t ms = retry.retry_delay().seconds() * 1000 + retry.retry_delay().nanos() / 1'000'000;

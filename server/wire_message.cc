@@ -1,6 +1,7 @@
 #include "server/wire_message.h"
 
 #include <google/protobuf/message.h>
+#include <google/protobuf/stubs/logging.h>
 #include <google/protobuf/unknown_field_set.h>
 
 #include <string>
@@ -61,6 +62,8 @@ absl::Status ParseRequest(const grpc::ByteBuffer& bytes, google::protobuf::Messa
       wire.append(reinterpret_cast<const char*>(slice.begin()), slice.size());
     }
   }
+  // protobuf writes a line to stderr for each string that is not UTF-8: a client could fill the log.
+  const google::protobuf::LogSilencer silence;
   if (request->ParseFromString(wire)) return absl::OkStatus();
   return Malformed(wire, *request->GetDescriptor());
 }
