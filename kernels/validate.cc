@@ -10,16 +10,22 @@ namespace {
 
 const char* NameOf(DType dtype) {
   switch (dtype) {
-    case DType::kF32: return "f32";
-    case DType::kBF16: return "bf16";
-    case DType::kI32: return "i32";
-    case DType::kU32: return "u32";
-    case DType::kI64: return "i64";
+    case DType::kF32:
+      return "f32";
+    case DType::kBF16:
+      return "bf16";
+    case DType::kI32:
+      return "i32";
+    case DType::kU32:
+      return "u32";
+    case DType::kI64:
+      return "i64";
   }
   return "unknown dtype";
 }
 
-// Checks of one op. The first failure is kept; later checks then do nothing, so that they may rely on the earlier ones.
+// Checks of one op. The first failure is kept; later checks then do nothing, so that they may rely
+// on the earlier ones.
 class Checker {
  public:
   explicit Checker(const char* op) : op_(op) {}
@@ -50,8 +56,8 @@ class Checker {
 
   // Present unless empty; dense but for dimension 0.
   void Shape(const char* name, const TensorView& x, std::initializer_list<int64_t> shape) {
-    Expect(x.rank == static_cast<int32_t>(shape.size()), "%s has rank %d, expected %d", name, x.rank,
-           static_cast<int>(shape.size()));
+    Expect(x.rank == static_cast<int32_t>(shape.size()), "%s has rank %d, expected %d", name,
+           x.rank, static_cast<int>(shape.size()));
     if (!ok()) return;
     int dimension = 0;
     for (const int64_t size : shape) {
@@ -67,8 +73,8 @@ class Checker {
   }
 
   void AtLeast(const char* name, int64_t value, int64_t least) {
-    Expect(value >= least, "%s is %lld, expected at least %lld", name, static_cast<long long>(value),
-           static_cast<long long>(least));
+    Expect(value >= least, "%s is %lld, expected at least %lld", name,
+           static_cast<long long>(value), static_cast<long long>(least));
   }
   void Between(const char* name, int64_t value, int64_t least, int64_t most) {
     Expect(value >= least && value <= most, "%s is %lld, not in [%lld, %lld]", name,
@@ -81,8 +87,8 @@ class Checker {
 
   void Matrix(const char* name, const MatrixView& w) {
     Expect(w.data != nullptr, "%s is absent", name);
-    Expect(w.dtype == DType::kF32 || w.dtype == DType::kBF16, "%s has dtype %s, expected f32 or bf16",
-           name, NameOf(w.dtype));
+    Expect(w.dtype == DType::kF32 || w.dtype == DType::kBF16,
+           "%s has dtype %s, expected f32 or bf16", name, NameOf(w.dtype));
     AtLeast(name, w.num_rows, 1);
     AtLeast(name, w.num_columns, 1);
   }
@@ -156,13 +162,13 @@ OpStatus Validate(const GatedLinearArgs& args) {
   Checker check("GatedLinear");
   check.Matrix("gate", args.gate);
   check.Matrix("up", args.up);
-  check.Expect(args.gate.num_rows == args.up.num_rows && args.gate.num_columns == args.up.num_columns,
-               "up is [%lld, %lld], expected [%lld, %lld] as gate",
-               static_cast<long long>(args.up.num_rows), static_cast<long long>(args.up.num_columns),
-               static_cast<long long>(args.gate.num_rows),
-               static_cast<long long>(args.gate.num_columns));
-  check.Expect(args.gate.dtype == args.up.dtype, "up has dtype %s, gate has %s", NameOf(args.up.dtype),
-               NameOf(args.gate.dtype));
+  check.Expect(
+      args.gate.num_rows == args.up.num_rows && args.gate.num_columns == args.up.num_columns,
+      "up is [%lld, %lld], expected [%lld, %lld] as gate", static_cast<long long>(args.up.num_rows),
+      static_cast<long long>(args.up.num_columns), static_cast<long long>(args.gate.num_rows),
+      static_cast<long long>(args.gate.num_columns));
+  check.Expect(args.gate.dtype == args.up.dtype, "up has dtype %s, gate has %s",
+               NameOf(args.up.dtype), NameOf(args.gate.dtype));
   check.Input(args.input, args.gate.num_columns);
   CheckActivation(check, "activation", args.activation);
   check.ActivationType("y", args.y);
@@ -258,8 +264,9 @@ OpStatus Validate(const PagedAttentionArgs& args) {
     check.Type("sin", args.sin, DType::kF32);
     check.Shape("sin", args.sin, {num_tokens, pairs});
   }
-  check.Expect(args.pair_layout == PairLayout::kHalfSplit || args.pair_layout == PairLayout::kInterleaved,
-               "pair_layout %d is unknown", static_cast<int>(args.pair_layout));
+  check.Expect(
+      args.pair_layout == PairLayout::kHalfSplit || args.pair_layout == PairLayout::kInterleaved,
+      "pair_layout %d is unknown", static_cast<int>(args.pair_layout));
   check.Type("blocks", args.blocks, args.q.dtype);
   check.Shape("blocks", args.blocks,
               {args.blocks.rows(), 2, args.num_kv_heads, int64_t{kPagedBlock} * args.head_dim});

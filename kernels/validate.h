@@ -1,6 +1,7 @@
 #pragma once
-// Shape, dtype and bounds checks shared by all back ends; each returns kInvalidArgument naming op, tensor, expected and
-// found. Data behind pointers (token ids, step rows) is not read here: the engine checked it.
+// Shape, dtype and bounds checks shared by all back ends; each returns kInvalidArgument naming op,
+// tensor, expected and found. Data behind pointers (token ids, step rows) is not read here: the
+// engine checked it.
 
 #include "kernels/base/op_status.h"
 #include "kernels/ops.h"

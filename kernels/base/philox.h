@@ -1,6 +1,7 @@
 #pragma once
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a counter-based generator, so that
-// a draw depends on its key and counter alone. And the Gumbel variate that sampling makes of a word. Host and CUDA code.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a
+// counter-based generator, so that a draw depends on its key and counter alone. And the Gumbel
+// variate that sampling makes of a word. Host and CUDA code.
 
 #include <cmath>
 #include <cstdint>
@@ -39,8 +40,8 @@ GODWIT_HOST_DEVICE inline PhiloxWords Philox4x32(PhiloxWords counter, uint64_t k
   return counter;
 }
 
-// -log(-log(u)), u = (x + 0.5) / 2^32. The inner logarithm is taken of 1 - u where u > 1/2: in f32, u itself would round to
-// 1 there and the variate to infinity. In [-3.2, 22.9].
+// -log(-log(u)), u = (x + 0.5) / 2^32. The inner logarithm is taken of 1 - u where u > 1/2: in f32,
+// u itself would round to 1 there and the variate to infinity. In [-3.2, 22.9].
 GODWIT_HOST_DEVICE inline float GumbelOfWord(uint32_t x) {
   constexpr float kScale = 2.3283064365386963e-10f;  // 2^-32
   const bool upper = x >= 0x80000000u;
@@ -52,10 +53,10 @@ GODWIT_HOST_DEVICE inline float GumbelOfWord(uint32_t x) {
 // The words of SampleRow: token_id % 4 picks one.
 GODWIT_HOST_DEVICE inline PhiloxWords SampleWords(uint64_t seed, uint32_t token_id_div_4,
                                                   int32_t output_index, int64_t position) {
-  return Philox4x32({{token_id_div_4, static_cast<uint32_t>(output_index),
-                      static_cast<uint32_t>(position),
-                      static_cast<uint32_t>(static_cast<uint64_t>(position) >> 32)}},
-                    seed);
+  return Philox4x32(
+      {{token_id_div_4, static_cast<uint32_t>(output_index), static_cast<uint32_t>(position),
+        static_cast<uint32_t>(static_cast<uint64_t>(position) >> 32)}},
+      seed);
 }
 
 }  // namespace godwit

@@ -1,11 +1,12 @@
-// Lightning attention: one task per (sequence, head, range of value columns). A task walks the blocks of its sequence from
-// the stored base: windows of W rows (W-form), or blocks of P prompt rows (P-form). The two forms are the same code with
-// another block length, but for the way scores are formed: dot products of rows in W-form (no transposition for one row),
-// a product with the transposed keys in P-form. An output column of S is independent of the others, so the split over
+// Lightning attention: one task per (sequence, head, range of value columns). A task walks the
+// blocks of its sequence from the stored base: windows of W rows (W-form), or blocks of P prompt
+// rows (P-form). The two forms are the same code with another block length, but for the way scores
+// are formed: dot products of rows in W-form (no transposition for one row), a product with the
+// transposed keys in P-form. An output column of S is independent of the others, so the split over
 // columns changes no bit.
 //
-// Work per row and head: W-form reads d_k d_v f32 of state; P-form costs 2 d_k d_v + P (d_k + d_v) / 2 fused
-// multiply-adds a row and touches the state once in P rows.
+// Work per row and head: W-form reads d_k d_v f32 of state; P-form costs 2 d_k d_v + P (d_k + d_v)
+// / 2 fused multiply-adds a row and touches the state once in P rows.
 
 #include "kernels/cpu/lightning_attention.h"
 
@@ -21,15 +22,15 @@ namespace {
 
 // Working memory of one thread, in f32 elements.
 struct HeadScratch {
-  float* q;           // [P, key_stride]
-  float* k;           // [P, key_stride]
-  float* k_decayed;   // [P, key_stride]
-  float* k_columns;   // [d_k, P]: k transposed, P-form only
-  float* v;           // [P, value_stride]
-  float* scores;      // [P, P]
-  float* state;       // [d_k, value_stride]: S beyond the stored base
-  float* weights;     // [P]: what k is multiplied by in a fold
-  float* cos;         // [P, angle_stride], with theta only
+  float* q;          // [P, key_stride]
+  float* k;          // [P, key_stride]
+  float* k_decayed;  // [P, key_stride]
+  float* k_columns;  // [d_k, P]: k transposed, P-form only
+  float* v;          // [P, value_stride]
+  float* scores;     // [P, P]
+  float* state;      // [d_k, value_stride]: S beyond the stored base
+  float* weights;    // [P]: what k is multiplied by in a fold
+  float* cos;        // [P, angle_stride], with theta only
   float* sin;
   float* decay_back;  // [P + 1]: decay_back[m] = decay[P - m]
   int32_t* depth;     // [P]
@@ -77,11 +78,18 @@ class HeadTask {
  public:
   HeadTask(const LightningAttentionArgs& args, const IsaTable& isa, const HeadScratch& scratch,
            const StepRow& row, int64_t head, int64_t first_column, int64_t num_columns)
-      : args_(args), isa_(isa), scratch_(scratch), row_(row), head_(head),
-        first_column_(first_column), num_columns_(num_columns),
+      : args_(args),
+        isa_(isa),
+        scratch_(scratch),
+        row_(row),
+        head_(head),
+        first_column_(first_column),
+        num_columns_(num_columns),
         key_width_(args.theta ? 2 * args.head_dim : args.head_dim),
-        key_stride_(PadRow(key_width_)), value_stride_(PadRow(args.head_dim)),
-        end_(row.position + row.num_tokens), is_bf16_(args.q.dtype == DType::kBF16),
+        key_stride_(PadRow(key_width_)),
+        value_stride_(PadRow(args.head_dim)),
+        end_(row.position + row.num_tokens),
+        is_bf16_(args.q.dtype == DType::kBF16),
         decay_(args.decay.decay.row<const float>(head)) {}
 
   void Run();
@@ -100,8 +108,7 @@ class HeadTask {
   void Fold(int64_t length, float epsilon, float* to, int64_t to_stride);
 
   const void* Element(const TensorView& x, int64_t token, int64_t column) const {
-    return static_cast<const char*>(x.data) +
-           (token * x.row_stride + column) * DTypeBytes(x.dtype);
+    return static_cast<const char*>(x.data) + (token * x.row_stride + column) * DTypeBytes(x.dtype);
   }
   // The first key of `position` in the ring; its values lie num_heads * key_width on.
   char* WindowRow(int64_t position) const {
@@ -130,8 +137,8 @@ class HeadTask {
 
 void HeadTask::Run() {
   ReverseDecay();
-  float* const stored = args_.state.row<float>(row_.slot) +
-                        head_ * key_width_ * args_.head_dim + first_column_;
+  float* const stored =
+      args_.state.row<float>(row_.slot) + head_ * key_width_ * args_.head_dim + first_column_;
   state_ = stored;
   state_stride_ = args_.head_dim;
   const float* const epsilon = args_.decay.fold_epsilon.row<const float>(head_);
@@ -171,7 +178,8 @@ void HeadTask::LoadWindowRows(int64_t anchor, int64_t begin, int64_t end) {
   const int64_t value = args_.num_heads * key_width_ + head_ * args_.head_dim + first_column_;
   while (begin < end) {
     // As far as the ring goes.
-    const int64_t count = std::min(end - begin, args_.window.shape[1] - begin % args_.window.shape[1]);
+    const int64_t count =
+        std::min(end - begin, args_.window.shape[1] - begin % args_.window.shape[1]);
     const char* const ring = WindowRow(begin);
     float* const k = scratch_.k + (begin - anchor) * key_stride_;
     isa_.widen_rows({.x = ring + head_ * key_width_ * element,
@@ -307,7 +315,8 @@ void HeadTask::WriteWindowRows(int64_t anchor, int64_t first, int64_t last) {
   for (int64_t position = first; position < last; ++position) {
     const float* const k = scratch_.k + (position - anchor) * key_stride_;
     const float* const v = scratch_.v + (position - anchor) * value_stride_;
-    // k and v were rounded to act when formed, so that narrowing them here is exact. One task of a head writes its keys.
+    // k and v were rounded to act when formed, so that narrowing them here is exact. One task of a
+    // head writes its keys.
     const int64_t num_keys = first_column_ == 0 ? key_width_ : 0;
     if (is_bf16_) {
       BF16* const to = reinterpret_cast<BF16*>(WindowRow(position));
@@ -357,8 +366,9 @@ void CheckRow(const StepRow& row, int64_t window_rows) {
   GODWIT_CHECK(row.p_end <= row.base_after);
 }
 
-// Parts of a head's value columns that tasks take: as many as make a task for each thread, none narrower than 2 vectors.
-// One part where a row that a task writes to the ring may lie over one that another still reads.
+// Parts of a head's value columns that tasks take: as many as make a task for each thread, none
+// narrower than 2 vectors. One part where a row that a task writes to the ring may lie over one
+// that another still reads.
 int64_t ColumnParts(const LightningAttentionArgs& args, int num_threads) {
   const int64_t tasks = static_cast<int64_t>(args.num_rows) * args.num_heads;
   const int64_t wanted = (num_threads + tasks - 1) / tasks;

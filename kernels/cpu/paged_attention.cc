@@ -1,8 +1,9 @@
-// Paged attention in three phases: the step's keys and values go to the cache; then tiles of query rows (tokens x the query
-// heads of one kv head) attend, each over its ranges of kAttentionSplit keys; then the partial results of a row are merged
-// in ascending order. A prefill tile takes its ranges one after the other and merges as it goes; the ranges of decode rows
-// are tasks of their own. Both run the same functions, and a query row's bits depend on its own q, its position and the
-// cache alone: not on its tile, nor on the phase.
+// Paged attention in three phases: the step's keys and values go to the cache; then tiles of query
+// rows (tokens x the query heads of one kv head) attend, each over its ranges of kAttentionSplit
+// keys; then the partial results of a row are merged in ascending order. A prefill tile takes its
+// ranges one after the other and merges as it goes; the ranges of decode rows are tasks of their
+// own. Both run the same functions, and a query row's bits depend on its own q, its position and
+// the cache alone: not on its tile, nor on the phase.
 
 #include "kernels/cpu/paged_attention.h"
 
@@ -18,9 +19,10 @@
 namespace godwit {
 namespace {
 
-constexpr int64_t kTileRows = 64;   // query rows that share one widened tile of keys
-constexpr int64_t kTileKeys = 64;   // keys widened at once: 32 KiB of keys and of values at head_dim 128
-constexpr int64_t kWriteTokens = 64;  // tokens of a cache-writing task
+constexpr int64_t kTileRows = 64;  // query rows that share one widened tile of keys
+constexpr int64_t kTileKeys =
+    64;  // keys widened at once: 32 KiB of keys and of values at head_dim 128
+constexpr int64_t kWriteTokens = 64;                       // tokens of a cache-writing task
 constexpr int64_t kMaxPartialElements = int64_t{1} << 22;  // 16 MiB of partial results at once
 static_assert(kAttentionSplit % kTileKeys == 0 && kTileKeys % kPagedBlock == 0);
 static_assert(kPagedBlock % kRowPad == 0);
@@ -34,13 +36,13 @@ struct Partial {
 };
 
 struct TileScratch {
-  float* q;         // [kTileRows, row_stride], rotated and scaled
-  float* scores;    // [kTileRows, kAttentionSplit]
-  float* keys;      // [head_dim, kTileKeys]
-  float* values;    // [kTileKeys, row_stride]
-  Partial part;     // of one range
-  Partial merged;   // of the ranges so far
-  int32_t* depth;   // [kTileRows]
+  float* q;        // [kTileRows, row_stride], rotated and scaled
+  float* scores;   // [kTileRows, kAttentionSplit]
+  float* keys;     // [head_dim, kTileKeys]
+  float* values;   // [kTileKeys, row_stride]
+  Partial part;    // of one range
+  Partial merged;  // of the ranges so far
+  int32_t* depth;  // [kTileRows]
 
   static int64_t Elements(int64_t row_stride) {
     return kTileRows * (3 * row_stride + kAttentionSplit + 5) + 2 * kTileKeys * row_stride;
@@ -65,7 +67,8 @@ TileScratch TileScratch::At(float* data, int64_t row_stride) {
   return s;
 }
 
-// Some query rows of one sequence and kv head: row r is token (first + r) / group, head kv_head * group + (first + r) % group.
+// Some query rows of one sequence and kv head: row r is token (first + r) / group, head kv_head *
+// group + (first + r) % group.
 struct Tile {
   const StepRow* step_row;
   int64_t kv_head;
@@ -76,8 +79,11 @@ struct Tile {
 class Attention {
  public:
   Attention(CpuContext& context, const PagedAttentionArgs& args)
-      : context_(context), args_(args), group_(args.num_heads / args.num_kv_heads),
-        head_dim_(args.head_dim), row_stride_(PadRow(args.head_dim)),
+      : context_(context),
+        args_(args),
+        group_(args.num_heads / args.num_kv_heads),
+        head_dim_(args.head_dim),
+        row_stride_(PadRow(args.head_dim)),
         is_bf16_(args.q.dtype == DType::kBF16) {}
 
   OpStatus Run();
@@ -196,8 +202,7 @@ void Attention::WriteToken(const StepRow& row, int64_t index, int64_t kv_head) c
   const int64_t position = row.position + index;
   const int64_t lane = position % kPagedBlock;
   T* const keys = reinterpret_cast<T*>(BlockPart(row, position, 0, kv_head));
-  T* const values =
-      reinterpret_cast<T*>(BlockPart(row, position, 1, kv_head)) + lane * head_dim_;
+  T* const values = reinterpret_cast<T*>(BlockPart(row, position, 1, kv_head)) + lane * head_dim_;
   const T* const v = args_.v.row<const T>(row.first_token + index) + kv_head * head_dim_;
   for (int64_t i = 0; i < head_dim_; ++i) {
     if constexpr (sizeof(T) == sizeof(BF16)) {
@@ -238,7 +243,8 @@ void Attention::LoadQueries(const Tile& tile, const TileScratch& scratch) const 
   }
 }
 
-// Scores of the keys [begin, end) of one range; those of a row beyond its own position are written and never read.
+// Scores of the keys [begin, end) of one range; those of a row beyond its own position are written
+// and never read.
 void Attention::ScoreKeys(const Tile& tile, int64_t begin, int64_t end,
                           const TileScratch& scratch) const {
   std::fill_n(scratch.depth, kTileRows, static_cast<int32_t>(head_dim_));
@@ -298,7 +304,8 @@ void Attention::SumValues(const Tile& tile, int64_t begin, int64_t end,
   }
 }
 
-// scratch.part <- keys [range * kAttentionSplit, ...) of each row; sum 0 for a row that ends before the range.
+// scratch.part <- keys [range * kAttentionSplit, ...) of each row; sum 0 for a row that ends before
+// the range.
 void Attention::AttendRange(const Tile& tile, int64_t range, const TileScratch& scratch) const {
   const int64_t begin = range * kAttentionSplit;
   const int64_t end = std::min(begin + kAttentionSplit, PositionOf(tile, tile.rows - 1) + 1);
@@ -364,7 +371,8 @@ void Attention::AttendTiles(bool split_decode, float* scratch, int64_t scratch_e
   });
 }
 
-// Waves of ranges: a task computes one (tile, range); then each tile merges the ranges of the wave in order.
+// Waves of ranges: a task computes one (tile, range); then each tile merges the ranges of the wave
+// in order.
 void Attention::AttendDecode(int64_t max_ranges, float* scratch, int64_t scratch_elements,
                              float* partials) {
   const int64_t num_tiles = NumTiles(true, true);
@@ -405,8 +413,8 @@ OpStatus Attention::Run() {
   for (int32_t r = 0; r < args_.num_rows; ++r) {
     const StepRow& row = args_.rows[r];
     if (row.num_tokens == 0 || !IsDecode(row)) continue;
-    max_decode_ranges = std::max(
-        max_decode_ranges, (row.position + row.num_tokens - 1) / kAttentionSplit + 1);
+    max_decode_ranges =
+        std::max(max_decode_ranges, (row.position + row.num_tokens - 1) / kAttentionSplit + 1);
     decode_tile_rows_ = std::max(decode_tile_rows_, std::min(kTileRows, row.num_tokens * group_));
   }
   const bool split_decode = max_decode_ranges > 1;
@@ -416,8 +424,8 @@ OpStatus Attention::Run() {
   if (split_decode) {
     elements += std::max(kMaxPartialElements, 2 * NumTiles(true, true) * DecodePartialElements());
   }
-  float* const scratch = static_cast<float*>(
-      context_.scratch.Get(elements * static_cast<int64_t>(sizeof(float))));
+  float* const scratch =
+      static_cast<float*>(context_.scratch.Get(elements * static_cast<int64_t>(sizeof(float))));
   if (scratch == nullptr) {
     return context_.Fail(OpCode::kResourceExhausted, "PagedAttention: no memory for scratch");
   }

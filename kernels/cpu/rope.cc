@@ -10,11 +10,12 @@ OpStatus CpuRope(CpuContext& context, const RopeArgs& args) {
   context.pool.ForEach(args.positions.rows(), [&](int64_t token) {
     float* const cos = args.cos.row<float>(token);
     float* const sin = args.sin.row<float>(token);
-    context.isa.sin_cos({.position = static_cast<double>(positions[token * args.positions.row_stride]),
-                         .frequency = args.inv_freq,
-                         .n = args.num_freqs,
-                         .cos = cos,
-                         .sin = sin});
+    context.isa.sin_cos(
+        {.position = static_cast<double>(positions[token * args.positions.row_stride]),
+         .frequency = args.inv_freq,
+         .n = args.num_freqs,
+         .cos = cos,
+         .sin = sin});
     if (factor == 1.0f) return;
     for (int32_t i = 0; i < args.num_freqs; ++i) {
       cos[i] *= factor;

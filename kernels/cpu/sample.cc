@@ -1,4 +1,5 @@
-// One task per draw: the logits of its row are copied and changed in the order of ops.h. No step sorts the row.
+// One task per draw: the logits of its row are copied and changed in the order of ops.h. No step
+// sorts the row.
 
 #include "kernels/cpu/sample.h"
 
@@ -24,7 +25,8 @@ void AddBiases(const SampleRow& row, float* logits, int64_t vocab) {
 }
 
 void ApplyPenalties(const SampleRow& row, const uint32_t* counts, float* logits, int64_t vocab) {
-  if (row.repetition_penalty == 1 && row.presence_penalty == 0 && row.frequency_penalty == 0) return;
+  if (row.repetition_penalty == 1 && row.presence_penalty == 0 && row.frequency_penalty == 0)
+    return;
   for (int64_t id = 0; id < vocab; ++id) {
     if (counts[id] == 0) continue;
     float logit = logits[id];
@@ -37,7 +39,8 @@ void ApplyPenalties(const SampleRow& row, const uint32_t* counts, float* logits,
   }
 }
 
-// Removes (-inf) what top_k, top_p and min_p do not keep. The largest logit is 0; `weights` is working memory.
+// Removes (-inf) what top_k, top_p and min_p do not keep. The largest logit is 0; `weights` is
+// working memory.
 void Filter(const IsaTable& isa, const SampleRow& row, float* logits, float* weights,
             int64_t vocab) {
   if (row.top_k > 0 && row.top_k < vocab) {
@@ -51,7 +54,8 @@ void Filter(const IsaTable& isa, const SampleRow& row, float* logits, float* wei
     KeepPrefix(isa, WeightedPrefix(isa, logits, weights, vocab, target), logits, vocab);
   }
   if (row.min_p <= 0) return;
-  // weights[id] is the probability over that of the likeliest token, whose own is 1 and stays whatever min_p is.
+  // weights[id] is the probability over that of the likeliest token, whose own is 1 and stays
+  // whatever min_p is.
   isa.keep_at_least(
       {.x = logits, .by = weights, .n = vocab, .threshold = std::min(row.min_p, 1.0f)});
 }
@@ -63,16 +67,17 @@ int64_t Draw(const IsaTable& isa, const SampleRow& row, float* logits, float* we
   if (row.temperature == 0 || scan.max == -INFINITY) {
     return std::find(logits, logits + vocab, scan.max) - logits;
   }
-  // Relative to the largest: a tiny temperature drives the others to -inf, never the largest to inf.
+  // Relative to the largest: a tiny temperature drives the others to -inf, never the largest to
+  // inf.
   isa.temper({.x = logits, .n = vocab, .max = scan.max, .temperature = row.temperature});
   Filter(isa, row, logits, weights, vocab);
   const uint64_t position = static_cast<uint64_t>(row.position);
-  GumbelArgmaxArgs draw = {.x = logits,
-                           .n = vocab,
-                           .seed = row.seed,
-                           .counter = {static_cast<uint32_t>(row.output_index),
-                                       static_cast<uint32_t>(position),
-                                       static_cast<uint32_t>(position >> 32)}};
+  GumbelArgmaxArgs draw = {
+      .x = logits,
+      .n = vocab,
+      .seed = row.seed,
+      .counter = {static_cast<uint32_t>(row.output_index), static_cast<uint32_t>(position),
+                  static_cast<uint32_t>(position >> 32)}};
   isa.gumbel_argmax(draw);
   return draw.index;
 }

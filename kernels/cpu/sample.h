@@ -7,8 +7,8 @@
 
 namespace godwit {
 
-// INTERNAL, naming the lowest such row: its logits hold a NaN or +inf. Where every token is banned the lowest of the largest
-// is drawn: token 0.
+// INTERNAL, naming the lowest such row: its logits hold a NaN or +inf. Where every token is banned
+// the lowest of the largest is drawn: token 0.
 OpStatus CpuSample(CpuContext& context, const SampleArgs& args);
 
 }  // namespace godwit

@@ -25,8 +25,8 @@ OpStatus CpuScoreTokens(CpuContext& context, const ScoreTokensArgs& args) {
                 args.top_logprobs.row<float>(row));
   });
   if (!bad.found()) return {};
-  return context.Fail(OpCode::kInternal,
-                      absl::StrCat("ScoreTokens: logits of row ", bad.row(), " hold a NaN or +inf"));
+  return context.Fail(OpCode::kInternal, absl::StrCat("ScoreTokens: logits of row ", bad.row(),
+                                                      " hold a NaN or +inf"));
 }
 
 }  // namespace godwit

@@ -1,6 +1,7 @@
-// A prefix is found by bisection over the ordered bit patterns of floats: a pass counts (or weighs) the elements at or above
-// a threshold, 16 at a time, until few are left between the two ends; those are sorted. About 12 passes of 4 us for 65,536
-// logits, whatever the distribution; a histogram of digits takes 10 times as long, because logits crowd in a few buckets.
+// A prefix is found by bisection over the ordered bit patterns of floats: a pass counts (or weighs)
+// the elements at or above a threshold, 16 at a time, until few are left between the two ends;
+// those are sorted. About 12 passes of 4 us for 65,536 logits, whatever the distribution; a
+// histogram of digits takes 10 times as long, because logits crowd in a few buckets.
 
 #include "kernels/cpu/selection.h"
 
@@ -57,9 +58,8 @@ Prefix FindPrefix(const IsaTable& isa, const float* x, const float* weights, int
     const uint32_t key = OrderKey(x[i]);
     if (key >= low && key < high) between[num_between++] = static_cast<int32_t>(i);
   }
-  std::sort(between, between + num_between, [x](int32_t a, int32_t b) {
-    return x[a] > x[b] || (x[a] == x[b] && a < b);
-  });
+  std::sort(between, between + num_between,
+            [x](int32_t a, int32_t b) { return x[a] > x[b] || (x[a] == x[b] && a < b); });
   // Where even all of them stay below the target (a rounding), the last of the row is the end.
   Prefix prefix = {low, n};
   for (int64_t i = 0; i < num_between; ++i) {
@@ -119,9 +119,8 @@ void TopLogprobs(const IsaTable& isa, const LogSoftmax& softmax, const float* x,
     if (key < prefix.key || (key == prefix.key && ties_left-- <= 0)) continue;
     ids[taken++] = static_cast<int32_t>(i);
   }
-  std::sort(ids, ids + taken, [x](int32_t a, int32_t b) {
-    return x[a] > x[b] || (x[a] == x[b] && a < b);
-  });
+  std::sort(ids, ids + taken,
+            [x](int32_t a, int32_t b) { return x[a] > x[b] || (x[a] == x[b] && a < b); });
   for (int64_t i = 0; i < taken; ++i) logprobs[i] = softmax.At(x[ids[i]]);
 }
 

@@ -1,4 +1,5 @@
-// The kernels of vector_ops.h over the vectors of simd_<set>-inl.h; compiled once per instruction set.
+// The kernels of vector_ops.h over the vectors of simd_<set>-inl.h; compiled once per instruction
+// set.
 
 #include <cstdint>
 
@@ -51,7 +52,8 @@ inline void ProductTile(const TileProductArgs& args, int row, int column, int la
   }
 }
 
-// All columns of kRows rows, in tiles of kVectors vectors, then halves of it, then the partial vector.
+// All columns of kRows rows, in tiles of kVectors vectors, then halves of it, then the partial
+// vector.
 template <int kRows, int kVectors>
 inline void ProductRows(const TileProductArgs& args, int row, int column) {
   for (; column + kVectors * kLanes <= args.columns; column += kVectors * kLanes) {
@@ -126,7 +128,8 @@ void FoldState(const FoldStateArgs& args) {
   for (; row < args.num_rows; ++row) FoldRows<1, kTileVectors>(args, row, 0);
 }
 
-// One chain of lanes per key, then one fixed tree: the score of a pair depends on nothing but the pair.
+// One chain of lanes per key, then one fixed tree: the score of a pair depends on nothing but the
+// pair.
 template <int kKeys>
 inline void DotKeys(const DotRowsArgs& args, int key) {
   VecF acc[kKeys];
@@ -168,8 +171,8 @@ inline VecF RoundThroughBF16(VecF x) {
   return LoadBF16(bits);
 }
 
-// Rows of a fused projection lie a few KiB apart, where no hardware prefetcher follows: without this half of the time of
-// forming a prompt's rows is spent waiting for them.
+// Rows of a fused projection lie a few KiB apart, where no hardware prefetcher follows: without
+// this half of the time of forming a prompt's rows is spent waiting for them.
 inline constexpr int64_t kPrefetchRows = 8;
 inline void PrefetchRow(const void* x, bool is_bf16, int64_t offset, int64_t n) {
   const char* const p = static_cast<const char*>(x) + offset * (is_bf16 ? 2 : 4);
@@ -211,17 +214,20 @@ void FormHead(const FormHeadArgs& args) {
   }
 }
 
-// Cephes sinf and cosf on |x| <= pi / 4, after the quadrant n is taken off in double: pi / 2 in two parts, the first of 33
-// bits, so that n times it is exact for n < 2^20 and off by 2^-53 of the product beyond.
+// Cephes sinf and cosf on |x| <= pi / 4, after the quadrant n is taken off in double: pi / 2 in two
+// parts, the first of 33 bits, so that n times it is exact for n < 2^20 and off by 2^-53 of the
+// product beyond.
 inline void SinCosOne(double angle, float* cos_out, float* sin_out) {
-  constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: adding and subtracting it rounds to an integer
+  constexpr double kMagic =
+      6755399441055744.0;  // 1.5 * 2^52: adding and subtracting it rounds to an integer
   const double n = (angle * 0.63661977236758134308 + kMagic) - kMagic;
   const double reduced = (angle - n * 1.57079632673412561417) - n * 6.07710050650619224932e-11;
   const double turns = (n * 0.25 + kMagic) - kMagic;
   const int quadrant = static_cast<int>(n - 4.0 * turns);  // in [-2, 2]
   const float x = static_cast<float>(reduced);
   const float z = x * x;
-  const float sin_x = ((-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * x + x;
+  const float sin_x =
+      ((-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * x + x;
   const float cos_x =
       ((2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z -
       0.5f * z + 1.0f;
@@ -240,7 +246,8 @@ void SinCos(const SinCosArgs& args) {
     return;
   }
   for (int64_t i = 0; i < args.n; ++i) {
-    SinCosOne(args.position * static_cast<double>(args.frequency_f32[i]), &args.cos[i], &args.sin[i]);
+    SinCosOne(args.position * static_cast<double>(args.frequency_f32[i]), &args.cos[i],
+              &args.sin[i]);
   }
 }
 
@@ -296,7 +303,8 @@ void ScaleTriangle(const ScaleTriangleArgs& args) {
   }
 }
 
-// Tiles of 4 x 4, whatever the set: 12 instructions for 16 elements, where one element at a time takes 32.
+// Tiles of 4 x 4, whatever the set: 12 instructions for 16 elements, where one element at a time
+// takes 32.
 void Transpose(const TransposeArgs& args) {
   typedef float Quad __attribute__((vector_size(16)));
   auto load = [](const float* p) {
@@ -347,7 +355,8 @@ void SoftmaxRange(SoftmaxRangeArgs& args) {
   int64_t i = 0;
   if (args.n >= kLanes) {
     VecF max_lanes = Load(args.x);
-    for (i = kLanes; i + kLanes <= args.n; i += kLanes) max_lanes = Max(max_lanes, Load(args.x + i));
+    for (i = kLanes; i + kLanes <= args.n; i += kLanes)
+      max_lanes = Max(max_lanes, Load(args.x + i));
     max = ReduceMax(max_lanes);
   }
   for (; i < args.n; ++i) max = args.x[i] > max ? args.x[i] : max;
@@ -391,7 +400,8 @@ void ScanLogits(ScanLogitsArgs& args) {
   for (int lane = 0; lane < kLanes; ++lane) args.bad = args.bad || !(bad[lane] == 0.0f);
 }
 
-// Blocks of 16 vectors are summed in f32 lanes and added up in double: a relative error below 2^-19.
+// Blocks of 16 vectors are summed in f32 lanes and added up in double: a relative error below
+// 2^-19.
 void SumExp(SumExpArgs& args) {
   const VecF shift = Set1(args.max);
   args.sum = 0;
@@ -453,8 +463,9 @@ inline VecF Gumbel(const uint32_t* words) {
   return Sub(Zero(), Log(Sub(Zero(), Add(Log(argument), correction))));
 }
 
-// The words of tokens [4 first, 4 first + 2 kLanes), in token order: kLanes / 2 counters of Philox4x32 (philox.h), one to a
-// 64-bit lane. The upper halves hold what a product reads past, until the end.
+// The words of tokens [4 first, 4 first + 2 kLanes), in token order: kLanes / 2 counters of
+// Philox4x32 (philox.h), one to a 64-bit lane. The upper halves hold what a product reads past,
+// until the end.
 inline void PhiloxBlock(const GumbelArgmaxArgs& args, uint32_t first, uint64_t* words) {
   constexpr int kCounters = kLanes / 2;
   const VecU64 zero = {};

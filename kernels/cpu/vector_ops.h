@@ -1,16 +1,20 @@
 #pragma once
-// Arguments of the vector kernels under lightning attention, paged attention and sampling (IsaTable). Pointers to f32 rows
-// need no alignment. "Padded" rows are zero up to a multiple of kRowPad, so that dot products over them have no tail.
+// Arguments of the vector kernels under lightning attention, paged attention and sampling
+// (IsaTable). Pointers to f32 rows need no alignment. "Padded" rows are zero up to a multiple of
+// kRowPad, so that dot products over them have no tail.
 
 #include <cstdint>
 
 namespace godwit {
 
 inline constexpr int kRowPad = 16;  // the widest vector, in f32
-[[gnu::always_inline]] inline constexpr int64_t PadRow(int64_t n) { return (n + kRowPad - 1) / kRowPad * kRowPad; }
+[[gnu::always_inline]] inline constexpr int64_t PadRow(int64_t n) {
+  return (n + kRowPad - 1) / kRowPad * kRowPad;
+}
 
-// c[r][n] = row_scale[r] * (c0 + sum_{i < depth[r]} a[r][i] b[i][n]), c0 = c[r][n] if accumulate, else 0; i ascending, fused.
-// An element's bits depend on nothing but its own a row, b column and depth.
+// c[r][n] = row_scale[r] * (c0 + sum_{i < depth[r]} a[r][i] b[i][n]), c0 = c[r][n] if accumulate,
+// else 0; i ascending, fused. An element's bits depend on nothing but its own a row, b column and
+// depth.
 struct TileProductArgs {
   const float* a = nullptr;
   int64_t a_stride = 0;
@@ -25,7 +29,8 @@ struct TileProductArgs {
   bool accumulate = false;
 };
 
-// to[d][n] = s + (dS - epsilon s), s = from[d][n], dS = sum_{j < num_tokens} k[j][d] v[j][n], j ascending from zero, fused.
+// to[d][n] = s + (dS - epsilon s), s = from[d][n], dS = sum_{j < num_tokens} k[j][d] v[j][n], j
+// ascending from zero, fused.
 struct FoldStateArgs {
   const float* k = nullptr;  // rows already multiplied by lambda^(num_tokens - 1 - j)
   int64_t k_stride = 0;
@@ -52,7 +57,8 @@ struct DotRowsArgs {
   float* scores = nullptr;
 };
 
-// y[r] = round(scale * lrpe(activation(x[r]))), padded. With cos and sin, y = [x cos, x sin] of width 2 n.
+// y[r] = round(scale * lrpe(activation(x[r]))), padded. With cos and sin, y = [x cos, x sin] of
+// width 2 n.
 struct FormHeadArgs {
   const void* x = nullptr;  // [rows, n], bf16 or f32
   int64_t x_stride = 0;     // elements
@@ -69,10 +75,11 @@ struct FormHeadArgs {
   int64_t y_stride = 0;
 };
 
-// cos and sin of position * frequency[i], the product reduced mod 2 pi in double, within 2 units of the last place of 1.
+// cos and sin of position * frequency[i], the product reduced mod 2 pi in double, within 2 units of
+// the last place of 1.
 struct SinCosArgs {
   double position = 0;
-  const double* frequency = nullptr;        // one of the two
+  const double* frequency = nullptr;  // one of the two
   const float* frequency_f32 = nullptr;
   int64_t n = 0;
   float* cos = nullptr;
@@ -100,7 +107,8 @@ struct ScaleRowsArgs {
   float* y = nullptr;
 };
 
-// x[r][i] *= weights[i - r] for i <= r; what lies beyond the diagonal, up to a multiple of kRowPad, is left undefined.
+// x[r][i] *= weights[i - r] for i <= r; what lies beyond the diagonal, up to a multiple of kRowPad,
+// is left undefined.
 struct ScaleTriangleArgs {
   float* x = nullptr;
   int64_t stride = 0;
@@ -143,7 +151,8 @@ struct SumExpArgs {
   double sum = 0;
 };
 
-// The number of x[i] >= threshold, and the sum of their weights in double (of ones where weights is null).
+// The number of x[i] >= threshold, and the sum of their weights in double (of ones where weights is
+// null).
 struct CountAtLeastArgs {
   const float* x = nullptr;
   const float* weights = nullptr;
@@ -169,8 +178,8 @@ struct TemperArgs {
   float temperature = 1;
 };
 
-// The index of the largest x[i] + gumbel(i), lowest index of equals; gumbel as SampleRow says. x[i] = -inf is never drawn
-// unless all are.
+// The index of the largest x[i] + gumbel(i), lowest index of equals; gumbel as SampleRow says. x[i]
+// = -inf is never drawn unless all are.
 struct GumbelArgmaxArgs {
   const float* x = nullptr;
   int64_t n = 0;

@@ -1,4 +1,5 @@
-// Lightning attention token by token (2401.04658 eq. 4), softmax attention over all keys at once, and the rotation table.
+// Lightning attention token by token (2401.04658 eq. 4), softmax attention over all keys at once,
+// and the rotation table.
 
 #include <algorithm>
 #include <cmath>
@@ -29,7 +30,8 @@ std::vector<double> FormHead(const LightningAttentionArgs& args, const TensorVie
     if (args.qk_activation == Activation::kSilu) value /= 1 + std::exp(-value);
     double sine = 0;
     if (args.theta) {
-      const double angle = std::fmod(Get(args.theta, head, i) * static_cast<double>(position), kTwoPi);
+      const double angle =
+          std::fmod(Get(args.theta, head, i) * static_cast<double>(position), kTwoPi);
       sine = value * std::sin(angle);
       value *= std::cos(angle);
     }
@@ -43,7 +45,10 @@ std::vector<double> FormHead(const LightningAttentionArgs& args, const TensorVie
 class LightningHead {
  public:
   LightningHead(const LightningAttentionArgs& args, const StepRow& row, int64_t head)
-      : args_(args), row_(row), head_(head), key_dim_(args.theta ? 2 * args.head_dim : args.head_dim),
+      : args_(args),
+        row_(row),
+        head_(head),
+        key_dim_(args.theta ? 2 * args.head_dim : args.head_dim),
         lambda_(std::exp(-RateOf(args.decay, head))),
         stored_(args.state.row<float>(row.slot) + head * key_dim_ * args.head_dim),
         state_(stored_, stored_ + key_dim_ * args.head_dim) {}
@@ -69,9 +74,10 @@ class LightningHead {
   // The window row of a position, as a view of one row.
   TensorView WindowRow(int64_t position) const {
     const TensorView& window = args_.window;
-    const int64_t element = row_.slot * window.row_stride + position % window.shape[1] * window.shape[2];
-    return MakeView(static_cast<char*>(window.data) + element * DTypeBytes(window.dtype), window.dtype,
-                    1, window.shape[2]);
+    const int64_t element =
+        row_.slot * window.row_stride + position % window.shape[1] * window.shape[2];
+    return MakeView(static_cast<char*>(window.data) + element * DTypeBytes(window.dtype),
+                    window.dtype, 1, window.shape[2]);
   }
   int64_t KeyColumn() const { return head_ * key_dim_; }
   int64_t ValueColumn() const { return args_.num_heads * key_dim_ + head_ * args_.head_dim; }
@@ -104,7 +110,8 @@ class LightningHead {
       for (int64_t d = 0; d < key_dim_; ++d) {
         sum += q[static_cast<size_t>(d)] * state_[static_cast<size_t>(d * args_.head_dim + n)];
       }
-      Set(args_.o, Token(position), head_ * args_.head_dim + n, static_cast<double>(args_.q_scale) * sum);
+      Set(args_.o, Token(position), head_ * args_.head_dim + n,
+          static_cast<double>(args_.q_scale) * sum);
     }
   }
 
@@ -150,8 +157,8 @@ std::vector<double> RotatedHead(const PagedAttentionArgs& args, const TensorView
 }
 
 // Key or value (part 0, 1) element of a position: [kPagedBlock, head_dim] in a block.
-TensorView CacheRow(const PagedAttentionArgs& args, const StepRow& row, int64_t position, int64_t part,
-                    int64_t kv_head) {
+TensorView CacheRow(const PagedAttentionArgs& args, const StepRow& row, int64_t position,
+                    int64_t part, int64_t kv_head) {
   const int64_t block = args.block_tables[row.block_table + position / kPagedBlock];
   const int64_t element =
       block * args.blocks.row_stride +
@@ -202,7 +209,8 @@ void Attend(const PagedAttentionArgs& args, const StepRow& row, int64_t t, int64
 
 void RefLightningAttention(const LightningAttentionArgs& args) {
   for (int32_t r = 0; r < args.num_rows; ++r) {
-    for (int64_t head = 0; head < args.num_heads; ++head) LightningHead(args, args.rows[r], head).Run();
+    for (int64_t head = 0; head < args.num_heads; ++head)
+      LightningHead(args, args.rows[r], head).Run();
   }
 }
 

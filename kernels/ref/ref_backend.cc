@@ -16,7 +16,9 @@ class RefBackend final : public Backend {
  public:
   virtual ~RefBackend() = default;
 
-  DeviceInfo Info() const override { return {"ref", "double accumulators", kMemoryBytes, kMemoryBytes}; }
+  DeviceInfo Info() const override {
+    return {"ref", "double accumulators", kMemoryBytes, kMemoryBytes};
+  }
 
   OpStatus Allocate(int64_t num_bytes, void** data) override {
     if (num_bytes < 0) return {OpCode::kInvalidArgument, "Allocate: a negative size"};

@@ -1,6 +1,6 @@
 #pragma once
-// The truth for tests: every op of ops.h as the obvious loops, with double accumulators, on one thread. Whole models run on
-// it too. Never linked into the server.
+// The truth for tests: every op of ops.h as the obvious loops, with double accumulators, on one
+// thread. Whole models run on it too. Never linked into the server.
 
 #include <memory>
 
@@ -8,10 +8,12 @@
 
 namespace godwit {
 
-// Never fails. A matrix is kept as row-major f32, whatever its dtype says (PackMatrixRows rounds to that dtype first).
+// Never fails. A matrix is kept as row-major f32, whatever its dtype says (PackMatrixRows rounds to
+// that dtype first).
 std::unique_ptr<Backend, BackendDeleter> CreateRefBackend();
 
-// The ops alone, on host memory, for tests that compare with them. Each assumes that Validate passed.
+// The ops alone, on host memory, for tests that compare with them. Each assumes that Validate
+// passed.
 void RefEmbedTokens(const EmbedTokensArgs& args);
 void RefLinear(const LinearArgs& args);
 void RefGatedLinear(const GatedLinearArgs& args);

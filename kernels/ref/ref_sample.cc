@@ -25,7 +25,8 @@ bool IsBad(const TensorView& logits, int64_t row) {
 
 std::vector<double> RowOf(const TensorView& logits, int64_t row) {
   std::vector<double> result(static_cast<size_t>(logits.row_elements()));
-  for (size_t id = 0; id < result.size(); ++id) result[id] = Get(logits, row, static_cast<int64_t>(id));
+  for (size_t id = 0; id < result.size(); ++id)
+    result[id] = Get(logits, row, static_cast<int64_t>(id));
   return result;
 }
 

@@ -1,5 +1,6 @@
 #pragma once
-// Tensors of a test in the memory of the back end under test: uploaded from floats, downloaded to floats, freed at the end.
+// Tensors of a test in the memory of the back end under test: uploaded from floats, downloaded to
+// floats, freed at the end.
 
 #include <bit>
 #include <cstdint>
@@ -137,7 +138,8 @@ class DeviceArena {
 };
 
 // Equal as bits: 0 and -0 differ.
-inline ::testing::AssertionResult SameBits(const std::vector<float>& a, const std::vector<float>& b) {
+inline ::testing::AssertionResult SameBits(const std::vector<float>& a,
+                                           const std::vector<float>& b) {
   if (a.size() != b.size()) return ::testing::AssertionFailure() << a.size() << " and " << b.size();
   for (size_t i = 0; i < a.size(); ++i) {
     if (std::bit_cast<uint32_t>(a[i]) != std::bit_cast<uint32_t>(b[i])) {

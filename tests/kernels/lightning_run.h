@@ -18,15 +18,17 @@ struct LightningShape {
   Activation activation = Activation::kSilu;
   std::vector<double> rates;  // [heads]
   int num_slots = 4;
-  int window_rows = 33;       // 15 + 18: up to 9 rows a step, one step in flight
+  int window_rows = 33;  // 15 + 18: up to 9 rows a step, one step in flight
   bool zero_state = false;
-  bool magnitude = false;     // inputs, states and rotations replaced by their magnitudes: a bound of every sum
+  bool magnitude =
+      false;  // inputs, states and rotations replaced by their magnitudes: a bound of every sum
 
   int key_dim() const { return lrpe ? 2 * head_dim : head_dim; }
   int width() const { return heads * head_dim; }
 };
 
-// Rates of a layer: ALiBi slopes (2^p heads, then every second slope of twice as many) times 1 - l / (L - 1) + 1e-5.
+// Rates of a layer: ALiBi slopes (2^p heads, then every second slope of twice as many) times 1 - l
+// / (L - 1) + 1e-5.
 inline std::vector<double> LayerRates(int heads, int layer, int num_layers) {
   auto slopes = [](int n) {
     std::vector<double> result;
@@ -37,7 +39,8 @@ inline std::vector<double> LayerRates(int heads, int layer, int num_layers) {
   while (2 * power <= heads) power *= 2;
   std::vector<double> rates = slopes(power);
   const std::vector<double> more = slopes(2 * power);
-  for (int h = 0; static_cast<int>(rates.size()) < heads; h += 2) rates.push_back(more[static_cast<size_t>(h)]);
+  for (int h = 0; static_cast<int>(rates.size()) < heads; h += 2)
+    rates.push_back(more[static_cast<size_t>(h)]);
   for (double& rate : rates) rate *= 1.0 - static_cast<double>(layer) / (num_layers - 1) + 1e-5;
   return rates;
 }
@@ -58,9 +61,17 @@ struct LightningPiece {
 inline int64_t FloorTo(int64_t x, int64_t multiple) { return x / multiple * multiple; }
 
 // Prompt rows [begin, end) with whole blocks in P-form (p_form), folded as far as they go.
-inline LightningPiece Prefill(int sequence, int slot, int64_t begin, int64_t end, bool p_form = true) {
-  LightningPiece piece{sequence, slot, begin, static_cast<int>(end - begin), true,
-                       FloorTo(begin, kWindow), FloorTo(end, kWindow), 0, 0};
+inline LightningPiece Prefill(int sequence, int slot, int64_t begin, int64_t end,
+                              bool p_form = true) {
+  LightningPiece piece{sequence,
+                       slot,
+                       begin,
+                       static_cast<int>(end - begin),
+                       true,
+                       FloorTo(begin, kWindow),
+                       FloorTo(end, kWindow),
+                       0,
+                       0};
   const int64_t p_begin = FloorTo(begin + kPrefillBlock - 1, kPrefillBlock);
   const int64_t p_end = FloorTo(end, kPrefillBlock);
   if (p_form && p_begin < p_end) {
@@ -69,11 +80,19 @@ inline LightningPiece Prefill(int sequence, int slot, int64_t begin, int64_t end
   }
   return piece;
 }
-// Decode or verify rows; the base stands at the window of `confirmed_before` and moves to that of `confirmed`.
+// Decode or verify rows; the base stands at the window of `confirmed_before` and moves to that of
+// `confirmed`.
 inline LightningPiece Decode(int sequence, int slot, int64_t position, int num_tokens,
                              int64_t confirmed_before, int64_t confirmed) {
-  return {sequence, slot, position, num_tokens, false, FloorTo(confirmed_before, kWindow),
-          FloorTo(confirmed, kWindow), 0, 0};
+  return {sequence,
+          slot,
+          position,
+          num_tokens,
+          false,
+          FloorTo(confirmed_before, kWindow),
+          FloorTo(confirmed, kWindow),
+          0,
+          0};
 }
 
 class LightningRun {
@@ -82,7 +101,8 @@ class LightningRun {
       : shape_(shape), arena_(backend), max_tokens_(max_tokens), seed_(seed) {
     std::vector<float> decay, epsilon;
     for (const double s : shape.rates) {
-      for (int m = 0; m <= kPrefillBlock; ++m) decay.push_back(static_cast<float>(std::exp(-s * m)));
+      for (int m = 0; m <= kPrefillBlock; ++m)
+        decay.push_back(static_cast<float>(std::exp(-s * m)));
       epsilon.push_back(static_cast<float>(-std::expm1(-s * kWindow)));
       epsilon.push_back(static_cast<float>(-std::expm1(-s * kPrefillBlock)));
     }
@@ -91,33 +111,39 @@ class LightningRun {
     state_elements_ = int64_t{shape.heads} * shape.key_dim() * shape.head_dim;
     std::vector<float> state;
     for (int slot = 0; slot < shape.num_slots; ++slot) {
-      const std::vector<float> part = Values(1000 + static_cast<uint32_t>(slot), state_elements_, DType::kF32);
+      const std::vector<float> part =
+          Values(1000 + static_cast<uint32_t>(slot), state_elements_, DType::kF32);
       state.insert(state.end(), part.begin(), part.end());
     }
     if (shape.zero_state) std::fill(state.begin(), state.end(), 0.0f);
-    state_ = arena_.Floats(DType::kF32, {shape.num_slots, shape.heads, shape.key_dim(), shape.head_dim}, state);
+    state_ = arena_.Floats(DType::kF32,
+                           {shape.num_slots, shape.heads, shape.key_dim(), shape.head_dim}, state);
     const int64_t row = int64_t{shape.heads} * (shape.key_dim() + shape.head_dim);
     // Garbage that would show: no row is read before it is written.
-    window_ = arena_.Floats(shape.act, {shape.num_slots, shape.window_rows, row},
-                            std::vector<float>(static_cast<size_t>(shape.num_slots * shape.window_rows * row), NAN));
+    window_ = arena_.Floats(
+        shape.act, {shape.num_slots, shape.window_rows, row},
+        std::vector<float>(static_cast<size_t>(shape.num_slots * shape.window_rows * row), NAN));
     if (shape.lrpe) {
       std::vector<float> theta;
       for (int j = 0; j < shape.width(); ++j) {
-        theta.push_back(shape.magnitude ? 0.0f : static_cast<float>(std::pow(10000.0, -2.0 * j / shape.width())));
+        theta.push_back(shape.magnitude
+                            ? 0.0f
+                            : static_cast<float>(std::pow(10000.0, -2.0 * j / shape.width())));
       }
       theta_ = arena_.Floats(DType::kF32, {shape.heads, shape.head_dim}, theta);
     }
   }
 
-  // Runs one step; tokens in the order of `pieces` (decode pieces first). Outputs land in output(sequence).
+  // Runs one step; tokens in the order of `pieces` (decode pieces first). Outputs land in
+  // output(sequence).
   void Step(const std::vector<LightningPiece>& pieces) {
     DeviceArena arena(arena_.backend());
     std::vector<StepRow> rows;
     std::vector<float> qkv;
     int32_t num_tokens = 0, num_decode = 0;
     for (const LightningPiece& piece : pieces) {
-      rows.push_back({num_tokens, piece.num_tokens, piece.slot, piece.prefill, piece.position, piece.base,
-                      piece.base_after, piece.p_begin, piece.p_end, 0});
+      rows.push_back({num_tokens, piece.num_tokens, piece.slot, piece.prefill, piece.position,
+                      piece.base, piece.base_after, piece.p_begin, piece.p_end, 0});
       num_tokens += piece.num_tokens;
       if (!piece.prefill) num_decode += piece.num_tokens;
       const Sequence& tokens = Tokens(piece.sequence);
@@ -147,7 +173,8 @@ class LightningRun {
     auto from = o.begin();
     for (const LightningPiece& piece : pieces) {
       const int64_t count = int64_t{piece.num_tokens} * shape_.width();
-      std::copy(from, from + count, Tokens(piece.sequence).o.begin() + piece.position * shape_.width());
+      std::copy(from, from + count,
+                Tokens(piece.sequence).o.begin() + piece.position * shape_.width());
       from += count;
     }
   }
@@ -163,8 +190,9 @@ class LightningRun {
     return {all.begin() + slot * state_elements_, all.begin() + (slot + 1) * state_elements_};
   }
   void SetState(int slot, const std::vector<float>& values) {
-    const OpStatus status = arena_.backend().CopyFromHost(state_.row<float>(slot), values.data(),
-                                                          static_cast<int64_t>(values.size() * sizeof(float)));
+    const OpStatus status =
+        arena_.backend().CopyFromHost(state_.row<float>(slot), values.data(),
+                                      static_cast<int64_t>(values.size() * sizeof(float)));
     ASSERT_TRUE(status.ok());
   }
   // q, k, v of all tokens, [max_tokens, 3 width].
@@ -221,13 +249,16 @@ class LightningRun {
   std::vector<Sequence> sequences_;
 };
 
-// What f32 arithmetic may differ by from exact sums whose terms' magnitudes add up to `magnitude` (a run of the same shape
-// with .magnitude): chains of d_k + 2 P products, a fold a window, and 8 roundings of a term before it enters; and, where k is
-// rounded to bf16 after an activation or rotation that may itself be off by a rounding, one bf16 unit of the term. A rotated
-// term is a sum of two products, each no larger than the term's magnitude.
-inline std::vector<double> LightningTolerance(const LightningShape& shape, const std::vector<float>& magnitude,
+// What f32 arithmetic may differ by from exact sums whose terms' magnitudes add up to `magnitude`
+// (a run of the same shape with .magnitude): chains of d_k + 2 P products, a fold a window, and 8
+// roundings of a term before it enters; and, where k is rounded to bf16 after an activation or
+// rotation that may itself be off by a rounding, one bf16 unit of the term. A rotated term is a sum
+// of two products, each no larger than the term's magnitude.
+inline std::vector<double> LightningTolerance(const LightningShape& shape,
+                                              const std::vector<float>& magnitude,
                                               int64_t num_tokens) {
-  const double roundings = shape.key_dim() + 2.0 * kPrefillBlock + 3.0 * static_cast<double>(num_tokens) / kWindow + 8;
+  const double roundings =
+      shape.key_dim() + 2.0 * kPrefillBlock + 3.0 * static_cast<double>(num_tokens) / kWindow + 8;
   double relative = roundings * std::ldexp(1.0, -24);
   const bool rounds_k = shape.activation != Activation::kNone || shape.lrpe;
   if (shape.act == DType::kBF16 && rounds_k) relative += std::ldexp(1.0, -8);

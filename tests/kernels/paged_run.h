@@ -32,14 +32,20 @@ struct PagedPiece {
 class PagedRun {
  public:
   PagedRun(Backend& backend, const PagedShape& shape, int64_t max_tokens, uint32_t seed = 1)
-      : shape_(shape), arena_(backend), max_tokens_(max_tokens), seed_(seed),
+      : shape_(shape),
+        arena_(backend),
+        max_tokens_(max_tokens),
+        seed_(seed),
         blocks_per_sequence_((max_tokens + kPagedBlock - 1) / kPagedBlock) {
     const int64_t num_blocks = blocks_per_sequence_ * shape.max_sequences;
     // Garbage that would show: nothing beyond a sequence's end is read.
     blocks_ = arena_.Floats(
         shape.act, {num_blocks, 2, shape.kv_heads, int64_t{kPagedBlock} * shape.head_dim},
-        std::vector<float>(static_cast<size_t>(num_blocks * 2 * shape.kv_heads * kPagedBlock * shape.head_dim), NAN));
-    // Blocks of a sequence are scattered: entry i of sequence s is block i * max_sequences + s, from the far end.
+        std::vector<float>(
+            static_cast<size_t>(num_blocks * 2 * shape.kv_heads * kPagedBlock * shape.head_dim),
+            NAN));
+    // Blocks of a sequence are scattered: entry i of sequence s is block i * max_sequences + s,
+    // from the far end.
     std::vector<int32_t> tables;
     for (int s = 0; s < shape.max_sequences; ++s) {
       for (int64_t i = 0; i < blocks_per_sequence_; ++i) {
@@ -69,7 +75,8 @@ class PagedRun {
       qkv.insert(qkv.end(), begin, begin + piece.num_tokens * width);
       for (int64_t t = piece.position; t < piece.position + piece.num_tokens; ++t) {
         for (int i = 0; i < shape_.rotary_pairs; ++i) {
-          const double angle = static_cast<double>(t) * std::pow(10000.0, -static_cast<double>(i) / shape_.rotary_pairs);
+          const double angle = static_cast<double>(t) *
+                               std::pow(10000.0, -static_cast<double>(i) / shape_.rotary_pairs);
           cos.push_back(static_cast<float>(std::cos(angle)));
           sin.push_back(static_cast<float>(std::sin(angle)));
         }
@@ -79,7 +86,8 @@ class PagedRun {
     PagedAttentionArgs args;
     args.q = ColumnRange(fused, 0, shape_.heads * shape_.head_dim);
     args.k = ColumnRange(fused, shape_.heads * shape_.head_dim, shape_.kv_heads * shape_.head_dim);
-    args.v = ColumnRange(fused, (shape_.heads + shape_.kv_heads) * shape_.head_dim, shape_.kv_heads * shape_.head_dim);
+    args.v = ColumnRange(fused, (shape_.heads + shape_.kv_heads) * shape_.head_dim,
+                         shape_.kv_heads * shape_.head_dim);
     if (shape_.rotary_pairs > 0) {
       args.cos = arena.Floats(DType::kF32, {num_tokens, shape_.rotary_pairs}, cos);
       args.sin = arena.Floats(DType::kF32, {num_tokens, shape_.rotary_pairs}, sin);
@@ -101,7 +109,8 @@ class PagedRun {
     auto from = o.begin();
     for (const PagedPiece& piece : pieces) {
       const int64_t row = int64_t{shape_.heads} * shape_.head_dim;
-      std::copy(from, from + piece.num_tokens * row, Tokens(piece.sequence).o.begin() + piece.position * row);
+      std::copy(from, from + piece.num_tokens * row,
+                Tokens(piece.sequence).o.begin() + piece.position * row);
       from += piece.num_tokens * row;
     }
   }
@@ -113,9 +122,10 @@ class PagedRun {
     return {o.begin() + begin * row, o.begin() + end * row};
   }
 
-  // What f32 arithmetic may differ by from exact results, for every output: with scores of magnitude up to A = scale sum |q k|
-  // their error is e = (head_dim + 4) 2^-24 A, the weights' relative error 2 e + 4 2^-23, and a sum of num_keys products adds
-  // num_keys 2^-24; all times the largest |v|. Keys rounded to bf16 after a rotation that is off by a rounding: 2^-8 A more.
+  // What f32 arithmetic may differ by from exact results, for every output: with scores of
+  // magnitude up to A = scale sum |q k| their error is e = (head_dim + 4) 2^-24 A, the weights'
+  // relative error 2 e + 4 2^-23, and a sum of num_keys products adds num_keys 2^-24; all times the
+  // largest |v|. Keys rounded to bf16 after a rotation that is off by a rounding: 2^-8 A more.
   std::vector<double> Tolerance(int sequence) {
     const std::vector<float>& qkv = Tokens(sequence).qkv;
     const int64_t q_width = int64_t{shape_.heads} * shape_.head_dim;
@@ -130,8 +140,10 @@ class PagedRun {
     // |q . k| <= |q| |k| <= head_dim max_q max_k; a rotation keeps the norm.
     const double scores = static_cast<double>(shape_.scale()) * shape_.head_dim * max_q * max_k;
     double score_error = (shape_.head_dim + 4) * std::ldexp(1.0, -24) * scores;
-    if (shape_.act == DType::kBF16 && shape_.rotary_pairs > 0) score_error += std::ldexp(1.0, -8) * scores;
-    const double relative = 2 * score_error + std::ldexp(1.0, -21) + static_cast<double>(max_tokens_) * std::ldexp(1.0, -24);
+    if (shape_.act == DType::kBF16 && shape_.rotary_pairs > 0)
+      score_error += std::ldexp(1.0, -8) * scores;
+    const double relative = 2 * score_error + std::ldexp(1.0, -21) +
+                            static_cast<double>(max_tokens_) * std::ldexp(1.0, -24);
     return std::vector<double>(Tokens(sequence).o.size(), relative * max_v);
   }
 
@@ -144,8 +156,9 @@ class PagedRun {
     while (static_cast<int>(sequences_.size()) <= sequence) {
       const uint32_t seed = seed_ * 7919 + static_cast<uint32_t>(sequences_.size());
       const int64_t width = int64_t{shape_.heads + 2 * shape_.kv_heads} * shape_.head_dim;
-      sequences_.push_back({RandomValues(seed, max_tokens_ * width, shape_.act),
-                            std::vector<float>(static_cast<size_t>(max_tokens_ * shape_.heads * shape_.head_dim))});
+      sequences_.push_back(
+          {RandomValues(seed, max_tokens_ * width, shape_.act),
+           std::vector<float>(static_cast<size_t>(max_tokens_ * shape_.heads * shape_.head_dim))});
     }
     return sequences_[static_cast<size_t>(sequence)];
   }

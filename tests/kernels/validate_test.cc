@@ -26,7 +26,8 @@ struct Rejection {
 };
 
 template <typename Args>
-void ExpectRejections(const Args& good, const std::string& op, const std::vector<Rejection<Args>>& rejections) {
+void ExpectRejections(const Args& good, const std::string& op,
+                      const std::vector<Rejection<Args>>& rejections) {
   EXPECT_TRUE(Validate(good).ok()) << Validate(good).text;
   for (const Rejection<Args>& rejection : rejections) {
     Args args = good;
@@ -83,7 +84,8 @@ TEST(ValidateTest, Linear) {
        {[](auto& a) { a.input.norm.weight.shape[0] = 7; }, "norm weight has size 7"},
        {[](auto& a) { a.input.norm.weight.dtype = DType::kBF16; }, "norm weight has dtype bf16"},
        {[](auto& a) { a.input.norm.weight_offset = INFINITY; }, "norm weight_offset is inf"},
-       {[](auto& a) { a.input.gate.shape[0] = 4; }, "input.gate has size 4 in dimension 0, expected 5"},
+       {[](auto& a) { a.input.gate.shape[0] = 4; },
+        "input.gate has size 4 in dimension 0, expected 5"},
        {[](auto& a) { a.input.gate.dtype = DType::kU32; }, "input.gate has dtype u32"},
        {[](auto& a) { a.y.dtype = DType::kI64; }, "y has dtype i64"},
        {[](auto& a) { a.y.shape[1] = 5; }, "y has size 5 in dimension 1, expected 6"},
@@ -128,13 +130,14 @@ TEST(ValidateTest, GatherRows) {
   good.x = View(DType::kF32, 5, 8);
   good.rows = View(DType::kI32, 2);
   good.y = View(DType::kF32, 2, 8);
-  ExpectRejections<GatherRowsArgs>(good, "GatherRows",
-                                   {{[](auto& a) { a.x.dtype = DType::kBF16; }, "x has dtype bf16"},
-                                    {[](auto& a) { a.x.rank = 1; }, "x has rank 1, expected 2"},
-                                    {[](auto& a) { a.rows.dtype = DType::kI64; }, "rows has dtype i64"},
-                                    {[](auto& a) { a.rows.rank = 2; }, "rows has rank 2"},
-                                    {[](auto& a) { a.y.dtype = DType::kBF16; }, "y has dtype bf16"},
-                                    {[](auto& a) { a.y.shape[0] = 3; }, "y has size 3"}});
+  ExpectRejections<GatherRowsArgs>(
+      good, "GatherRows",
+      {{[](auto& a) { a.x.dtype = DType::kBF16; }, "x has dtype bf16"},
+       {[](auto& a) { a.x.rank = 1; }, "x has rank 1, expected 2"},
+       {[](auto& a) { a.rows.dtype = DType::kI64; }, "rows has dtype i64"},
+       {[](auto& a) { a.rows.rank = 2; }, "rows has rank 2"},
+       {[](auto& a) { a.y.dtype = DType::kBF16; }, "y has dtype bf16"},
+       {[](auto& a) { a.y.shape[0] = 3; }, "y has size 3"}});
 }
 
 TEST(ValidateTest, LightningAttention) {
@@ -162,12 +165,14 @@ TEST(ValidateTest, LightningAttention) {
        {[](auto& a) { a.k.shape[0] = 4; }, "k has size 4"},
        {[](auto& a) { a.v.dtype = DType::kF32; }, "v has dtype f32, expected bf16"},
        {[](auto& a) { a.v.data = nullptr; }, "v is absent"},
-       {[](auto& a) { a.qk_activation = static_cast<Activation>(2); }, "qk_activation 2 is unknown"},
+       {[](auto& a) { a.qk_activation = static_cast<Activation>(2); },
+        "qk_activation 2 is unknown"},
        {[](auto& a) { a.q_scale = NAN; }, "q_scale is nan"},
        {[](auto& a) { a.theta.dtype = DType::kBF16; }, "theta has dtype bf16"},
        {[](auto& a) { a.theta.shape[1] = 3; }, "theta has size 3"},
        {[](auto& a) { a.theta = {}; }, "state has size 8 in dimension 2, expected 4"},
-       {[](auto& a) { a.decay.decay.shape[1] = 64; }, "decay.decay has size 64 in dimension 1, expected 65"},
+       {[](auto& a) { a.decay.decay.shape[1] = 64; },
+        "decay.decay has size 64 in dimension 1, expected 65"},
        {[](auto& a) { a.decay.decay.dtype = DType::kBF16; }, "decay.decay has dtype bf16"},
        {[](auto& a) { a.decay.fold_epsilon.shape[1] = 1; }, "decay.fold_epsilon has size 1"},
        {[](auto& a) { a.decay.fold_epsilon.data = nullptr; }, "decay.fold_epsilon is absent"},
@@ -192,16 +197,17 @@ TEST(ValidateTest, Rope) {
   good.inv_freq = inv_freq;
   good.num_freqs = 4;
   good.cos = good.sin = View(DType::kF32, 3, 4);
-  ExpectRejections<RopeArgs>(good, "Rope",
-                             {{[](auto& a) { a.positions.dtype = DType::kI32; }, "positions has dtype i32"},
-                              {[](auto& a) { a.positions.rank = 2; }, "positions has rank 2"},
-                              {[](auto& a) { a.inv_freq = nullptr; }, "inv_freq is absent"},
-                              {[](auto& a) { a.num_freqs = 0; }, "num_freqs is 0"},
-                              {[](auto& a) { a.attention_factor = NAN; }, "attention_factor is nan"},
-                              {[](auto& a) { a.cos.shape[1] = 5; }, "cos has size 5"},
-                              {[](auto& a) { a.cos.dtype = DType::kBF16; }, "cos has dtype bf16"},
-                              {[](auto& a) { a.sin.shape[0] = 2; }, "sin has size 2"},
-                              {[](auto& a) { a.sin.dtype = DType::kBF16; }, "sin has dtype bf16"}});
+  ExpectRejections<RopeArgs>(
+      good, "Rope",
+      {{[](auto& a) { a.positions.dtype = DType::kI32; }, "positions has dtype i32"},
+       {[](auto& a) { a.positions.rank = 2; }, "positions has rank 2"},
+       {[](auto& a) { a.inv_freq = nullptr; }, "inv_freq is absent"},
+       {[](auto& a) { a.num_freqs = 0; }, "num_freqs is 0"},
+       {[](auto& a) { a.attention_factor = NAN; }, "attention_factor is nan"},
+       {[](auto& a) { a.cos.shape[1] = 5; }, "cos has size 5"},
+       {[](auto& a) { a.cos.dtype = DType::kBF16; }, "cos has dtype bf16"},
+       {[](auto& a) { a.sin.shape[0] = 2; }, "sin has size 2"},
+       {[](auto& a) { a.sin.dtype = DType::kBF16; }, "sin has dtype bf16"}});
 }
 
 TEST(ValidateTest, PagedAttention) {
@@ -251,13 +257,14 @@ TEST(ValidateTest, CountTokens) {
   CountTokensArgs good;
   good.counts = View(DType::kU32, 2, 10);
   good.token_ids = View(DType::kI32, 4);
-  ExpectRejections<CountTokensArgs>(good, "CountTokens",
-                                    {{[](auto& a) { a.counts.dtype = DType::kI32; }, "counts has dtype i32"},
-                                     {[](auto& a) { a.counts.rank = 1; }, "counts has rank 1"},
-                                     {[](auto& a) { a.slot = 2; }, "slot is 2, not in [0, 1]"},
-                                     {[](auto& a) { a.slot = -1; }, "slot is -1"},
-                                     {[](auto& a) { a.token_ids.dtype = DType::kU32; }, "token_ids has dtype u32"},
-                                     {[](auto& a) { a.token_ids.rank = 2; }, "token_ids has rank 2"}});
+  ExpectRejections<CountTokensArgs>(
+      good, "CountTokens",
+      {{[](auto& a) { a.counts.dtype = DType::kI32; }, "counts has dtype i32"},
+       {[](auto& a) { a.counts.rank = 1; }, "counts has rank 1"},
+       {[](auto& a) { a.slot = 2; }, "slot is 2, not in [0, 1]"},
+       {[](auto& a) { a.slot = -1; }, "slot is -1"},
+       {[](auto& a) { a.token_ids.dtype = DType::kU32; }, "token_ids has dtype u32"},
+       {[](auto& a) { a.token_ids.rank = 2; }, "token_ids has rank 2"}});
 }
 
 TEST(ValidateTest, Sample) {

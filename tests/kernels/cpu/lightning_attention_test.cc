@@ -1,5 +1,5 @@
-// The anchor rule as bits: how a sequence is cut into steps, batched, lagged or rolled back changes nothing. And the
-// arithmetic against the recurrence in double.
+// The anchor rule as bits: how a sequence is cut into steps, batched, lagged or rolled back changes
+// nothing. And the arithmetic against the recurrence in double.
 
 #include <cmath>
 #include <memory>
@@ -23,8 +23,10 @@ class CpuLightningAttentionTest : public ::testing::TestWithParam<const char*> {
   }
   Backend& backend() { return *backend_; }
 
-  // One sequence in decode steps of one token, everything confirmed: the yardstick of the bit-equality tests.
-  std::vector<float> DecodeAlone(const LightningShape& shape, int64_t num_tokens, int sequence = 0, int slot = 0) {
+  // One sequence in decode steps of one token, everything confirmed: the yardstick of the
+  // bit-equality tests.
+  std::vector<float> DecodeAlone(const LightningShape& shape, int64_t num_tokens, int sequence = 0,
+                                 int slot = 0) {
     LightningRun run(backend(), shape, num_tokens);
     for (int64_t t = 0; t < num_tokens; ++t) {
       run.Step({Decode(sequence, slot, t, 1, std::max<int64_t>(t - 1, 0), t)});
@@ -71,7 +73,8 @@ TEST_P(CpuLightningAttentionTest, AnyCutsMatchTheRecurrence) {
       for (const int64_t cut : {1, 7, 32, 64, 203, 256}) {
         for (const bool p_form : {false, true}) {
           LightningRun run(backend(), shape, n);
-          for (int64_t t = 0; t < n; t += cut) run.Step({Prefill(0, 0, t, std::min(t + cut, n), p_form)});
+          for (int64_t t = 0; t < n; t += cut)
+            run.Step({Prefill(0, 0, t, std::min(t + cut, n), p_form)});
           EXPECT_TRUE(Within(run.output(0), expected.output, expected.tolerance))
               << "layer " << layer << " cut " << cut << " p_form " << p_form;
         }
@@ -98,19 +101,23 @@ TEST_P(CpuLightningAttentionTest, MatchesTheQuadraticForm) {
       for (int64_t j = 0; j <= t; ++j) {
         double dot = 0, abs_dot = 0;
         for (int64_t i = 0; i < shape.head_dim; ++i) {
-          const double q = static_cast<double>(qkv[static_cast<size_t>(t * 3 * width + head * shape.head_dim + i)]);
-          const double k =
-              static_cast<double>(qkv[static_cast<size_t>((j * 3 + 1) * width + head * shape.head_dim + i)]);
+          const double q = static_cast<double>(
+              qkv[static_cast<size_t>(t * 3 * width + head * shape.head_dim + i)]);
+          const double k = static_cast<double>(
+              qkv[static_cast<size_t>((j * 3 + 1) * width + head * shape.head_dim + i)]);
           dot += q * k;
           abs_dot += std::abs(q * k);
         }
-        const double v = static_cast<double>(qkv[static_cast<size_t>((j * 3 + 2) * width + column)]);
-        const double weight = std::exp(-shape.rates[static_cast<size_t>(head)] * static_cast<double>(t - j));
+        const double v =
+            static_cast<double>(qkv[static_cast<size_t>((j * 3 + 2) * width + column)]);
+        const double weight =
+            std::exp(-shape.rates[static_cast<size_t>(head)] * static_cast<double>(t - j));
         sum += weight * dot * v;
         magnitude += weight * abs_dot * std::abs(v);
       }
       const double tolerance = LightningTolerance(shape, {static_cast<float>(magnitude)}, n)[0];
-      EXPECT_NEAR(static_cast<double>(run.output(0)[static_cast<size_t>(t * width + column)]), sum, tolerance);
+      EXPECT_NEAR(static_cast<double>(run.output(0)[static_cast<size_t>(t * width + column)]), sum,
+                  tolerance);
     }
   }
 }
@@ -136,8 +143,10 @@ TEST_P(CpuLightningAttentionTest, SlopesOfAllLayersAndHeadCounts) {
       const Expected expected = RunReference(shape, 100);
       LightningRun run(backend(), shape, 100);
       run.Step({Prefill(0, 0, 0, 70)});
-      for (int64_t t = 70; t < 100; ++t) run.Step({Decode(0, 0, t, 1, std::max<int64_t>(t - 1, 70), t)});
-      EXPECT_TRUE(Within(run.output(0), expected.output, expected.tolerance)) << heads << " " << layer;
+      for (int64_t t = 70; t < 100; ++t)
+        run.Step({Decode(0, 0, t, 1, std::max<int64_t>(t - 1, 70), t)});
+      EXPECT_TRUE(Within(run.output(0), expected.output, expected.tolerance))
+          << heads << " " << layer;
     }
   }
 }
@@ -153,7 +162,8 @@ TEST_P(CpuLightningAttentionTest, KeysOf256ColumnsByLrpe) {
     const Expected expected = RunReference(shape, 150);
     LightningRun run(backend(), shape, 150);
     run.Step({Prefill(0, 0, 0, 130)});
-    for (int64_t t = 130; t < 150; ++t) run.Step({Decode(0, 0, t, 1, std::max<int64_t>(t - 1, 130), t)});
+    for (int64_t t = 130; t < 150; ++t)
+      run.Step({Decode(0, 0, t, 1, std::max<int64_t>(t - 1, 130), t)});
     EXPECT_TRUE(Within(run.output(0), expected.output, expected.tolerance));
   }
 }
@@ -168,7 +178,8 @@ TEST_P(CpuLightningAttentionTest, WindowFormHasTheSameBitsInAnyCuts) {
       const std::vector<float> alone = DecodeAlone(shape, n);
       for (const int64_t cut : {2, 7, 16, 33, 150}) {
         LightningRun run(backend(), shape, n);
-        for (int64_t t = 0; t < n; t += cut) run.Step({Prefill(0, 0, t, std::min(t + cut, n), false)});
+        for (int64_t t = 0; t < n; t += cut)
+          run.Step({Prefill(0, 0, t, std::min(t + cut, n), false)});
         EXPECT_TRUE(SameBits(run.output(0), alone)) << cut;
       }
     }
@@ -197,7 +208,8 @@ TEST_P(CpuLightningAttentionTest, PrefillFromAnyPositionHasTheSameBitsInCutsAtMu
     std::vector<std::vector<float>> outputs;
     for (const int64_t cut : {64, 128, 512}) {
       LightningRun run(backend(), shape, n);
-      for (int64_t t = 0; t < begin; ++t) run.Step({Decode(0, 0, t, 1, std::max<int64_t>(t - 1, 0), t)});
+      for (int64_t t = 0; t < begin; ++t)
+        run.Step({Decode(0, 0, t, 1, std::max<int64_t>(t - 1, 0), t)});
       for (int64_t t = begin; t < n;) {
         const int64_t end = std::min(FloorTo(t, kPrefillBlock) + cut, n);
         LightningPiece piece = Prefill(0, 0, t, end);
@@ -220,7 +232,8 @@ TEST_P(CpuLightningAttentionTest, MixedBatchHasTheBitsOfEachAlone) {
     LightningRun run(backend(), shape, n);
     run.Step({Prefill(sequence, slots[static_cast<size_t>(sequence)], 0, 70)});
     for (int64_t t = 70; t < n; ++t) {
-      run.Step({Decode(sequence, slots[static_cast<size_t>(sequence)], t, 1, std::max<int64_t>(t - 1, 70), t)});
+      run.Step({Decode(sequence, slots[static_cast<size_t>(sequence)], t, 1,
+                       std::max<int64_t>(t - 1, 70), t)});
     }
     alone.push_back(run.output(sequence));
   }
@@ -228,7 +241,8 @@ TEST_P(CpuLightningAttentionTest, MixedBatchHasTheBitsOfEachAlone) {
   LightningRun run(backend(), shape, n);
   run.Step({Prefill(0, slots[0], 0, 70)});
   auto decode = [&](int sequence, int64_t t) {
-    return Decode(sequence, slots[static_cast<size_t>(sequence)], t, 1, std::max<int64_t>(t - 1, 70), t);
+    return Decode(sequence, slots[static_cast<size_t>(sequence)], t, 1,
+                  std::max<int64_t>(t - 1, 70), t);
   };
   run.Step({decode(0, 70), Prefill(1, slots[1], 0, 64), Prefill(2, slots[2], 0, 64)});
   run.Step({decode(0, 71), Prefill(2, slots[2], 64, 70), Prefill(1, slots[1], 64, 70)});
@@ -239,8 +253,9 @@ TEST_P(CpuLightningAttentionTest, MixedBatchHasTheBitsOfEachAlone) {
   }
   EXPECT_TRUE(SameBits(run.output(0), alone[0]));
   for (const int sequence : {1, 2}) {
-    const std::vector<float> expected(alone[static_cast<size_t>(sequence)].begin(),
-                                      alone[static_cast<size_t>(sequence)].begin() + (n - 2) * shape.width());
+    const std::vector<float> expected(
+        alone[static_cast<size_t>(sequence)].begin(),
+        alone[static_cast<size_t>(sequence)].begin() + (n - 2) * shape.width());
     EXPECT_TRUE(SameBits(run.Output(sequence, 0, n - 2), expected)) << sequence;
   }
 }
@@ -250,7 +265,8 @@ TEST_P(CpuLightningAttentionTest, ReusedSlotHasTheBitsOfAFreshOne) {
   shape.zero_state = true;
   LightningRun run(backend(), shape, 50);
   for (int64_t t = 0; t < 50; ++t) run.Step({Decode(0, 1, t, 1, std::max<int64_t>(t - 1, 0), t)});
-  run.SetState(1, std::vector<float>(run.State(1).size()));  // zeroed at hand-out; the window keeps its bytes
+  run.SetState(1, std::vector<float>(
+                      run.State(1).size()));  // zeroed at hand-out; the window keeps its bytes
   for (int64_t t = 0; t < 50; ++t) run.Step({Decode(1, 1, t, 1, std::max<int64_t>(t - 1, 0), t)});
   EXPECT_TRUE(SameBits(run.output(1), DecodeAlone(shape, 50, 1, 0)));
 }
@@ -268,7 +284,8 @@ TEST_P(CpuLightningAttentionTest, VerifiedAndRolledBackHasTheBitsOfNeverSpeculat
       int64_t confirmed_before = 0;
       for (int64_t t = 0; t < n;) {
         const int count = static_cast<int>(std::min<int64_t>(rows, n - t));
-        const int accepted = 1 + static_cast<int>(seed++ * 2654435761u % static_cast<uint32_t>(count));
+        const int accepted =
+            1 + static_cast<int>(seed++ * 2654435761u % static_cast<uint32_t>(count));
         // Rows after the accepted ones are drafts that will turn out wrong.
         run.ReplaceTokens(0, t + accepted, count - accepted, seed);
         run.Step({Decode(0, 0, t, count, confirmed_before, t)});
@@ -292,7 +309,8 @@ TEST_P(CpuLightningAttentionTest, LaggingBaseHasTheSameBits) {
       int64_t confirmed_before = 0;
       for (int64_t t = 0; t < n; t += rows) {
         const int64_t confirmed = std::max<int64_t>(t - lag, 0);
-        run.Step({Decode(0, 0, t, static_cast<int>(std::min<int64_t>(rows, n - t)), confirmed_before, confirmed)});
+        run.Step({Decode(0, 0, t, static_cast<int>(std::min<int64_t>(rows, n - t)),
+                         confirmed_before, confirmed)});
         confirmed_before = confirmed;
       }
       EXPECT_TRUE(SameBits(run.output(0), alone)) << lag << " " << rows;
@@ -321,14 +339,15 @@ TEST_P(CpuLightningAttentionTest, ThreadsAndColumnSplitsDoNotChangeBits) {
     BackendPtr backend = MakeCpuBackend(GetParam(), threads, &reason);
     LightningRun run(*backend, shape, 200);
     run.Step({Prefill(0, 0, 0, 150)});
-    for (int64_t t = 150; t < 200; ++t) run.Step({Decode(0, 0, t, 1, std::max<int64_t>(t - 1, 150), t)});
+    for (int64_t t = 150; t < 200; ++t)
+      run.Step({Decode(0, 0, t, 1, std::max<int64_t>(t - 1, 150), t)});
     outputs.push_back(run.output(0));
     EXPECT_TRUE(SameBits(outputs.back(), outputs[0])) << threads;
   }
 }
 
-// A last layer forgets 4e-8 a token: folds of S + (dS - eps S) stay near the exact sum for a million tokens, where
-// lambda^W S + dS in f32 would be off by the error of lambda^W each time.
+// A last layer forgets 4e-8 a token: folds of S + (dS - eps S) stay near the exact sum for a
+// million tokens, where lambda^W S + dS in f32 would be off by the error of lambda^W each time.
 TEST_P(CpuLightningAttentionTest, MillionTokensOfTheLastLayerStayNearDouble) {
   LightningShape shape;
   shape.heads = 1;
@@ -337,7 +356,8 @@ TEST_P(CpuLightningAttentionTest, MillionTokensOfTheLastLayerStayNearDouble) {
   const int64_t piece = 4096, num_pieces = 256;
   LightningRun run(backend(), shape, piece + kWindow);
   std::vector<double> exact(static_cast<size_t>(shape.head_dim * shape.head_dim));
-  std::vector<double> chunk(exact.size());  // what the piece adds, the same for every repetition of it
+  std::vector<double> chunk(
+      exact.size());  // what the piece adds, the same for every repetition of it
   const double lambda = std::exp(-shape.rates[0]);
   auto silu = [](double x) { return x / (1 + std::exp(-x)); };
   const std::vector<float>& qkv = run.qkv(0);
@@ -364,7 +384,8 @@ TEST_P(CpuLightningAttentionTest, MillionTokensOfTheLastLayerStayNearDouble) {
     error += std::pow(static_cast<double>(state[e]) - exact[e], 2);
     norm += exact[e] * exact[e];
   }
-  // num_folds roundings of a random sign: 2^-24 sqrt(16384) = 8e-6, and the like for the sums within a block.
+  // num_folds roundings of a random sign: 2^-24 sqrt(16384) = 8e-6, and the like for the sums
+  // within a block.
   const double folds = static_cast<double>(piece * num_pieces / kPrefillBlock);
   EXPECT_LT(std::sqrt(error / norm), 4 * std::ldexp(1.0, -24) * std::sqrt(folds));
 }

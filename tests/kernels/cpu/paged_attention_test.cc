@@ -100,7 +100,8 @@ TEST_P(CpuPagedAttentionTest, RolledBackRowsLeaveNoTrace) {
   PagedRun straight(backend(), shape, 60), rolled(backend(), shape, 60);
   straight.Step({{0, 0, 60, true}});
   rolled.Step({{0, 0, 30, true}});
-  for (int64_t t = 30; t < 60; t += 2) rolled.Step({{0, t, static_cast<int>(std::min<int64_t>(9, 60 - t)), false}});
+  for (int64_t t = 30; t < 60; t += 2)
+    rolled.Step({{0, t, static_cast<int>(std::min<int64_t>(9, 60 - t)), false}});
   EXPECT_TRUE(SameBits(rolled.output(0), straight.output(0)));
 }
 

@@ -26,8 +26,8 @@ TEST(PhiloxTest, MatchesThePublishedVectors) {
   EXPECT_EQ(ones.word[1], 0x41c83b0eu);
   EXPECT_EQ(ones.word[2], 0xa20bc7c6u);
   EXPECT_EQ(ones.word[3], 0x6d5451fdu);
-  const PhiloxWords pi = Philox4x32({{0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u}},
-                                    0x299f31d0a4093822u);
+  const PhiloxWords pi =
+      Philox4x32({{0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u}}, 0x299f31d0a4093822u);
   EXPECT_EQ(pi.word[0], 0xd16cfe09u);
   EXPECT_EQ(pi.word[1], 0x94fdccebu);
   EXPECT_EQ(pi.word[2], 0x5001e420u);
@@ -63,16 +63,20 @@ class CpuSampleTest : public ::testing::TestWithParam<const char*> {
     DeviceArena arena(backend);
     const int64_t num_rows = static_cast<int64_t>(rows.size());
     SampleArgs args;
-    args.logits = arena.Floats(DType::kF32, {static_cast<int64_t>(logits.size()) / vocab, vocab}, logits);
+    args.logits =
+        arena.Floats(DType::kF32, {static_cast<int64_t>(logits.size()) / vocab, vocab}, logits);
     args.rows = arena.UploadArray(rows);
     args.num_rows = static_cast<int32_t>(num_rows);
     if (!counts.empty()) {
-      args.counts = arena.Upload<uint32_t>(DType::kU32, {static_cast<int64_t>(counts.size()) / vocab, vocab}, counts);
+      args.counts = arena.Upload<uint32_t>(
+          DType::kU32, {static_cast<int64_t>(counts.size()) / vocab, vocab}, counts);
     }
-    args.tokens = arena.Upload<int32_t>(DType::kI32, {num_rows}, std::vector<int32_t>(rows.size(), -7));
+    args.tokens =
+        arena.Upload<int32_t>(DType::kI32, {num_rows}, std::vector<int32_t>(rows.size(), -7));
     args.logprobs = arena.Output(DType::kF32, {num_rows});
-    args.top_ids = arena.Upload<int32_t>(DType::kI32, {num_rows, max_top},
-                                         std::vector<int32_t>(rows.size() * static_cast<size_t>(max_top), -7));
+    args.top_ids =
+        arena.Upload<int32_t>(DType::kI32, {num_rows, max_top},
+                              std::vector<int32_t>(rows.size() * static_cast<size_t>(max_top), -7));
     args.top_logprobs = arena.Output(DType::kF32, {num_rows, max_top});
     Result result;
     result.status = backend.Sample(args);
@@ -107,14 +111,16 @@ class CpuSampleTest : public ::testing::TestWithParam<const char*> {
 std::vector<double> Probabilities(const std::vector<float>& logits, const SampleRow& row) {
   std::vector<size_t> order(logits.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return logits[a] > logits[b]; });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return logits[a] > logits[b]; });
   if (row.top_k > 0) order.resize(std::min(order.size(), static_cast<size_t>(row.top_k)));
   std::vector<double> p(logits.size());
   auto normalise = [&] {
     double total = 0;
     std::vector<double> kept(logits.size());
     for (const size_t id : order) {
-      kept[id] = std::exp(static_cast<double>(logits[id] - logits[order[0]]) / static_cast<double>(row.temperature));
+      kept[id] = std::exp(static_cast<double>(logits[id] - logits[order[0]]) /
+                          static_cast<double>(row.temperature));
       total += kept[id];
     }
     for (double& x : kept) x /= total;
@@ -134,16 +140,18 @@ std::vector<double> Probabilities(const std::vector<float>& logits, const Sample
 }
 
 TEST_P(CpuSampleTest, DrawsFollowTheExactProbabilities) {
-  const std::vector<float> logits = {0.3f, 1.9f, -0.5f, 2.2f, 0.31f, -3.0f, 1.1f, 0.9f, -1.2f, 1.5f,
-                                     0.0f, 0.7f, -0.1f, 2.0f, 0.2f, 1.0f, -2.0f, 0.6f, 1.3f};
+  const std::vector<float> logits = {0.3f, 1.9f,  -0.5f, 2.2f, 0.31f, -3.0f, 1.1f,
+                                     0.9f, -1.2f, 1.5f,  0.0f, 0.7f,  -0.1f, 2.0f,
+                                     0.2f, 1.0f,  -2.0f, 0.6f, 1.3f};
   struct Case {
     float temperature;
     int32_t top_k;
     float top_p, min_p;
     uint64_t seed;
   };
-  const Case cases[] = {{1, 0, 1, 0, 11},       {0.7f, 0, 1, 0, 12},   {2.5f, 0, 1, 0, 13},
-                        {1, 5, 1, 0, 14},       {1, 0, 0.8f, 0, 15},   {1, 0, 1, 0.2f, 16},
+  const Case cases[] = {{1, 0, 1, 0, 11},        {0.7f, 0, 1, 0, 12},
+                        {2.5f, 0, 1, 0, 13},     {1, 5, 1, 0, 14},
+                        {1, 0, 0.8f, 0, 15},     {1, 0, 1, 0.2f, 16},
                         {0.9f, 10, 0.7f, 0, 17}, {1.3f, 12, 0.9f, 0.1f, 0xfedcba9876543210u}};
   constexpr int kDraws = 100000;
   for (const Case& c : cases) {
@@ -216,7 +224,8 @@ TEST_P(CpuSampleTest, MatchesTheSortingReference) {
   std::vector<float> logits = RandomValues(6, 4 * vocab, DType::kF32, 3);
   for (size_t i = 0; i < logits.size(); i += 3) logits[i] = std::round(logits[i]);  // many ties
   std::vector<uint32_t> counts(static_cast<size_t>(2 * vocab));
-  for (size_t i = 0; i < counts.size(); i += 7) counts[i] = (i % 2 == 0 ? kPromptBit : 0) + static_cast<uint32_t>(i % 4);
+  for (size_t i = 0; i < counts.size(); i += 7)
+    counts[i] = (i % 2 == 0 ? kPromptBit : 0) + static_cast<uint32_t>(i % 4);
   const std::vector<TokenBias> biases = {{17, 2.5f}, {0, -kInfinity}, {5002, 1}, {17, 1}};
   std::vector<SampleRow> rows;
   for (int i = 0; i < 96; ++i) {
@@ -254,7 +263,8 @@ TEST_P(CpuSampleTest, MatchesTheSortingReference) {
       EXPECT_NEAR(actual.logprobs[r], expected.logprobs[r], 1e-5);
     }
     for (int i = 0; i < rows[r].num_logprobs; ++i) {
-      EXPECT_EQ(actual.top_ids[5 * r + static_cast<size_t>(i)], expected.top_ids[5 * r + static_cast<size_t>(i)]);
+      EXPECT_EQ(actual.top_ids[5 * r + static_cast<size_t>(i)],
+                expected.top_ids[5 * r + static_cast<size_t>(i)]);
       EXPECT_NEAR(actual.top_logprobs[5 * r + static_cast<size_t>(i)],
                   expected.top_logprobs[5 * r + static_cast<size_t>(i)], 1e-5);
     }
@@ -273,7 +283,8 @@ TEST_P(CpuSampleTest, TinyTemperatureIsArgmaxAndHugeIsUniform) {
   row.seed = 21;
   const std::vector<int> histogram = Histogram(logits, row, 20000);
   EXPECT_EQ(histogram[3], 0);
-  for (const size_t id : {0u, 1u, 2u, 4u}) EXPECT_NEAR(histogram[id], 5000, 4 * 61);  // 61: standard deviation
+  for (const size_t id : {0u, 1u, 2u, 4u})
+    EXPECT_NEAR(histogram[id], 5000, 4 * 61);  // 61: standard deviation
 }
 
 TEST_P(CpuSampleTest, ZeroTemperatureTakesTheLowestOfTheLargest) {
@@ -320,7 +331,8 @@ TEST_P(CpuSampleTest, LogitsWithNanOrPlusInfinityAreRefusedByRow) {
     for (int r = 0; r < 3; ++r) rows[static_cast<size_t>(r)].logit_row = 2 - r;
     const Result result = Sample(logits, 50, rows);
     EXPECT_EQ(result.status.code, OpCode::kInternal);
-    EXPECT_NE(std::string(result.status.text).find("row 0 (logit row 2)"), std::string::npos) << result.status.text;
+    EXPECT_NE(std::string(result.status.text).find("row 0 (logit row 2)"), std::string::npos)
+        << result.status.text;
   }
 }
 
