@@ -1,7 +1,6 @@
 // `godwit score`: logits and perplexity of given tokens, without a server.
 
 #include <cstring>
-#include <filesystem>
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -27,7 +26,7 @@ struct ScoreFlags {
 
 // FILE.safetensors with an i32 tensor `tokens` [T], or ids.
 absl::StatusOr<std::vector<int32_t>> ReadTokens(const std::string& tokens) {
-  if (!std::filesystem::exists(tokens) && !tokens.ends_with(".safetensors")) return ParseTokenIds(tokens);
+  if (!tokens.ends_with(".safetensors")) return ParseTokenIds(tokens);
   ASSIGN_OR_RETURN(auto reader, SafetensorsReader::OpenFile(tokens));
   const StoredTensor* tensor = reader->Find("tokens");
   if (tensor == nullptr) return absl::NotFoundError(absl::StrCat(tokens, ": tensor 'tokens' is missing"));

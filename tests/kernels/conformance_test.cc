@@ -1,11 +1,14 @@
-// Every op of every back end against kernels/ref: dtypes x shapes, odd sizes, one row, none, and large. A tolerance is what
-// f32 accumulation may lose of the sum of the terms' magnitudes, which the reference computes from |inputs|.
+// Every op of every back end against kernels/ref: dtypes x shapes, odd sizes, one row, none, and
+// large. A tolerance is what f32 accumulation may lose of the sum of the terms' magnitudes, which
+// the reference computes from |inputs|.
 
 #include <cmath>
+#include <cstdlib>
 #include <functional>
 #include <string>
 #include <vector>
 
+#include "engine/backend_loader.h"
 #include "gtest/gtest.h"
 #include "kernels/ref/ref_backend.h"
 #include "tests/kernels/device_arena.h"
@@ -14,6 +17,18 @@
 
 namespace godwit {
 namespace {
+
+// The plugin of this build, or the one in the folder GODWIT_BIN_DIR names.
+BackendPtr MakeCudaBackend(std::string* reason) {
+  const char* folder = std::getenv("GODWIT_BIN_DIR");
+  std::string why_not_gpu;
+  auto backend = CreateBackend(
+      {.name = "cuda", .num_threads = 0, .plugin_folder = folder == nullptr ? "" : folder},
+      &why_not_gpu);
+  if (backend.ok()) return *std::move(backend);
+  *reason = std::string(backend.status().message());
+  return nullptr;
+}
 
 // One row per back end; null and a reason where this machine has none.
 struct BackendRow {
@@ -25,6 +40,7 @@ const BackendRow kBackends[] = {
     {"cpu_avx2", [](std::string* reason) { return MakeCpuBackend("avx2", 2, reason); }},
     {"cpu_avx512bf16", [](std::string* reason) { return MakeCpuBackend("avx512bf16", 2, reason); }},
     {"cpu_amx", [](std::string* reason) { return MakeCpuBackend("amx", 2, reason); }},
+    {"cuda", MakeCudaBackend},
 };
 
 constexpr double kF32Unit = 5.9604644775390625e-8;  // 2^-24: half the distance of neighbours at 1
@@ -65,7 +81,8 @@ TEST_P(ConformanceTest, EmbedTokens) {
           DeviceArena arena(backend);
           EmbedTokensArgs args;
           args.table = arena.Matrix(dtype, vocab, width, RandomValues(1, vocab * width, dtype));
-          args.token_ids = arena.Upload<int32_t>(DType::kI32, {num_tokens}, SomeIds(num_tokens, vocab));
+          args.token_ids =
+              arena.Upload<int32_t>(DType::kI32, {num_tokens}, SomeIds(num_tokens, vocab));
           args.scale = 19.6f;
           args.y = arena.Output(DType::kF32, {num_tokens, width});
           ExpectOk(backend.EmbedTokens(args));
@@ -73,7 +90,8 @@ TEST_P(ConformanceTest, EmbedTokens) {
         };
         const std::vector<float> expected = run(*ref_);
         std::vector<double> tolerance;
-        for (const float y : expected) tolerance.push_back(2 * kF32Unit * std::abs(static_cast<double>(y)));
+        for (const float y : expected)
+          tolerance.push_back(2 * kF32Unit * std::abs(static_cast<double>(y)));
         EXPECT_TRUE(Within(run(*backend_), expected, tolerance)) << num_tokens << " " << width;
       }
     }
@@ -94,10 +112,11 @@ struct ProductCase {
 };
 
 std::string Describe(const ProductCase& c) {
-  return "T " + std::to_string(c.num_tokens) + " k " + std::to_string(c.k) + " n " + std::to_string(c.n) +
-         " weights " + std::to_string(static_cast<int>(c.weights)) + " x " + std::to_string(static_cast<int>(c.x)) +
-         " y " + std::to_string(static_cast<int>(c.y)) + " norm " + std::to_string(c.norm) + " gate " +
-         std::to_string(c.gate) + " decode " + std::to_string(c.num_decode);
+  return "T " + std::to_string(c.num_tokens) + " k " + std::to_string(c.k) + " n " +
+         std::to_string(c.n) + " weights " + std::to_string(static_cast<int>(c.weights)) + " x " +
+         std::to_string(static_cast<int>(c.x)) + " y " + std::to_string(static_cast<int>(c.y)) +
+         " norm " + std::to_string(c.norm) + " gate " + std::to_string(c.gate) + " decode " +
+         std::to_string(c.num_decode);
 }
 
 RowInput MakeInput(DeviceArena& arena, const ProductCase& c, bool magnitude) {
@@ -117,14 +136,15 @@ RowInput MakeInput(DeviceArena& arena, const ProductCase& c, bool magnitude) {
     input.norm.weight_offset = magnitude ? 1.0f : -0.25f;
   }
   if (c.gate) {
-    input.gate = arena.Floats(c.weights, {c.num_tokens, c.k}, values(13, c.num_tokens * c.k, c.weights));
+    input.gate =
+        arena.Floats(c.weights, {c.num_tokens, c.k}, values(13, c.num_tokens * c.k, c.weights));
   }
   return input;
 }
 
-// Of a product's sum of magnitudes: k products and the k roundings of their sum; forming a row (the norm's own sum of k
-// squares, root, quotient and two factors); and one bf16 unit where a formed value is rounded to bf16, which a difference of
-// an f32 rounding may tip to the other side.
+// Of a product's sum of magnitudes: k products and the k roundings of their sum; forming a row (the
+// norm's own sum of k squares, root, quotient and two factors); and one bf16 unit where a formed
+// value is rounded to bf16, which a difference of an f32 rounding may tip to the other side.
 double ProductError(const ProductCase& c) {
   double error = static_cast<double>(c.k + 2) * kF32Unit;
   if (c.norm || c.gate) error += static_cast<double>(c.k + 6) * kF32Unit;
@@ -136,7 +156,8 @@ double StoreError(DType y) { return y == DType::kBF16 ? kBF16Unit : kF32Unit; }
 std::vector<ProductCase> ProductCases() {
   std::vector<ProductCase> cases;
   for (const int64_t num_tokens : {0, 1, 2, 7, 33, 65}) {
-    for (const auto& [k, n] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {16, 5}, {33, 48}, {130, 129}, {384, 96}}) {
+    for (const auto& [k, n] : std::vector<std::pair<int64_t, int64_t>>{
+             {1, 1}, {16, 5}, {33, 48}, {130, 129}, {384, 96}}) {
       for (const DType weights : {DType::kF32, DType::kBF16}) {
         ProductCase c{num_tokens, k, n, weights, weights};
         c.num_decode = num_tokens / 2;
@@ -154,7 +175,8 @@ std::vector<ProductCase> ProductCases() {
     }
   }
   for (const DType weights : {DType::kF32, DType::kBF16}) {
-    cases.push_back({300, 1100, 777, weights, DType::kF32, DType::kF32, true, false, false, Epilogue::kStore, 16});
+    cases.push_back({300, 1100, 777, weights, DType::kF32, DType::kF32, true, false, false,
+                     Epilogue::kStore, 16});
   }
   return cases;
 }
@@ -208,10 +230,12 @@ TEST_P(ConformanceTest, GatedLinear) {
         ExpectOk(backend.GatedLinear(args));
         return arena.Download(args.y);
       };
-      // Both factors are off by ProductError; SiLU has a slope below 1.1 and is itself good to 4 roundings.
+      // Both factors are off by ProductError; SiLU has a slope below 1.1 and is itself good to 4
+      // roundings.
       std::vector<double> tolerance;
       for (const float m : run(*ref_, true)) {
-        tolerance.push_back((2.2 * ProductError(c) + 4 * kF32Unit + StoreError(c.y)) * 1.01 * static_cast<double>(m));
+        tolerance.push_back((2.2 * ProductError(c) + 4 * kF32Unit + StoreError(c.y)) * 1.01 *
+                            static_cast<double>(m));
       }
       ASSERT_TRUE(Within(run(*backend_, false), run(*ref_, false), tolerance)) << Describe(c);
     }
@@ -236,7 +260,8 @@ TEST_P(ConformanceTest, GatherRows) {
 TEST_P(ConformanceTest, LightningAttention) {
   for (const DType act : {DType::kF32, DType::kBF16}) {
     for (const Activation activation : {Activation::kNone, Activation::kSilu}) {
-      for (const auto& [heads, head_dim] : std::vector<std::pair<int, int>>{{1, 1}, {3, 5}, {2, 16}, {6, 64}, {1, 128}}) {
+      for (const auto& [heads, head_dim] :
+           std::vector<std::pair<int, int>>{{1, 1}, {3, 5}, {2, 16}, {6, 64}, {1, 128}}) {
         LightningShape shape;
         shape.heads = heads;
         shape.head_dim = head_dim;
@@ -253,13 +278,15 @@ TEST_P(ConformanceTest, LightningAttention) {
             lightning.Step({Decode(0, 1, t, 1, std::max<int64_t>(t - 1, 201), t)});
           }
           std::vector<float> result = lightning.output(0);
-          for (const std::vector<float>& more : {lightning.Output(1, 0, 8), lightning.State(0), lightning.State(1)}) {
+          for (const std::vector<float>& more :
+               {lightning.Output(1, 0, 8), lightning.State(0), lightning.State(1)}) {
             result.insert(result.end(), more.begin(), more.end());
           }
           return result;
         };
         const std::vector<double> tolerance = LightningTolerance(shape, run(*ref_, true), 220);
-        EXPECT_TRUE(Within(run(*backend_, false), run(*ref_, false), tolerance)) << heads << " " << head_dim;
+        EXPECT_TRUE(Within(run(*backend_, false), run(*ref_, false), tolerance))
+            << heads << " " << head_dim;
       }
     }
   }
@@ -277,13 +304,15 @@ TEST_P(ConformanceTest, LightningAttentionOfNothing) {
 
 TEST_P(ConformanceTest, Rope) {
   // Positions to 2^30: a product formed in f32 would be off by many turns.
-  const std::vector<int64_t> positions = {0, 1, 2, 17, 4095, 65535, 1000000, 123456789, int64_t{1} << 30};
+  const std::vector<int64_t> positions = {
+      0, 1, 2, 17, 4095, 65535, 1000000, 123456789, int64_t{1} << 30};
   for (const int num_freqs : {1, 5, 32, 64}) {
     for (const double factor : {1.0, 1.20794}) {
       auto run = [&](Backend& backend, bool sine) {
         DeviceArena arena(backend);
         std::vector<double> inv_freq;
-        for (int i = 0; i < num_freqs; ++i) inv_freq.push_back(std::pow(10000.0, -static_cast<double>(i) / num_freqs));
+        for (int i = 0; i < num_freqs; ++i)
+          inv_freq.push_back(std::pow(10000.0, -static_cast<double>(i) / num_freqs));
         const int64_t num_tokens = static_cast<int64_t>(positions.size());
         RopeArgs args;
         args.positions = arena.Upload<int64_t>(DType::kI64, {num_tokens}, positions);
@@ -296,20 +325,25 @@ TEST_P(ConformanceTest, Rope) {
         return arena.Download(sine ? args.sin : args.cos);
       };
       for (const bool sine : {false, true}) {
-        // 3 f32 roundings of the function and the factor; the double product is off by 2^-53 of an angle of at most 2^30.
+        // 3 f32 roundings of the function and the factor; the double product is off by 2^-53 of an
+        // angle of at most 2^30.
         const std::vector<float> expected = run(*ref_, sine);
-        const std::vector<double> tolerance(expected.size(), factor * (6 * kF32Unit + std::ldexp(1.0, 30 - 52)));
-        EXPECT_TRUE(Within(run(*backend_, sine), expected, tolerance)) << num_freqs << " sine " << sine;
+        const std::vector<double> tolerance(expected.size(),
+                                            factor * (6 * kF32Unit + std::ldexp(1.0, 30 - 52)));
+        EXPECT_TRUE(Within(run(*backend_, sine), expected, tolerance))
+            << num_freqs << " sine " << sine;
       }
     }
   }
 }
 
 TEST_P(ConformanceTest, PagedAttention) {
-  const PagedShape shapes[] = {
-      {1, 1, 1, 0, PairLayout::kHalfSplit, DType::kF32},      {4, 2, 16, 8, PairLayout::kInterleaved, DType::kF32},
-      {6, 2, 40, 10, PairLayout::kHalfSplit, DType::kBF16},   {8, 1, 64, 32, PairLayout::kHalfSplit, DType::kBF16},
-      {2, 2, 128, 64, PairLayout::kInterleaved, DType::kF32}, {1, 1, 256, 128, PairLayout::kHalfSplit, DType::kBF16}};
+  const PagedShape shapes[] = {{1, 1, 1, 0, PairLayout::kHalfSplit, DType::kF32},
+                               {4, 2, 16, 8, PairLayout::kInterleaved, DType::kF32},
+                               {6, 2, 40, 10, PairLayout::kHalfSplit, DType::kBF16},
+                               {8, 1, 64, 32, PairLayout::kHalfSplit, DType::kBF16},
+                               {2, 2, 128, 64, PairLayout::kInterleaved, DType::kF32},
+                               {1, 1, 256, 128, PairLayout::kHalfSplit, DType::kBF16}};
   for (const PagedShape& shape : shapes) {
     auto run = [&](PagedRun& paged) {
       paged.Step({});
@@ -320,7 +354,8 @@ TEST_P(ConformanceTest, PagedAttention) {
       return paged.output(0);
     };
     PagedRun expected(*ref_, shape, 94), actual(*backend_, shape, 94);
-    EXPECT_TRUE(Within(run(actual), run(expected), actual.Tolerance(0))) << shape.heads << " " << shape.head_dim;
+    EXPECT_TRUE(Within(run(actual), run(expected), actual.Tolerance(0)))
+        << shape.heads << " " << shape.head_dim;
     EXPECT_TRUE(Within(actual.output(1), expected.output(1), actual.Tolerance(1)));
   }
 }
@@ -340,8 +375,9 @@ TEST_P(ConformanceTest, ScoreTokens) {
         args.targets = arena.Upload<int32_t>(DType::kI32, {num_rows}, targets);
         args.logprobs = arena.Output(DType::kF32, {num_rows});
         args.num_top = num_top;
-        args.top_ids = arena.Upload<int32_t>(DType::kI32, {num_rows, num_top},
-                                             std::vector<int32_t>(static_cast<size_t>(num_rows * num_top)));
+        args.top_ids =
+            arena.Upload<int32_t>(DType::kI32, {num_rows, num_top},
+                                  std::vector<int32_t>(static_cast<size_t>(num_rows * num_top)));
         args.top_logprobs = arena.Output(DType::kF32, {num_rows, num_top});
         ExpectOk(backend.ScoreTokens(args));
         std::vector<float> result = arena.Download(args.logprobs);
@@ -355,8 +391,11 @@ TEST_P(ConformanceTest, ScoreTokens) {
       };
       const std::vector<float> expected = run(*ref_);
       std::vector<double> tolerance;
-      // The exponentials are good to 2^-19 of the sum, the result is one rounding of a number below 64. Ids are exact.
-      for (const float x : expected) tolerance.push_back(std::ldexp(1.0, -18) + 2 * kF32Unit * std::min(64.0, std::abs(static_cast<double>(x))));
+      // The exponentials are good to 2^-19 of the sum, the result is one rounding of a number
+      // below 64. Ids are exact.
+      for (const float x : expected)
+        tolerance.push_back(std::ldexp(1.0, -18) +
+                            2 * kF32Unit * std::min(64.0, std::abs(static_cast<double>(x))));
       EXPECT_TRUE(Within(run(*backend_), expected, tolerance)) << vocab << " " << num_rows;
     }
   }
@@ -380,10 +419,12 @@ TEST_P(ConformanceTest, Sample) {
   auto run = [&](Backend& backend) {
     DeviceArena arena(backend);
     SampleArgs args;
-    args.logits = arena.Floats(DType::kF32, {3, vocab}, RandomValues(61, 3 * vocab, DType::kF32, 2));
+    args.logits =
+        arena.Floats(DType::kF32, {3, vocab}, RandomValues(61, 3 * vocab, DType::kF32, 2));
     args.rows = arena.UploadArray(rows);
     args.num_rows = static_cast<int32_t>(rows.size());
-    args.tokens = arena.Upload<int32_t>(DType::kI32, {args.num_rows}, std::vector<int32_t>(rows.size(), -1));
+    args.tokens =
+        arena.Upload<int32_t>(DType::kI32, {args.num_rows}, std::vector<int32_t>(rows.size(), -1));
     ExpectOk(backend.Sample(args));
     return arena.Download(args.tokens);
   };

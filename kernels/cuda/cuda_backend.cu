@@ -1,0 +1,242 @@
+// The CUDA back end: one device, one stream, and the function by which the executable finds it.
+
+#include <dlfcn.h>
+
+#include <cstdio>
+#include <memory>
+#include <new>
+
+#include "kernels/backend_abi.h"
+#include "kernels/base/bf16.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/validate.h"
+
+namespace godwit::cuda {
+
+cudaError_t Scratch::Reserve(int64_t num_bytes, void** data) {
+  if (num_bytes > num_bytes_) {
+    cudaFree(data_);  // waits for what still uses it
+    data_ = nullptr;
+    num_bytes_ = 0;
+    if (const cudaError_t error = cudaMalloc(&data_, static_cast<size_t>(num_bytes)); error != cudaSuccess) {
+      return error;
+    }
+    num_bytes_ = num_bytes;
+  }
+  *data = data_;
+  return cudaSuccess;
+}
+
+namespace {
+
+constexpr int kMinComputeCapability = 80;
+
+class CudaBackend final : public Backend {
+ public:
+  // Null with a reason in `error` when there is no usable device.
+  static CudaBackend* Create(char* error, size_t error_bytes);
+
+  DeviceInfo Info() const override {
+    size_t free_bytes = 0, total_bytes = 0;
+    cudaMemGetInfo(&free_bytes, &total_bytes);
+    return {.name = "cuda", .description = description_,
+            .memory_bytes = static_cast<int64_t>(total_bytes),
+            .free_bytes = static_cast<int64_t>(free_bytes)};
+  }
+
+  OpStatus Allocate(int64_t num_bytes, void** data) override {
+    const cudaError_t error = cudaMalloc(data, static_cast<size_t>(num_bytes > 0 ? num_bytes : 1));
+    if (error == cudaErrorMemoryAllocation) {
+      cudaGetLastError();  // not sticky
+      std::snprintf(text_, sizeof(text_), "out of device memory: %lld bytes wanted",
+                    static_cast<long long>(num_bytes));
+      return {OpCode::kResourceExhausted, text_};
+    }
+    if (error != cudaSuccess) return Result("Allocate", error);
+    return Result("Allocate", cudaMemsetAsync(*data, 0, static_cast<size_t>(num_bytes), stream_));
+  }
+  void Free(void* data) override { cudaFree(data); }
+
+  OpStatus CopyFromHost(void* device_to, const void* host_from, int64_t num_bytes) override {
+    // Pageable memory is staged before the call returns, so the source may be reused.
+    return Result("CopyFromHost", cudaMemcpyAsync(device_to, host_from, static_cast<size_t>(num_bytes),
+                                                  cudaMemcpyHostToDevice, stream_));
+  }
+  OpStatus CopyToHost(void* host_to, const void* device_from, int64_t num_bytes) override {
+    return Result("CopyToHost", cudaMemcpyAsync(host_to, device_from, static_cast<size_t>(num_bytes),
+                                                cudaMemcpyDeviceToHost, stream_));
+  }
+  OpStatus CopyOnDevice(void* to, const void* from, int64_t num_bytes) override {
+    return Result("CopyOnDevice", cudaMemcpyAsync(to, from, static_cast<size_t>(num_bytes),
+                                                  cudaMemcpyDeviceToDevice, stream_));
+  }
+  OpStatus FillZero(void* data, int64_t num_bytes) override {
+    return Result("FillZero", cudaMemsetAsync(data, 0, static_cast<size_t>(num_bytes), stream_));
+  }
+
+  // The layout is row-major [num_rows, num_columns].
+  OpStatus AllocateMatrix(int64_t num_rows, int64_t num_columns, DType dtype, MatrixView* matrix) override {
+    void* data = nullptr;
+    const OpStatus status = Allocate(num_rows * num_columns * DTypeBytes(dtype), &data);
+    if (status.ok()) *matrix = {data, dtype, num_rows, num_columns};
+    return status;
+  }
+  OpStatus PackMatrixRows(const MatrixView& matrix, int64_t first_row, const TensorView& source) override;
+
+  OpStatus EmbedTokens(const EmbedTokensArgs& args) override {
+    return Run("EmbedTokens", args, [&] { return LaunchEmbedTokens(args, stream_); });
+  }
+  OpStatus Linear(const LinearArgs& args) override {
+    return Run("Linear", args, [&] { return LaunchLinear(args, scratch_, stream_); });
+  }
+  OpStatus GatedLinear(const GatedLinearArgs& args) override {
+    return Run("GatedLinear", args, [&] { return LaunchGatedLinear(args, scratch_, stream_); });
+  }
+  OpStatus GatherRows(const GatherRowsArgs& args) override {
+    return Run("GatherRows", args, [&] { return LaunchGatherRows(args, stream_); });
+  }
+  OpStatus LightningAttention(const LightningAttentionArgs& args) override {
+    return Run("LightningAttention", args,
+               [&] { return LaunchLightningAttention(args, scratch_, stream_); });
+  }
+  OpStatus Rope(const RopeArgs& args) override {
+    return Run("Rope", args, [&] { return LaunchRope(args, stream_); });
+  }
+  OpStatus PagedAttention(const PagedAttentionArgs& args) override {
+    return Run("PagedAttention", args, [&] { return LaunchPagedAttention(args, stream_); });
+  }
+  OpStatus CountTokens(const CountTokensArgs& args) override {
+    return Run("CountTokens", args, [&] { return LaunchCountTokens(args, stream_); });
+  }
+  OpStatus Sample(const SampleArgs& args) override {
+    return RunChecked("Sample", args, [&] { return LaunchSample(args, scratch_, bad_row_, stream_); });
+  }
+  OpStatus ScoreTokens(const ScoreTokensArgs& args) override {
+    return RunChecked("ScoreTokens", args, [&] { return LaunchScoreTokens(args, bad_row_, stream_); });
+  }
+
+  OpStatus AllReduce(const TensorView&) override { return {}; }  // world = 1
+  OpStatus Synchronize() override { return Result("Synchronize", cudaStreamSynchronize(stream_)); }
+  void Destroy() override { delete this; }
+
+ private:
+  CudaBackend() = default;
+  ~CudaBackend() {
+    cudaFree(bad_row_);
+    if (stream_ != nullptr) cudaStreamDestroy(stream_);
+  }
+
+  OpStatus Result(const char* op, cudaError_t error) {
+    if (error == cudaSuccess) return {};
+    std::snprintf(text_, sizeof(text_), "%s: CUDA: %s", op, cudaGetErrorString(error));
+    // What a launch refuses leaves the device usable; everything else is sticky.
+    const bool refused = error == cudaErrorInvalidValue || error == cudaErrorInvalidConfiguration ||
+                         error == cudaErrorMemoryAllocation;
+    if (refused) cudaGetLastError();
+    return {refused ? OpCode::kInternal : OpCode::kUnavailable, text_};
+  }
+
+  template <typename Args, typename Launch>
+  OpStatus Run(const char* op, const Args& args, const Launch& launch) {
+    if (const OpStatus status = Validate(args); !status.ok()) return status;
+    return Result(op, launch());
+  }
+
+  // An op that reports rows whose logits hold NaN or +inf: it waits for the device.
+  template <typename Args, typename Launch>
+  OpStatus RunChecked(const char* op, const Args& args, const Launch& launch) {
+    if (const OpStatus status = Validate(args); !status.ok()) return status;
+    int32_t bad_row = -1;
+    if (const OpStatus status = Result(op, cudaMemsetAsync(bad_row_, 0xff, sizeof(bad_row), stream_)); !status.ok()) {
+      return status;
+    }
+    if (const OpStatus status = Result(op, launch()); !status.ok()) return status;
+    cudaMemcpyAsync(&bad_row, bad_row_, sizeof(bad_row), cudaMemcpyDeviceToHost, stream_);
+    if (const OpStatus status = Synchronize(); !status.ok() || bad_row < 0) return status;
+    std::snprintf(text_, sizeof(text_), "%s: row %d has a logit that is NaN or +inf", op, bad_row);
+    return {OpCode::kInternal, text_};
+  }
+
+  cudaStream_t stream_ = nullptr;
+  Scratch scratch_;
+  int32_t* bad_row_ = nullptr;
+  char description_[320] = "";
+  char text_[256] = "";
+};
+
+OpStatus CudaBackend::PackMatrixRows(const MatrixView& matrix, int64_t first_row, const TensorView& source) {
+  // Row by row through a host buffer: sources have any alignment, and loading is bound by the disk.
+  const int64_t columns = matrix.num_columns, size = DTypeBytes(matrix.dtype);
+  const std::unique_ptr<char[]> buffer(new (std::nothrow) char[static_cast<size_t>(source.rows() * columns * size)]);
+  if (buffer == nullptr) return {OpCode::kResourceExhausted, "PackMatrixRows: out of host memory"};
+  for (int64_t row = 0; row < source.rows(); ++row) {
+    const char* from = static_cast<const char*>(source.data) + row * source.row_stride * DTypeBytes(source.dtype);
+    char* to = buffer.get() + row * columns * size;
+    for (int64_t i = 0; i < columns; ++i) {
+      float value = 0;
+      BF16 half;
+      if (source.dtype == DType::kBF16) {
+        __builtin_memcpy(&half, from + i * 2, sizeof(half));
+        value = ToF32(half);
+      } else {
+        __builtin_memcpy(&value, from + i * 4, sizeof(value));
+        half = ToBF16(value);
+      }
+      if (matrix.dtype == DType::kBF16) {
+        __builtin_memcpy(to + i * size, &half, sizeof(half));
+      } else {
+        __builtin_memcpy(to + i * size, &value, sizeof(value));
+      }
+    }
+  }
+  const int64_t num_bytes = source.rows() * columns * size;
+  void* to = static_cast<char*>(matrix.data) + first_row * columns * size;
+  const OpStatus status = CopyFromHost(to, buffer.get(), num_bytes);
+  return status.ok() ? Synchronize() : status;
+}
+
+CudaBackend* CudaBackend::Create(char* error, size_t error_bytes) {
+  // Without this probe the runtime says "driver version is insufficient", which misleads.
+  void* driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (driver == nullptr) {
+    std::snprintf(error, error_bytes, "there is no NVIDIA driver here (%s)", dlerror());
+    return nullptr;
+  }
+  int num_devices = 0;
+  cudaDeviceProp properties;
+  cudaError_t status = cudaGetDeviceCount(&num_devices);
+  if (status == cudaSuccess && num_devices == 0) status = cudaErrorNoDevice;
+  if (status == cudaSuccess) status = cudaGetDeviceProperties(&properties, 0);
+  if (status != cudaSuccess) {
+    std::snprintf(error, error_bytes, "no usable GPU: %s", cudaGetErrorString(status));
+    return nullptr;
+  }
+  if (properties.major * 10 + properties.minor < kMinComputeCapability) {
+    std::snprintf(error, error_bytes, "GPU %s has compute capability %d.%d, at least 8.0 is needed", properties.name,
+                  properties.major, properties.minor);
+    return nullptr;
+  }
+  auto* backend = new (std::nothrow) CudaBackend;
+  if (backend == nullptr) return nullptr;
+  std::snprintf(backend->description_, sizeof(backend->description_), "%s, %d multiprocessors", properties.name,
+                properties.multiProcessorCount);
+  status = cudaSetDevice(0);
+  if (status == cudaSuccess) status = cudaStreamCreateWithFlags(&backend->stream_, cudaStreamNonBlocking);
+  if (status == cudaSuccess) status = cudaMalloc(&backend->bad_row_, sizeof(int32_t));
+  if (status == cudaSuccess) return backend;
+  std::snprintf(error, error_bytes, "GPU %s: %s", properties.name, cudaGetErrorString(status));
+  backend->Destroy();
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace godwit::cuda
+
+extern "C" __attribute__((visibility("default"))) godwit::Backend* godwit_backend_v1(uint64_t abi, char* error,
+                                                                                     size_t error_bytes) {
+  if (abi != godwit::kBackendAbi) {
+    std::snprintf(error, error_bytes, "the plugin was built from other headers than the executable");
+    return nullptr;
+  }
+  return godwit::cuda::CudaBackend::Create(error, error_bytes);
+}

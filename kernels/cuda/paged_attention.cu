@@ -1,0 +1,128 @@
+// Causal softmax attention over paged KV. Two launches: rotate and store the step's keys and values; then one block per (token,
+// query head) goes over its keys in fixed ranges of kAttentionSplit and merges them in ascending order, so that the bits of
+// a token depend on its keys alone. A warp computes a score, a thread a column of the output.
+
+#include <cfloat>
+
+#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/launch.h"
+
+namespace godwit::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kMaxHeadDim = 1024;
+constexpr int kColumnsPerThread = kMaxHeadDim / kThreads;
+
+// Element d of a head of q or k, rotated.
+template <typename Act>
+__device__ float Rotated(const PagedAttentionArgs& args, const TensorView& x, int64_t token, int64_t head,
+                         int d) {
+  const Act* values = Row<const Act>(x, token) + head * args.head_dim;
+  const int pairs = args.cos.data != nullptr ? static_cast<int>(args.cos.shape[1]) : 0;
+  if (d >= 2 * pairs) return Load(values + d);
+  const bool half_split = args.pair_layout == PairLayout::kHalfSplit;
+  const int pair = half_split ? d % pairs : d / 2;
+  const bool second = half_split ? d >= pairs : d % 2 == 1;
+  const float a = Load(values + (half_split ? pair : 2 * pair));
+  const float b = Load(values + (half_split ? pair + pairs : 2 * pair + 1));
+  const float cos = Row<const float>(args.cos, token)[pair], sin = Row<const float>(args.sin, token)[pair];
+  return second ? b * cos + a * sin : a * cos - b * sin;
+}
+
+// Where a position's key (part 0) or value (part 1) of a kv head lies.
+template <typename Act>
+__device__ Act* CacheRow(const PagedAttentionArgs& args, const StepRow& row, int64_t position, int part,
+                         int64_t kv_head) {
+  const int64_t block = args.block_tables[row.block_table + position / kPagedBlock];
+  return Row<Act>(args.blocks, block) +
+         ((part * int64_t{args.num_kv_heads} + kv_head) * kPagedBlock + position % kPagedBlock) * args.head_dim;
+}
+
+template <typename Act>
+__global__ void __launch_bounds__(kThreads) WriteCacheKernel(PagedAttentionArgs args) {
+  const int64_t token = blockIdx.x, kv_head = blockIdx.y;
+  const StepRow& row = RowOfToken(args.rows, args.num_rows, token);
+  const int64_t position = row.position + token - row.first_token;
+  Act* key = CacheRow<Act>(args, row, position, 0, kv_head);
+  Act* value = CacheRow<Act>(args, row, position, 1, kv_head);
+  for (int d = threadIdx.x; d < args.head_dim; d += kThreads) {
+    Store(key + d, Rotated<Act>(args, args.k, token, kv_head, d));
+    value[d] = Row<const Act>(args.v, token)[kv_head * args.head_dim + d];
+  }
+}
+
+template <typename Act>
+__global__ void __launch_bounds__(kThreads) AttendKernel(PagedAttentionArgs args) {
+  __shared__ float q[kMaxHeadDim];
+  __shared__ float scores[kAttentionSplit];
+  __shared__ float shared[kWarps];
+  const int64_t token = blockIdx.x, head = blockIdx.y;
+  const int64_t kv_head = head / (args.num_heads / args.num_kv_heads);
+  const StepRow& row = RowOfToken(args.rows, args.num_rows, token);
+  const int64_t num_keys = row.position + token - row.first_token + 1;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int d = threadIdx.x; d < args.head_dim; d += kThreads) q[d] = Rotated<Act>(args, args.q, token, head, d);
+  __syncthreads();
+
+  float max = -FLT_MAX, total = 0, o[kColumnsPerThread] = {};
+  for (int64_t first = 0; first < num_keys; first += kAttentionSplit) {
+    const int count = static_cast<int>(min(int64_t{kAttentionSplit}, num_keys - first));
+    for (int j = warp; j < count; j += kWarps) {
+      const Act* key = CacheRow<Act>(args, row, first + j, 0, kv_head);
+      float sum = 0;
+      for (int d = lane; d < args.head_dim; d += kWarp) sum = fmaf(q[d], Load(key + d), sum);
+      sum = WarpSum(sum);
+      if (lane == 0) scores[j] = sum * args.scale;
+    }
+    __syncthreads();
+    float split_max = -FLT_MAX, split_total = 0;
+    for (int j = threadIdx.x; j < count; j += kThreads) split_max = fmaxf(split_max, scores[j]);
+    split_max = BlockMax<kThreads>(split_max, shared);
+    for (int j = threadIdx.x; j < count; j += kThreads) {
+      scores[j] = expf(scores[j] - split_max);
+      split_total += scores[j];
+    }
+    split_total = BlockSum<kThreads>(split_total, shared);  // its barriers also publish the scores
+    const float new_max = fmaxf(max, split_max);
+    const float keep = expf(max - new_max), add = expf(split_max - new_max);
+    total = total * keep + split_total * add;
+#pragma unroll
+    for (int c = 0; c < kColumnsPerThread; ++c) {
+      const int d = threadIdx.x + c * kThreads;
+      if (d >= args.head_dim) break;
+      float sum = 0;
+      for (int j = 0; j < count; ++j) {
+        sum = fmaf(scores[j], Load(CacheRow<Act>(args, row, first + j, 1, kv_head) + d), sum);
+      }
+      o[c] = o[c] * keep + sum * add;
+    }
+    max = new_max;
+    __syncthreads();
+  }
+#pragma unroll
+  for (int c = 0; c < kColumnsPerThread; ++c) {
+    const int d = threadIdx.x + c * kThreads;
+    if (d < args.head_dim) Row<float>(args.o, token)[head * args.head_dim + d] = o[c] / total;
+  }
+}
+
+template <typename Act>
+cudaError_t Launch(const PagedAttentionArgs& args, cudaStream_t stream) {
+  const auto num_tokens = static_cast<unsigned>(args.q.rows());
+  WriteCacheKernel<Act>
+      <<<dim3(num_tokens, static_cast<unsigned>(args.num_kv_heads)), kThreads, 0, stream>>>(args);
+  AttendKernel<Act>
+      <<<dim3(num_tokens, static_cast<unsigned>(args.num_heads)), kThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t LaunchPagedAttention(const PagedAttentionArgs& args, cudaStream_t stream) {
+  if (args.num_rows == 0 || args.q.rows() == 0) return cudaSuccess;
+  return args.q.dtype == DType::kBF16 ? Launch<Bf16>(args, stream) : Launch<float>(args, stream);
+}
+
+}  // namespace godwit::cuda

@@ -1,0 +1,79 @@
+// Row-wise ops without products: embedding, gather, rotation table, token counts. Bound by memory; one thread an element.
+
+#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/launch.h"
+
+namespace godwit::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr double kTwoPi = 6.283185307179586476925286766559;
+
+__global__ void __launch_bounds__(kThreads) EmbedTokensKernel(EmbedTokensArgs args) {
+  const int64_t token = blockIdx.x;
+  const int64_t d = args.table.num_columns;
+  const int64_t id = *Row<const int32_t>(args.token_ids, token);
+  const TensorView table = {args.table.data, args.table.dtype, 2, {args.table.num_rows, d, 0, 0}, d};
+  for (int64_t i = threadIdx.x; i < d; i += kThreads) {
+    Row<float>(args.y, token)[i] = args.scale * LoadAny(table, id, i);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) GatherRowsKernel(GatherRowsArgs args) {
+  const int64_t row = blockIdx.x;
+  const float* from = Row<const float>(args.x, *Row<const int32_t>(args.rows, row));
+  for (int64_t i = threadIdx.x; i < args.x.shape[1]; i += kThreads) Row<float>(args.y, row)[i] = from[i];
+}
+
+__global__ void __launch_bounds__(kThreads) RopeKernel(RopeArgs args) {
+  const int64_t token = blockIdx.x;
+  const double position = static_cast<double>(*Row<const int64_t>(args.positions, token));
+  for (int64_t i = threadIdx.x; i < args.num_freqs; i += kThreads) {
+    const double angle = fmod(position * args.inv_freq[i], kTwoPi);
+    double sine, cosine;
+    sincos(angle, &sine, &cosine);
+    Row<float>(args.cos, token)[i] = static_cast<float>(cosine * args.attention_factor);
+    Row<float>(args.sin, token)[i] = static_cast<float>(sine * args.attention_factor);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) CountTokensKernel(CountTokensArgs args) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i >= args.token_ids.shape[0]) return;
+  uint32_t* count = Row<uint32_t>(args.counts, args.slot) + *Row<const int32_t>(args.token_ids, i);
+  if (args.is_prompt != 0) {
+    atomicOr(count, kPromptBit);
+  } else {
+    atomicAdd(count, 1u);
+  }
+}
+
+}  // namespace
+
+cudaError_t LaunchEmbedTokens(const EmbedTokensArgs& args, cudaStream_t stream) {
+  const int64_t num_tokens = args.token_ids.rows();
+  if (num_tokens == 0) return cudaSuccess;
+  EmbedTokensKernel<<<static_cast<unsigned>(num_tokens), kThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchGatherRows(const GatherRowsArgs& args, cudaStream_t stream) {
+  if (args.rows.rows() == 0) return cudaSuccess;
+  GatherRowsKernel<<<static_cast<unsigned>(args.rows.rows()), kThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchRope(const RopeArgs& args, cudaStream_t stream) {
+  if (args.positions.rows() == 0 || args.num_freqs == 0) return cudaSuccess;
+  RopeKernel<<<static_cast<unsigned>(args.positions.rows()), kThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchCountTokens(const CountTokensArgs& args, cudaStream_t stream) {
+  if (args.token_ids.rows() == 0) return cudaSuccess;
+  const auto blocks = static_cast<unsigned>(DivideUp(args.token_ids.rows(), kThreads));
+  CountTokensKernel<<<blocks, kThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace godwit::cuda
