@@ -49,7 +49,7 @@ def test_segments_equal_the_recurrence():
             torch.nn.init.normal_(matrix, std=0.2)
         ids = np.random.default_rng(heads).integers(0, 61, 3 * 192)
         want = recurrent_logits(net, ids)
-        for segment in (64, 192):
+        for segment in (1, 64, 192):
             state, got = None, []
             for begin in range(0, len(ids), segment):
                 tokens = torch.tensor(ids[None, begin:begin + segment])
