@@ -158,7 +158,8 @@ std::string_view CodeName(absl::StatusCode code) {
     return all;
   }();
   const size_t value = static_cast<size_t>(code);
-  return value < names.size() ? names[value] : "UNKNOWN";
+  if (value >= names.size()) return "UNKNOWN";
+  return names[value];
 }
 
 std::string ReasonOf(const absl::Status& status) {
