@@ -42,7 +42,8 @@ absl::Status CheckTokenLine(const std::string& token, const std::string& where) 
     return absl::InvalidArgumentError(
         absl::StrCat(where, ": token of ", token.size(), " bytes, at most ", kMaxTokenBytes));
   }
-  if (!std::all_of(token.begin(), token.end(), [](unsigned char c) { return absl::ascii_isgraph(c); })) {
+  if (!std::all_of(token.begin(), token.end(),
+                   [](unsigned char c) { return absl::ascii_isgraph(c); })) {
     return absl::InvalidArgumentError(absl::StrCat(where, ": a byte that is not visible ASCII"));
   }
   return absl::OkStatus();
@@ -52,7 +53,9 @@ absl::Status CheckTokenLine(const std::string& token, const std::string& where) 
 
 absl::StatusOr<Authenticator> Authenticator::FromFile(const std::string& path) {
   std::ifstream file(path);
-  if (!file) return absl::InvalidArgumentError(absl::StrCat("token file ", path, ": ", std::strerror(errno)));
+  if (!file)
+    return absl::InvalidArgumentError(
+        absl::StrCat("token file ", path, ": ", std::strerror(errno)));
   Authenticator authenticator;
   std::string line;
   for (int number = 1; std::getline(file, line); ++number) {
@@ -74,7 +77,8 @@ absl::StatusOr<Authenticator> Authenticator::FromFile(const std::string& path) {
 absl::Status Authenticator::Check(std::string_view authorization) const {
   if (!enabled()) return absl::OkStatus();
   if (authorization.empty()) return Unauthenticated("no authorization header", "TOKEN_MISSING");
-  if (!absl::StartsWithIgnoreCase(absl::string_view(authorization.data(), authorization.size()), kScheme)) {
+  if (!absl::StartsWithIgnoreCase(absl::string_view(authorization.data(), authorization.size()),
+                                  kScheme)) {
     return Unauthenticated("authorization is not \"Bearer TOKEN\"", "TOKEN_INVALID");
   }
   authorization.remove_prefix(kScheme.size());

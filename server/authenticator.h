@@ -1,6 +1,6 @@
 #pragma once
-// Bearer tokens. Every method of every service asks here first; grpc.health.v1 alone is open, because probes carry no token and
-// its answer is only whether the server serves.
+// Bearer tokens. Every method of every service asks here first; grpc.health.v1 alone is open,
+// because probes carry no token and its answer is only whether the server serves.
 
 #include <string>
 #include <string_view>
@@ -22,13 +22,15 @@ class Authenticator {
  public:
   Authenticator() = default;  // everybody may
 
-  // One token a line; empty lines and lines that begin with # are skipped. INVALID_ARGUMENT: none, too long, too many, a byte
-  // that is not visible ASCII; the status of the file when it cannot be read. Tokens are never part of a message.
+  // One token a line; empty lines and lines that begin with # are skipped. INVALID_ARGUMENT: none,
+  // too long, too many, a byte that is not visible ASCII; the status of the file when it cannot be
+  // read. Tokens are never part of a message.
   static absl::StatusOr<Authenticator> FromFile(const std::string& path);
 
   bool enabled() const { return !tokens_.empty(); }
 
-  // UNAUTHENTICATED with a reason. `authorization` is the header's value. Takes the same time wherever a token differs.
+  // UNAUTHENTICATED with a reason. `authorization` is the header's value. Takes the same time
+  // wherever a token differs.
   absl::Status Check(std::string_view authorization) const;
   absl::Status Check(const grpc::ServerContextBase& context) const;
 

@@ -34,7 +34,8 @@ v1::FinishReason EncodeReason(FinishReason reason) {
 
 std::vector<TokenWriter> MakeWriters(const ServedModel& model, const PreparedGenerate& prepared) {
   const PieceReader pieces(model.tokenizer(), prepared.starts_text);
-  const TokenWriterOptions options = {.stops = prepared.stops, .include_stop = prepared.include_stop};
+  const TokenWriterOptions options = {.stops = prepared.stops,
+                                      .include_stop = prepared.include_stop};
   return std::vector<TokenWriter>(prepared.request.num_outputs, TokenWriter(options, pieces));
 }
 
@@ -74,14 +75,16 @@ void EventEncoder::Encode(std::vector<TokenEvent> events, std::vector<v1::Genera
   }
 }
 
-v1::GenerateEvent& EventEncoder::NewEvent(int32_t output_index, std::vector<v1::GenerateEvent>* out) const {
+v1::GenerateEvent& EventEncoder::NewEvent(int32_t output_index,
+                                          std::vector<v1::GenerateEvent>* out) const {
   v1::GenerateEvent& event = out->emplace_back();
   event.set_request_id(request_id_);
   event.set_output_index(output_index);
   return event;
 }
 
-void EventEncoder::EncodePrompt(const std::vector<SampledToken>& scores, std::vector<v1::GenerateEvent>* out) {
+void EventEncoder::EncodePrompt(const std::vector<SampledToken>& scores,
+                                std::vector<v1::GenerateEvent>* out) {
   prompt_sent_ = true;
   v1::PromptEvent& prompt = *NewEvent(0, out).mutable_prompt();
   prompt.set_num_tokens(std::ssize(prompt_));
@@ -107,7 +110,8 @@ void EventEncoder::EncodeTokens(const TokenEvent& event, std::vector<v1::Generat
   }
 }
 
-void EventEncoder::EncodeDelta(int32_t output_index, TextDelta delta, std::vector<v1::GenerateEvent>* out) const {
+void EventEncoder::EncodeDelta(int32_t output_index, TextDelta delta,
+                               std::vector<v1::GenerateEvent>* out) const {
   v1::Delta& encoded = *NewEvent(output_index, out).mutable_delta();
   encoded.set_text(std::move(delta.text));
   encoded.mutable_token_ids()->Reserve(static_cast<int>(delta.tokens.size()));
@@ -118,9 +122,11 @@ void EventEncoder::EncodeDelta(int32_t output_index, TextDelta delta, std::vecto
 }
 
 void EventEncoder::EncodeFinished(const TokenEvent& event, std::vector<v1::GenerateEvent>* out) {
-  if (!prompt_sent_) EncodePrompt({}, out);  // the time limit was over before the prompt was computed
+  if (!prompt_sent_)
+    EncodePrompt({}, out);  // the time limit was over before the prompt was computed
   TokenWriter& writer = writers_[event.output_index];
-  if (auto delta = writer.Finish(event.finish)) EncodeDelta(event.output_index, *std::move(delta), out);
+  if (auto delta = writer.Finish(event.finish))
+    EncodeDelta(event.output_index, *std::move(delta), out);
   v1::Finished& finished = *NewEvent(event.output_index, out).mutable_finished();
   finished.set_reason(EncodeReason(event.finish.reason));
   finished.set_num_tokens(writer.num_tokens());
@@ -140,7 +146,8 @@ void EventEncoder::EncodeFinished(const TokenEvent& event, std::vector<v1::Gener
   }
 }
 
-void EventEncoder::EncodeSummary(const RequestTimings& timings, std::vector<v1::GenerateEvent>* out) const {
+void EventEncoder::EncodeSummary(const RequestTimings& timings,
+                                 std::vector<v1::GenerateEvent>* out) const {
   v1::Summary& summary = *NewEvent(0, out).mutable_summary();
   int64_t num_tokens = 0;
   for (const TokenWriter& writer : writers_) num_tokens += writer.num_tokens();
@@ -174,7 +181,8 @@ v1::Timings EncodeTimings(const RequestTimings& timings, int64_t tokens_per_outp
   if (timings.finished != kNever) encoded.set_total_ms(ToMs(timings.finished - timings.submitted));
   if (timings.first_token == kNever) return encoded;
   encoded.set_time_to_first_token_ms(ToMs(timings.first_token - timings.submitted));
-  if (timings.admitted != kNever) encoded.set_prefill_ms(ToMs(timings.first_token - timings.admitted));
+  if (timings.admitted != kNever)
+    encoded.set_prefill_ms(ToMs(timings.first_token - timings.admitted));
   const double decode_ms = ToMs(timings.last_token - timings.first_token);
   encoded.set_decode_ms(decode_ms);
   if (tokens_per_output > 1) {

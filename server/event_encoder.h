@@ -13,7 +13,8 @@
 
 namespace godwit {
 
-// A slow client's tokens are merged, but a message stays far below the 4 MiB that clients accept by default.
+// A slow client's tokens are merged, but a message stays far below the 4 MiB that clients accept by
+// default.
 inline constexpr int64_t kMaxTokensPerDelta = 2048;
 
 class EventEncoder {
@@ -31,7 +32,8 @@ class EventEncoder {
   v1::GenerateEvent& NewEvent(int32_t output_index, std::vector<v1::GenerateEvent>* out) const;
   void EncodePrompt(const std::vector<SampledToken>& scores, std::vector<v1::GenerateEvent>* out);
   void EncodeTokens(const TokenEvent& event, std::vector<v1::GenerateEvent>* out);
-  void EncodeDelta(int32_t output_index, TextDelta delta, std::vector<v1::GenerateEvent>* out) const;
+  void EncodeDelta(int32_t output_index, TextDelta delta,
+                   std::vector<v1::GenerateEvent>* out) const;
   void EncodeFinished(const TokenEvent& event, std::vector<v1::GenerateEvent>* out);
   void EncodeSummary(const RequestTimings& timings, std::vector<v1::GenerateEvent>* out) const;
 

@@ -31,12 +31,13 @@ absl::StatusOr<Running> Begin(const ServiceContext& services, const v1::Generate
   ASSIGN_OR_RETURN(PreparedGenerate prepared, PrepareGenerate(request, services.model, arrival));
   Running running;
   running.encoder = std::make_unique<EventEncoder>(services.model, prepared);
-  ASSIGN_OR_RETURN(running.run, RequestRun::Start(services, std::move(prepared.request), std::move(on_events)));
+  ASSIGN_OR_RETURN(running.run,
+                   RequestRun::Start(services, std::move(prepared.request), std::move(on_events)));
   return running;
 }
 
-// gRPC's calls (StartWrite, Finish) are made without the lock; the flags make sure that one thread makes them. The object lives
-// until gRPC is done with it and no delivery is under way.
+// gRPC's calls (StartWrite, Finish) are made without the lock; the flags make sure that one thread
+// makes them. The object lives until gRPC is done with it and no delivery is under way.
 class StreamReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
                             public std::enable_shared_from_this<StreamReactor> {
  public:
@@ -49,10 +50,9 @@ class StreamReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
     auto request = ReadRequest<v1::GenerateRequest>(services_, *context_, bytes);
     if (!request.ok()) return Reject(request.status());
     const size_t num_text_bytes = request->prompt().size();
-    const absl::Status status =
-        RunIntake(services_, num_text_bytes, [self = self_, request = *std::move(request), arrival] {
-          self->Accept(request, arrival);
-        });
+    const absl::Status status = RunIntake(
+        services_, num_text_bytes,
+        [self = self_, request = *std::move(request), arrival] { self->Accept(request, arrival); });
     if (!status.ok()) Reject(status);
   }
 
@@ -112,7 +112,8 @@ class StreamReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
     Finish(ToGrpcStatus(status, context_));
   }
 
-  // Takes what the engine has pushed, once what was taken before is written. A slow client's tokens wait in the mailbox, merged.
+  // Takes what the engine has pushed, once what was taken before is written. A slow client's tokens
+  // wait in the mailbox, merged.
   void TakeEvents() {
     std::vector<v1::GenerateEvent> events;
     running_.encoder->Encode(running_.run->Drain(), &events);
@@ -139,7 +140,8 @@ class StreamReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
       }
     }
     if (end.has_value()) return End(*end);
-    // No buffer hint: the first write carries the initial metadata, and would not complete until somebody flushes it.
+    // No buffer hint: the first write carries the initial metadata, and would not complete until
+    // somebody flushes it.
     StartWrite(&current_);
   }
 
@@ -151,14 +153,20 @@ class StreamReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
 
   std::mutex mutex_;  // guards the rest
   Running running_;
-  std::deque<grpc::ByteBuffer> out_;     // of one Drain: at most n * (max_tokens / kMaxTokensPerDelta + 2) + 2
+  std::deque<grpc::ByteBuffer>
+      out_;  // of one Drain: at most n * (max_tokens / kMaxTokensPerDelta + 2) + 2
   bool writing_ = false, finished_ = false, abandoned_ = false;
 };
 
-class UnaryReactor final : public grpc::ServerUnaryReactor, public std::enable_shared_from_this<UnaryReactor> {
+class UnaryReactor final : public grpc::ServerUnaryReactor,
+                           public std::enable_shared_from_this<UnaryReactor> {
  public:
-  UnaryReactor(const ServiceContext& services, grpc::CallbackServerContext* context, grpc::ByteBuffer* response_bytes)
-      : services_(services), context_(context), response_bytes_(response_bytes), record_(services.metrics, kGenerate) {}
+  UnaryReactor(const ServiceContext& services, grpc::CallbackServerContext* context,
+               grpc::ByteBuffer* response_bytes)
+      : services_(services),
+        context_(context),
+        response_bytes_(response_bytes),
+        record_(services.metrics, kGenerate) {}
 
   void Start(const grpc::ByteBuffer& bytes) {
     self_ = shared_from_this();
@@ -166,10 +174,9 @@ class UnaryReactor final : public grpc::ServerUnaryReactor, public std::enable_s
     auto request = ReadRequest<v1::GenerateRequest>(services_, *context_, bytes);
     if (!request.ok()) return Reject(request.status());
     const size_t num_text_bytes = request->prompt().size();
-    const absl::Status status =
-        RunIntake(services_, num_text_bytes, [self = self_, request = *std::move(request), arrival] {
-          self->Accept(request, arrival);
-        });
+    const absl::Status status = RunIntake(
+        services_, num_text_bytes,
+        [self = self_, request = *std::move(request), arrival] { self->Accept(request, arrival); });
     if (!status.ok()) Reject(status);
   }
 
@@ -236,16 +243,18 @@ class UnaryReactor final : public grpc::ServerUnaryReactor, public std::enable_s
 
 }  // namespace
 
-grpc::ServerUnaryReactor* StartGenerate(const ServiceContext& services, grpc::CallbackServerContext* context,
-                                        const grpc::ByteBuffer* request, grpc::ByteBuffer* response) {
+grpc::ServerUnaryReactor* StartGenerate(const ServiceContext& services,
+                                        grpc::CallbackServerContext* context,
+                                        const grpc::ByteBuffer* request,
+                                        grpc::ByteBuffer* response) {
   const auto reactor = std::make_shared<UnaryReactor>(services, context, response);
   reactor->Start(*request);
   return reactor.get();
 }
 
-grpc::ServerWriteReactor<grpc::ByteBuffer>* StartGenerateStream(const ServiceContext& services,
-                                                                grpc::CallbackServerContext* context,
-                                                                const grpc::ByteBuffer* request) {
+grpc::ServerWriteReactor<grpc::ByteBuffer>* StartGenerateStream(
+    const ServiceContext& services, grpc::CallbackServerContext* context,
+    const grpc::ByteBuffer* request) {
   const auto reactor = std::make_shared<StreamReactor>(services, context);
   reactor->Start(*request);
   return reactor.get();

@@ -9,11 +9,13 @@
 
 namespace godwit {
 
-grpc::ServerUnaryReactor* StartGenerate(const ServiceContext& services, grpc::CallbackServerContext* context,
-                                        const grpc::ByteBuffer* request, grpc::ByteBuffer* response);
+grpc::ServerUnaryReactor* StartGenerate(const ServiceContext& services,
+                                        grpc::CallbackServerContext* context,
+                                        const grpc::ByteBuffer* request,
+                                        grpc::ByteBuffer* response);
 
-grpc::ServerWriteReactor<grpc::ByteBuffer>* StartGenerateStream(const ServiceContext& services,
-                                                                grpc::CallbackServerContext* context,
-                                                                const grpc::ByteBuffer* request);
+grpc::ServerWriteReactor<grpc::ByteBuffer>* StartGenerateStream(
+    const ServiceContext& services, grpc::CallbackServerContext* context,
+    const grpc::ByteBuffer* request);
 
 }  // namespace godwit

@@ -6,22 +6,25 @@
 namespace godwit {
 namespace {
 
-using Base = v1::Inference::WithRawCallbackMethod_Generate<v1::Inference::WithRawCallbackMethod_GenerateStream<
-    v1::Inference::WithRawCallbackMethod_Score<v1::Inference::Service>>>;
+using Base = v1::Inference::WithRawCallbackMethod_Generate<
+    v1::Inference::WithRawCallbackMethod_GenerateStream<
+        v1::Inference::WithRawCallbackMethod_Score<v1::Inference::Service>>>;
 
 class InferenceService final : public Base {
  public:
   explicit InferenceService(const ServiceContext& context) : services_(context) {}
 
-  grpc::ServerUnaryReactor* Generate(grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+  grpc::ServerUnaryReactor* Generate(grpc::CallbackServerContext* context,
+                                     const grpc::ByteBuffer* request,
                                      grpc::ByteBuffer* response) override {
     return StartGenerate(services_, context, request, response);
   }
-  grpc::ServerWriteReactor<grpc::ByteBuffer>* GenerateStream(grpc::CallbackServerContext* context,
-                                                             const grpc::ByteBuffer* request) override {
+  grpc::ServerWriteReactor<grpc::ByteBuffer>* GenerateStream(
+      grpc::CallbackServerContext* context, const grpc::ByteBuffer* request) override {
     return StartGenerateStream(services_, context, request);
   }
-  grpc::ServerUnaryReactor* Score(grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+  grpc::ServerUnaryReactor* Score(grpc::CallbackServerContext* context,
+                                  const grpc::ByteBuffer* request,
                                   grpc::ByteBuffer* response) override {
     return StartScore(services_, context, request, response);
   }

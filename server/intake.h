@@ -1,5 +1,6 @@
 #pragma once
-// What the reactors of Generate, GenerateStream and Score have in common: from the bytes of a request to a RequestRun.
+// What the reactors of Generate, GenerateStream and Score have in common: from the bytes of a
+// request to a RequestRun.
 
 #include <grpcpp/server_context.h>
 #include <grpcpp/support/byte_buffer.h>
@@ -20,7 +21,8 @@ namespace godwit {
 
 // Authenticates and parses. Request is a message type.
 template <typename Request>
-absl::StatusOr<Request> ReadRequest(const ServiceContext& services, const grpc::CallbackServerContext& context,
+absl::StatusOr<Request> ReadRequest(const ServiceContext& services,
+                                    const grpc::CallbackServerContext& context,
                                     const grpc::ByteBuffer& bytes) {
   absl::Status status = services.authenticator.Check(context);
   if (!status.ok()) return status;
@@ -30,7 +32,9 @@ absl::StatusOr<Request> ReadRequest(const ServiceContext& services, const grpc::
   return request;
 }
 
-// Runs `work` here when the text is short, else on an intake thread. RESOURCE_EXHAUSTED when too many wait there.
-absl::Status RunIntake(const ServiceContext& services, size_t num_text_bytes, std::function<void()> work);
+// Runs `work` here when the text is short, else on an intake thread. RESOURCE_EXHAUSTED when too
+// many wait there.
+absl::Status RunIntake(const ServiceContext& services, size_t num_text_bytes,
+                       std::function<void()> work);
 
 }  // namespace godwit

@@ -32,13 +32,15 @@ using prometheus::MetricFamily;
 using prometheus::MetricType;
 using Buckets = Histogram::BucketBoundaries;
 
-const Buckets kTimeToFirstToken = {.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75,
+const Buckets kTimeToFirstToken = {.001, .005, .01, .02, .04, .06, .08, .1, .25, .5,  .75,
                                    1,    2.5,  5,   7.5, 10,  20,  40,  80, 160, 640, 2560};
 // vLLM's begin at 10 ms, where a small model has all of its tokens in the first bucket.
-const Buckets kInterToken = {.0005, .001, .002, .004, .006, .008, .01, .015, .02, .03, .05, .075, .1, .2, .5, 1, 2, 5};
-const Buckets kRequestSeconds = {.005, .01, .025, .05, .1, .3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60,
-                                 120, 240, 480, 960, 1920, 7680};
-const Buckets kStepSeconds = {.00005, .0001, .0002, .0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10};
+const Buckets kInterToken = {.0005, .001, .002, .004, .006, .008, .01, .015, .02,
+                             .03,   .05,  .075, .1,   .2,   .5,   1,   2,    5};
+const Buckets kRequestSeconds = {.005, .01, .025, .05, .1, .3, .5, .8,  1,   1.5, 2,   2.5,  5,
+                                 10,   15,  20,   30,  40, 50, 60, 120, 240, 480, 960, 1920, 7680};
+const Buckets kStepSeconds = {.00005, .0001, .0002, .0005, .001, .002, .005, .01, .02,
+                              .05,    .1,    .2,    .5,    1,    2,    5,    10};
 const Buckets kIterationTokens = {1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384};
 const Buckets kNumOutputs = {1, 2, 5, 10, 20};
 
@@ -92,7 +94,8 @@ class LoopCollector final : public prometheus::Collectable {
         Gauge("num_requests_waiting", "Requests waiting to run.", stats.num_waiting),
         Gauge("num_requests_swapped", "Requests preempted to host memory.", stats.num_swapped),
         Gauge("num_tokens_waiting", "Prompt tokens of waiting requests.", stats.num_waiting_tokens),
-        Gauge("kv_cache_usage_perc", "Use of the scarcer of state slots and KV blocks, 0 to 1.", usage),
+        Gauge("kv_cache_usage_perc", "Use of the scarcer of state slots and KV blocks, 0 to 1.",
+              usage),
         Gauge("state_slots", "Sequences that fit at once.", slots_total),
         Gauge("state_slots_used", "State slots in use.", slots_used),
         Gauge("state_slot_bytes", "Bytes of one state slot.", slot_bytes),
@@ -146,31 +149,45 @@ struct Metrics::Impl {
         collector(std::make_shared<LoopCollector>(labels, card.geometry)),
         registry(std::make_shared<prometheus::Registry>()) {
     const Buckets counts = TokenCounts(card.context_length);
-    time_to_first_token = &Add("time_to_first_token_seconds", "From arrival to the first token.", kTimeToFirstToken);
-    inter_token_latency = &Add("inter_token_latency_seconds", "Between two tokens of one output.", kInterToken);
+    time_to_first_token =
+        &Add("time_to_first_token_seconds", "From arrival to the first token.", kTimeToFirstToken);
+    inter_token_latency =
+        &Add("inter_token_latency_seconds", "Between two tokens of one output.", kInterToken);
     time_per_output_token = &Add("request_time_per_output_token_seconds",
                                  "Mean time between the tokens of one request.", kInterToken);
     e2e_latency = &Add("e2e_request_latency_seconds", "From arrival to the end.", kRequestSeconds);
     queue_time = &Add("request_queue_time_seconds", "Waiting, or preempted.", kRequestSeconds);
-    inference_time = &Add("request_inference_time_seconds", "From admission to the end.", kRequestSeconds);
-    prefill_time = &Add("request_prefill_time_seconds", "From admission to the first token.", kRequestSeconds);
-    decode_time = &Add("request_decode_time_seconds", "From the first token to the last.", kRequestSeconds);
+    inference_time =
+        &Add("request_inference_time_seconds", "From admission to the end.", kRequestSeconds);
+    prefill_time =
+        &Add("request_prefill_time_seconds", "From admission to the first token.", kRequestSeconds);
+    decode_time =
+        &Add("request_decode_time_seconds", "From the first token to the last.", kRequestSeconds);
     prompt_tokens = &Add("request_prompt_tokens", "Prompt tokens of a request.", counts);
-    generation_tokens = &Add("request_generation_tokens", "Generated tokens of a request, all outputs.", counts);
+    generation_tokens =
+        &Add("request_generation_tokens", "Generated tokens of a request, all outputs.", counts);
     max_tokens = &Add("request_params_max_tokens", "max_tokens of a request.", counts);
     num_outputs = &Add("request_params_n", "n of a request.", kNumOutputs);
     iteration_tokens = &Add("iteration_tokens", "Tokens computed in one step.", kIterationTokens);
     step_time = &Add("step_seconds", "One step, from plan to applied result.", kStepSeconds);
-    step_overhead = &Add("step_overhead_seconds", "One step less the time of the model.", kStepSeconds);
+    step_overhead =
+        &Add("step_overhead_seconds", "One step less the time of the model.", kStepSeconds);
     AddFamilies(card);
   }
 
   Histogram& Add(const char* name, const char* help, const Buckets& buckets) {
-    return BuildHistogram().Name(absl::StrCat("godwit_", name)).Help(help).Register(*registry).Add(labels, buckets);
+    return BuildHistogram()
+        .Name(absl::StrCat("godwit_", name))
+        .Help(help)
+        .Register(*registry)
+        .Add(labels, buckets);
   }
 
   void AddFamilies(const ModelCard& card) {
-    success = &BuildCounter().Name("godwit_request_success_total").Help("Outputs that ended, by reason.").Register(*registry);
+    success = &BuildCounter()
+                   .Name("godwit_request_success_total")
+                   .Help("Outputs that ended, by reason.")
+                   .Register(*registry);
     failed = &BuildCounter()
                   .Name("godwit_request_failed_total")
                   .Help("Accepted requests that ended with an error, by code and phase.")
@@ -179,10 +196,17 @@ struct Metrics::Impl {
                     .Name("godwit_request_rejected_total")
                     .Help("Requests refused before they were accepted, by code and reason.")
                     .Register(*registry);
-    handled = &BuildCounter().Name("grpc_server_handled_total").Help("RPCs completed, by code.").Register(*registry);
-    handling = &BuildHistogram().Name("grpc_server_handling_seconds").Help("Time of RPCs.").Register(*registry);
+    handled = &BuildCounter()
+                   .Name("grpc_server_handled_total")
+                   .Help("RPCs completed, by code.")
+                   .Register(*registry);
+    handling = &BuildHistogram()
+                    .Name("grpc_server_handling_seconds")
+                    .Help("Time of RPCs.")
+                    .Register(*registry);
     // Dashboards want the series from the start.
-    for (const char* reason : {"stop", "length", "time_limit"}) success->Add(With({{"finished_reason", reason}}));
+    for (const char* reason : {"stop", "length", "time_limit"})
+      success->Add(With({{"finished_reason", reason}}));
     BuildGauge()
         .Name("godwit_build_info")
         .Help("Always 1; what runs.")
@@ -206,10 +230,12 @@ struct Metrics::Impl {
   const Labels labels;
   std::shared_ptr<LoopCollector> collector;
   std::shared_ptr<prometheus::Registry> registry;
-  Histogram *time_to_first_token, *inter_token_latency, *time_per_output_token, *e2e_latency, *queue_time;
-  Histogram *inference_time, *prefill_time, *decode_time, *prompt_tokens, *generation_tokens, *max_tokens;
+  Histogram *time_to_first_token, *inter_token_latency, *time_per_output_token, *e2e_latency,
+      *queue_time;
+  Histogram *inference_time, *prefill_time, *decode_time, *prompt_tokens, *generation_tokens,
+      *max_tokens;
   Histogram *num_outputs, *iteration_tokens, *step_time, *step_overhead;
-  prometheus::Family<prometheus::Counter> *success, *failed, *rejected, *handled;
+  prometheus::Family<prometheus::Counter>*success, *failed, *rejected, *handled;
   prometheus::Family<Histogram>* handling;
   std::unique_ptr<prometheus::Exposer> exposer;
 };
@@ -227,14 +253,17 @@ void Metrics::OnStep(const StepReport& report) {
 
 void Metrics::WatchLoop(const EngineLoop* loop) { impl_->collector->Watch(loop); }
 
-void Metrics::OnFirstToken(TimeNs since_arrival) { impl_->time_to_first_token->Observe(ToSeconds(since_arrival)); }
+void Metrics::OnFirstToken(TimeNs since_arrival) {
+  impl_->time_to_first_token->Observe(ToSeconds(since_arrival));
+}
 
 void Metrics::OnInterTokenGaps(TimeNs gap, int64_t count) {
   for (int64_t at = 0; at < count; ++at) impl_->inter_token_latency->Observe(ToSeconds(gap));
 }
 
 void Metrics::OnOutputFinished(FinishReason reason) {
-  impl_->success->Add(impl_->With({{"finished_reason", std::string(FinishedReason(reason))}})).Increment();
+  impl_->success->Add(impl_->With({{"finished_reason", std::string(FinishedReason(reason))}}))
+      .Increment();
 }
 
 void Metrics::OnRequestEnded(const RequestStats& stats) {
@@ -250,7 +279,8 @@ void Metrics::OnRequestEnded(const RequestStats& stats) {
     impl_->e2e_latency->Observe(ToSeconds(timings.finished - timings.submitted));
   }
   if (timings.admitted != kNever) {
-    if (timings.finished != kNever) impl_->inference_time->Observe(ToSeconds(timings.finished - timings.admitted));
+    if (timings.finished != kNever)
+      impl_->inference_time->Observe(ToSeconds(timings.finished - timings.admitted));
     if (timings.first_token != kNever) {
       impl_->prefill_time->Observe(ToSeconds(timings.first_token - timings.admitted));
     }
@@ -260,7 +290,8 @@ void Metrics::OnRequestEnded(const RequestStats& stats) {
     impl_->decode_time->Observe(ToSeconds(decode));
     const int64_t per_output = stats.num_output_tokens / std::max(1, stats.num_outputs);
     if (per_output > 1) {
-      impl_->time_per_output_token->Observe(ToSeconds(decode) / static_cast<double>(per_output - 1));
+      impl_->time_per_output_token->Observe(ToSeconds(decode) /
+                                            static_cast<double>(per_output - 1));
     }
   }
   if (stats.status.ok()) return;
@@ -272,7 +303,8 @@ void Metrics::OnRequestEnded(const RequestStats& stats) {
 
 void Metrics::OnRejected(const absl::Status& status) {
   impl_->rejected
-      ->Add(impl_->With({{"code", std::string(CodeName(status.code()))}, {"reason", ReasonOf(status)}}))
+      ->Add(impl_->With(
+          {{"code", std::string(CodeName(status.code()))}, {"reason", ReasonOf(status)}}))
       .Increment();
 }
 
@@ -286,7 +318,9 @@ void Metrics::OnHandled(std::string_view service, std::string_view method, std::
   impl_->handled->Add(labels).Increment();
 }
 
-std::string Metrics::Text() const { return prometheus::TextSerializer().Serialize(impl_->Collect()); }
+std::string Metrics::Text() const {
+  return prometheus::TextSerializer().Serialize(impl_->Collect());
+}
 
 absl::StatusOr<int> Metrics::Listen(const std::string& address) {
   try {

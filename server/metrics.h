@@ -1,9 +1,10 @@
 #pragma once
-// Prometheus metrics: vLLM's names, types and the label model_name, with the prefix godwit_ and finer inter-token buckets;
-// grpc_server_* as go-grpc-prometheus names them. docs/operations.md lists them. Thread-safe.
+// Prometheus metrics: vLLM's names, types and the label model_name, with the prefix godwit_ and
+// finer inter-token buckets; grpc_server_* as go-grpc-prometheus names them. docs/operations.md
+// lists them. Thread-safe.
 //
-// Where it differs from vLLM: iteration_tokens (there iteration_tokens_total, a name that promtool refuses for a histogram), and
-// all that begins with state_, step_ or request_rejected.
+// Where it differs from vLLM: iteration_tokens (there iteration_tokens_total, a name that promtool
+// refuses for a histogram), and all that begins with state_, step_ or request_rejected.
 
 #include <cstdint>
 #include <memory>
@@ -21,8 +22,8 @@ namespace godwit {
 // A request that ended, accepted before.
 struct RequestStats {
   int64_t num_prompt_tokens = 0;
-  int64_t num_output_tokens = 0;   // of all outputs
-  int64_t max_tokens = 0;          // 0: Score
+  int64_t num_output_tokens = 0;  // of all outputs
+  int64_t max_tokens = 0;         // 0: Score
   int32_t num_outputs = 1;
   RequestTimings timings;
   absl::Status status;
@@ -47,13 +48,14 @@ class Metrics {
   // Refused before it was accepted.
   void OnRejected(const absl::Status& status);
   // service "godwit.v1.Inference", method "Generate", type "unary" or "server_stream".
-  void OnHandled(std::string_view service, std::string_view method, std::string_view type, absl::StatusCode code,
-                 TimeNs duration);
+  void OnHandled(std::string_view service, std::string_view method, std::string_view type,
+                 absl::StatusCode code, TimeNs duration);
 
   // The page that /metrics answers.
   std::string Text() const;
 
-  // Serves Text() on HOST:PORT (port 0: any); returns the port. UNAVAILABLE: the address cannot be had.
+  // Serves Text() on HOST:PORT (port 0: any); returns the port. UNAVAILABLE: the address cannot be
+  // had.
   absl::StatusOr<int> Listen(const std::string& address);
   void StopListening();
 

@@ -18,7 +18,8 @@ v1::Limits EncodeLimits(const ServedModel& model) {
   encoded.set_max_stop_bytes(kMaxStopBytes);
   encoded.set_max_stop_token_ids(kMaxStopTokenIds);
   encoded.set_max_logit_biases(kMaxLogitBiases);
-  encoded.set_max_top_logprobs(static_cast<int32_t>(std::min<int64_t>(kMaxTopLogprobs, model.vocab_size())));
+  encoded.set_max_top_logprobs(
+      static_cast<int32_t>(std::min<int64_t>(kMaxTopLogprobs, model.vocab_size())));
   encoded.set_max_message_bytes(limits.max_message_bytes);
   return encoded;
 }
@@ -32,7 +33,8 @@ void EncodeMemory(const CacheGeometry& geometry, v1::ModelCard& card) {
   for (const StateComponent& component : geometry.components) {
     v1::StateComponentCard& encoded = *card.add_components();
     encoded.set_name(component.name);
-    const int64_t window_bytes = component.windowed() ? geometry.window_rows * component.row_bytes : 0;
+    const int64_t window_bytes =
+        component.windowed() ? geometry.window_rows * component.row_bytes : 0;
     encoded.set_bytes_per_sequence(component.base_bytes + window_bytes);
     encoded.set_bytes_per_token(component.paged() ? component.row_bytes : 0);
   }
@@ -56,7 +58,8 @@ v1::ModelCard EncodeCard(const ServedModel& model) {
   encoded.set_num_kv_heads(config.num_kv_heads);
   encoded.set_head_dim(config.head_dim);
   encoded.set_context_length(card.context_length);
-  encoded.mutable_eos_token_ids()->Assign(model.eos_token_ids().begin(), model.eos_token_ids().end());
+  encoded.mutable_eos_token_ids()->Assign(model.eos_token_ids().begin(),
+                                          model.eos_token_ids().end());
   if (model.bos_token_id().has_value()) encoded.set_bos_token_id(*model.bos_token_id());
   encoded.set_add_bos(model.add_bos());
   encoded.set_has_tokenizer(model.tokenizer() != nullptr);
@@ -65,14 +68,15 @@ v1::ModelCard EncodeCard(const ServedModel& model) {
   return encoded;
 }
 
-using Base =
-    v1::Models::WithRawCallbackMethod_ListModels<v1::Models::WithRawCallbackMethod_GetModel<v1::Models::Service>>;
+using Base = v1::Models::WithRawCallbackMethod_ListModels<
+    v1::Models::WithRawCallbackMethod_GetModel<v1::Models::Service>>;
 
 class ModelsService final : public Base {
  public:
   explicit ModelsService(const ServiceContext& context) : services_(context) {}
 
-  grpc::ServerUnaryReactor* ListModels(grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+  grpc::ServerUnaryReactor* ListModels(grpc::CallbackServerContext* context,
+                                       const grpc::ByteBuffer* request,
                                        grpc::ByteBuffer* response) override {
     constexpr RpcName kName = {"godwit.v1.Models", "ListModels"};
     return AnswerAtOnce<v1::ListModelsRequest, v1::ListModelsResponse>(
@@ -81,11 +85,13 @@ class ModelsService final : public Base {
           return absl::OkStatus();
         });
   }
-  grpc::ServerUnaryReactor* GetModel(grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+  grpc::ServerUnaryReactor* GetModel(grpc::CallbackServerContext* context,
+                                     const grpc::ByteBuffer* request,
                                      grpc::ByteBuffer* response) override {
     constexpr RpcName kName = {"godwit.v1.Models", "GetModel"};
     return AnswerAtOnce<v1::GetModelRequest, v1::ModelCard>(
-        services_, kName, context, request, response, [this](const auto& from, auto* to) -> absl::Status {
+        services_, kName, context, request, response,
+        [this](const auto& from, auto* to) -> absl::Status {
           RETURN_IF_ERROR(services_.model.CheckName(from.model()));
           *to = EncodeCard(services_.model);
           return absl::OkStatus();

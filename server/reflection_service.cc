@@ -20,7 +20,8 @@ using google::protobuf::DescriptorPool;
 using google::protobuf::FileDescriptor;
 
 // `file` and all it imports, imports first.
-void Collect(const FileDescriptor& file, std::set<const FileDescriptor*>& seen, std::vector<std::string>& files) {
+void Collect(const FileDescriptor& file, std::set<const FileDescriptor*>& seen,
+             std::vector<std::string>& files) {
   if (!seen.insert(&file).second) return;
   for (int at = 0; at < file.dependency_count(); ++at) Collect(*file.dependency(at), seen, files);
   google::protobuf::FileDescriptorProto proto;
@@ -29,17 +30,20 @@ void Collect(const FileDescriptor& file, std::set<const FileDescriptor*>& seen, 
 }
 
 // NOT_FOUND when there is no such file.
-absl::StatusOr<std::vector<std::string>> FilesOf(const FileDescriptor* file, const std::string& name) {
+absl::StatusOr<std::vector<std::string>> FilesOf(const FileDescriptor* file,
+                                                 const std::string& name) {
   if (file == nullptr) return absl::NotFoundError(name);
   std::set<const FileDescriptor*> seen;
   std::vector<std::string> files;
   Collect(*file, seen, files);
-  std::reverse(files.begin(), files.end());  // clients take the first one as the file they asked for
+  std::reverse(files.begin(),
+               files.end());  // clients take the first one as the file they asked for
   return files;
 }
 
 template <typename Request, typename Response>
-absl::Status Answer(const Request& request, const std::vector<std::string>& service_names, Response* response) {
+absl::Status Answer(const Request& request, const std::vector<std::string>& service_names,
+                    Response* response) {
   const DescriptorPool& pool = *DescriptorPool::generated_pool();
   absl::StatusOr<std::vector<std::string>> files;
   switch (request.message_request_case()) {
@@ -71,7 +75,8 @@ absl::Status Answer(const Request& request, const std::vector<std::string>& serv
 template <typename Request, typename Response>
 class ReflectionReactor final : public grpc::ServerBidiReactor<Request, Response> {
  public:
-  ReflectionReactor(const ServiceContext& services, RpcName name, const std::vector<std::string>& service_names,
+  ReflectionReactor(const ServiceContext& services, RpcName name,
+                    const std::vector<std::string>& service_names,
                     grpc::CallbackServerContext* context)
       : service_names_(service_names), record_(services.metrics, name) {
     const absl::Status status = services.authenticator.Check(*context);
@@ -116,12 +121,14 @@ class ReflectionReactor final : public grpc::ServerBidiReactor<Request, Response
 template <typename Service, typename Request, typename Response>
 class ReflectionService final : public Service {
  public:
-  ReflectionService(const ServiceContext& context, std::string_view name, std::vector<std::string> service_names)
+  ReflectionService(const ServiceContext& context, std::string_view name,
+                    std::vector<std::string> service_names)
       : services_(context),
         name_{.service = name, .method = "ServerReflectionInfo", .type = "bidi_stream"},
         service_names_(std::move(service_names)) {}
 
-  grpc::ServerBidiReactor<Request, Response>* ServerReflectionInfo(grpc::CallbackServerContext* context) override {
+  grpc::ServerBidiReactor<Request, Response>* ServerReflectionInfo(
+      grpc::CallbackServerContext* context) override {
     return new ReflectionReactor<Request, Response>(services_, name_, service_names_, context);
   }
 
@@ -133,19 +140,21 @@ class ReflectionService final : public Service {
 
 }  // namespace
 
-std::vector<std::unique_ptr<grpc::Service>> NewReflectionServices(const ServiceContext& context,
-                                                                  std::vector<std::string> service_names) {
+std::vector<std::unique_ptr<grpc::Service>> NewReflectionServices(
+    const ServiceContext& context, std::vector<std::string> service_names) {
   namespace v1 = grpc::reflection::v1;
   namespace v1alpha = grpc::reflection::v1alpha;
   service_names.push_back(v1::ServerReflection::service_full_name());
   service_names.push_back(v1alpha::ServerReflection::service_full_name());
   std::vector<std::unique_ptr<grpc::Service>> services;
-  services.push_back(std::make_unique<ReflectionService<v1::ServerReflection::CallbackService, v1::ServerReflectionRequest,
-                                                        v1::ServerReflectionResponse>>(
+  services.push_back(std::make_unique<
+                     ReflectionService<v1::ServerReflection::CallbackService,
+                                       v1::ServerReflectionRequest, v1::ServerReflectionResponse>>(
       context, v1::ServerReflection::service_full_name(), service_names));
   services.push_back(
-      std::make_unique<ReflectionService<v1alpha::ServerReflection::CallbackService, v1alpha::ServerReflectionRequest,
-                                         v1alpha::ServerReflectionResponse>>(
+      std::make_unique<
+          ReflectionService<v1alpha::ServerReflection::CallbackService,
+                            v1alpha::ServerReflectionRequest, v1alpha::ServerReflectionResponse>>(
           context, v1alpha::ServerReflection::service_full_name(), service_names));
   return services;
 }

@@ -9,7 +9,8 @@ absl::Status RequestRegistry::Add(const std::string& id) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (ids_.insert(id).second) return absl::OkStatus();
   return WithErrorInfo(
-      WithResource(absl::AlreadyExistsError(absl::StrCat("request_id ", id, " is running")), "request", id),
+      WithResource(absl::AlreadyExistsError(absl::StrCat("request_id ", id, " is running")),
+                   "request", id),
       "DUPLICATE_REQUEST_ID");
 }
 

@@ -40,7 +40,8 @@ RequestRun::~RequestRun() {
   if (!done_) services_.registry.Remove(id_);
 }
 
-absl::StatusOr<std::shared_ptr<RequestRun>> RequestRun::Start(const ServiceContext& services, GenerateRequest request,
+absl::StatusOr<std::shared_ptr<RequestRun>> RequestRun::Start(const ServiceContext& services,
+                                                              GenerateRequest request,
                                                               std::function<void()> on_events) {
   RETURN_IF_ERROR(services.registry.Add(request.id));
   std::shared_ptr<RequestRun> run(new RequestRun(services, request, std::move(on_events)));
@@ -94,8 +95,8 @@ void RequestRun::Measure(const std::vector<TokenEvent>& events) {
   }
 }
 
-// The engine's pace, whatever the client's: a batch holds what came from one push to an empty mailbox until the next, so its
-// tokens share the time between the two.
+// The engine's pace, whatever the client's: a batch holds what came from one push to an empty
+// mailbox until the next, so its tokens share the time between the two.
 void RequestRun::MeasureGaps(int64_t num_tokens, const std::vector<TokenEvent>& events) {
   const TimeNs notified = notified_.load(std::memory_order_relaxed);
   if (stats_.num_output_tokens == 0) {

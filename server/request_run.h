@@ -20,7 +20,8 @@ namespace godwit {
 // A prompt of more bytes than this is split on an intake thread: 64 KiB take a few milliseconds.
 inline constexpr int64_t kInlinePromptBytes = 64 << 10;
 
-// The engine stops this much before the client does, so that the status with its details arrives; at most a tenth of the time.
+// The engine stops this much before the client does, so that the status with its details arrives;
+// at most a tenth of the time.
 inline constexpr TimeNs kDeadlineMargin = 20'000'000;
 
 // When this RPC arrived (now) and when the engine should give up.
@@ -28,9 +29,11 @@ Arrival ArrivalOf(const grpc::CallbackServerContext& context, TimeNs now);
 
 class RequestRun {
  public:
-  // Registers the id and submits. on_events runs on a delivery thread when events have arrived, perhaps before Start returns and
-  // after the run is gone. Errors carry details: ALREADY_EXISTS, RESOURCE_EXHAUSTED, UNAVAILABLE, INVALID_ARGUMENT.
-  static absl::StatusOr<std::shared_ptr<RequestRun>> Start(const ServiceContext& services, GenerateRequest request,
+  // Registers the id and submits. on_events runs on a delivery thread when events have arrived,
+  // perhaps before Start returns and after the run is gone. Errors carry details: ALREADY_EXISTS,
+  // RESOURCE_EXHAUSTED, UNAVAILABLE, INVALID_ARGUMENT.
+  static absl::StatusOr<std::shared_ptr<RequestRun>> Start(const ServiceContext& services,
+                                                           GenerateRequest request,
                                                            std::function<void()> on_events);
   ~RequestRun();
 
@@ -45,7 +48,8 @@ class RequestRun {
   uint64_t seed() const { return seed_; }
 
  private:
-  RequestRun(const ServiceContext& services, const GenerateRequest& request, std::function<void()> on_events);
+  RequestRun(const ServiceContext& services, const GenerateRequest& request,
+             std::function<void()> on_events);
   void OnNotify();  // engine thread
   void Measure(const std::vector<TokenEvent>& events);
   void MeasureGaps(int64_t num_tokens, const std::vector<TokenEvent>& events);
@@ -60,7 +64,7 @@ class RequestRun {
   // Of the thread that drains.
   RequestStats stats_;
   int32_t num_live_outputs_;
-  TimeNs last_notified_ = 0;         // of the batch before
+  TimeNs last_notified_ = 0;  // of the batch before
   int64_t last_num_tokens_ = 0;
   bool done_ = false;
 };

@@ -24,7 +24,8 @@ using google::protobuf::RepeatedField;
 class Checker {
  public:
   void Fail(std::string field, std::string description) {
-    if (violations_.size() < kMaxViolations) violations_.emplace_back(std::move(field), std::move(description));
+    if (violations_.size() < kMaxViolations)
+      violations_.emplace_back(std::move(field), std::move(description));
   }
   // NaN fails every comparison, so the test is for being inside.
   template <typename T>
@@ -58,7 +59,8 @@ class Checker {
   absl::Status first_error_;  // with details of its own
 };
 
-// The first field of `group` that is set, as "name.field"; a group that is set but empty is named itself.
+// The first field of `group` that is set, as "name.field"; a group that is set but empty is named
+// itself.
 std::string FirstSetField(const std::string& name, const Message& group) {
   std::vector<const FieldDescriptor*> fields;
   group.GetReflection()->ListFields(group, &fields);
@@ -83,7 +85,8 @@ absl::Status CheckImplemented(const v1::GenerateRequest& request) {
 
 void CheckRequestId(const std::string& id, Checker& check) {
   check.AtMost("request_id", static_cast<int64_t>(id.size()), kMaxRequestIdBytes, "bytes");
-  const bool printable = std::all_of(id.begin(), id.end(), [](char c) { return c >= 0x20 && c < 0x7F; });
+  const bool printable =
+      std::all_of(id.begin(), id.end(), [](char c) { return c >= 0x20 && c < 0x7F; });
   if (!printable) check.Fail("request_id", "has a character that is not printable ASCII");
 }
 
@@ -104,7 +107,8 @@ absl::StatusOr<std::vector<int32_t>> TextPrompt(const std::string& text, const S
   return ids;
 }
 
-absl::StatusOr<std::vector<int32_t>> IdPrompt(const v1::TokenIds& token_ids, const ServedModel& model) {
+absl::StatusOr<std::vector<int32_t>> IdPrompt(const v1::TokenIds& token_ids,
+                                              const ServedModel& model) {
   RETURN_IF_ERROR(CheckTokenIds("token_ids.ids", token_ids.ids(), model));
   if (token_ids.ids().empty()) return InvalidFields({{"token_ids.ids", "is empty"}});
   return std::vector<int32_t>(token_ids.ids().begin(), token_ids.ids().end());
@@ -112,18 +116,22 @@ absl::StatusOr<std::vector<int32_t>> IdPrompt(const v1::TokenIds& token_ids, con
 
 // Of Generate and Score, which name their input alike.
 template <typename Request>
-absl::StatusOr<std::vector<int32_t>> PromptTokens(const Request& request, const ServedModel& model) {
+absl::StatusOr<std::vector<int32_t>> PromptTokens(const Request& request,
+                                                  const ServedModel& model) {
   if (request.has_prompt()) return TextPrompt(request.prompt(), model);
   if (request.has_token_ids()) return IdPrompt(request.token_ids(), model);
   return InvalidFields({{"input", "neither prompt nor token_ids is set"}});
 }
 
-void ReadLogitBias(const v1::SamplingOptions& from, const ServedModel& model, SamplingParams& to, Checker& check) {
-  if (!check.AtMost("sampling.logit_bias", from.logit_bias_size(), kMaxLogitBiases, "entries")) return;
+void ReadLogitBias(const v1::SamplingOptions& from, const ServedModel& model, SamplingParams& to,
+                   Checker& check) {
+  if (!check.AtMost("sampling.logit_bias", from.logit_bias_size(), kMaxLogitBiases, "entries"))
+    return;
   for (const auto& [token_id, bias] : from.logit_bias()) {
     const std::string field = absl::StrCat("sampling.logit_bias[", token_id, "]");
     if (token_id < 0 || token_id >= model.vocab_size()) {
-      check.Fail(field, absl::StrCat("token id ", token_id, " not in [0, ", model.vocab_size(), ")"));
+      check.Fail(field,
+                 absl::StrCat("token id ", token_id, " not in [0, ", model.vocab_size(), ")"));
     } else {
       check.InRange(field.c_str(), bias, -100.0f, 100.0f);
     }
@@ -134,8 +142,8 @@ void ReadLogitBias(const v1::SamplingOptions& from, const ServedModel& model, Sa
             [](const TokenBias& a, const TokenBias& b) { return a.token_id < b.token_id; });
 }
 
-void ReadSampling(const v1::SamplingOptions& from, const ServedModel& model, GenerateRequest& request,
-                  Checker& check) {
+void ReadSampling(const v1::SamplingOptions& from, const ServedModel& model,
+                  GenerateRequest& request, Checker& check) {
   SamplingParams& to = request.sampling;
   if (from.has_temperature()) to.temperature = from.temperature();
   if (from.has_top_k()) to.top_k = from.top_k();
@@ -171,15 +179,17 @@ void ReadStopStrings(const v1::StoppingOptions& from, const ServedModel& model, 
   }
 }
 
-// Token limits, once the prompt's length is known. A context that is too short has details of its own.
-absl::Status ReadTokenLimits(const v1::StoppingOptions& from, const ServedModel& model, GenerateRequest& request,
-                             Checker& check) {
+// Token limits, once the prompt's length is known. A context that is too short has details of its
+// own.
+absl::Status ReadTokenLimits(const v1::StoppingOptions& from, const ServedModel& model,
+                             GenerateRequest& request, Checker& check) {
   const int64_t num_prompt = static_cast<int64_t>(request.token_ids.size());
   const int64_t room = model.context_length() - num_prompt;
-  request.max_tokens = from.has_max_tokens()
-                           ? from.max_tokens()
-                           : std::min(model.limits().default_max_tokens, std::max<int64_t>(room, 1));
-  if (!check.InRange<int64_t>("stopping.max_tokens", request.max_tokens, 1, model.limits().max_tokens)) {
+  request.max_tokens = from.has_max_tokens() ? from.max_tokens()
+                                             : std::min(model.limits().default_max_tokens,
+                                                        std::max<int64_t>(room, 1));
+  if (!check.InRange<int64_t>("stopping.max_tokens", request.max_tokens, 1,
+                              model.limits().max_tokens)) {
     return absl::OkStatus();
   }
   if (from.has_min_tokens()) {
@@ -192,15 +202,17 @@ absl::Status ReadTokenLimits(const v1::StoppingOptions& from, const ServedModel&
       {{from.has_max_tokens() ? "stopping.max_tokens" : "input",
         absl::StrCat(num_prompt, " prompt tokens + ", request.max_tokens, " max_tokens = ", got,
                      ", the context is ", model.context_length())}});
-  return WithErrorInfo(status, "CONTEXT_LENGTH_EXCEEDED",
-                       {{"limit", absl::StrCat(model.context_length())}, {"got", absl::StrCat(got)}});
+  return WithErrorInfo(
+      status, "CONTEXT_LENGTH_EXCEEDED",
+      {{"limit", absl::StrCat(model.context_length())}, {"got", absl::StrCat(got)}});
 }
 
 void ReadStopping(const v1::StoppingOptions& from, const ServedModel& model, const Arrival& arrival,
                   PreparedGenerate& prepared, Checker& check) {
   GenerateRequest& request = prepared.request;
   ReadStopStrings(from, model, check);
-  if (check.AtMost("stopping.stop_token_ids", from.stop_token_ids_size(), kMaxStopTokenIds, "ids")) {
+  if (check.AtMost("stopping.stop_token_ids", from.stop_token_ids_size(), kMaxStopTokenIds,
+                   "ids")) {
     check.Add(CheckTokenIds("stopping.stop_token_ids", from.stop_token_ids(), model));
   }
   request.stop_token_ids.assign(from.stop_token_ids().begin(), from.stop_token_ids().end());
@@ -212,11 +224,13 @@ void ReadStopping(const v1::StoppingOptions& from, const ServedModel& model, con
   }
 }
 
-void ReadResponse(const v1::ResponseOptions& from, const ServedModel& model, PreparedGenerate& prepared,
-                  Checker& check) {
-  const int32_t max_top = static_cast<int32_t>(std::min<int64_t>(kMaxTopLogprobs, model.vocab_size()));
+void ReadResponse(const v1::ResponseOptions& from, const ServedModel& model,
+                  PreparedGenerate& prepared, Checker& check) {
+  const int32_t max_top =
+      static_cast<int32_t>(std::min<int64_t>(kMaxTopLogprobs, model.vocab_size()));
   check.InRange("response.top_logprobs", from.top_logprobs(), 0, max_top);
-  if (from.has_top_logprobs() && !from.logprobs()) check.Fail("response.top_logprobs", "needs response.logprobs");
+  if (from.has_top_logprobs() && !from.logprobs())
+    check.Fail("response.top_logprobs", "needs response.logprobs");
   check.InRange("response.prompt_logprobs", from.prompt_logprobs(), 0, max_top);
   prepared.echo = from.echo();
   prepared.logprobs = from.logprobs();
@@ -230,7 +244,8 @@ void ReadScheduling(const v1::SchedulingOptions& from, GenerateRequest& request,
 }
 
 // Fills in what follows from a request whose fields are all valid.
-void Complete(const v1::GenerateRequest& from, const ServedModel& model, PreparedGenerate& prepared) {
+void Complete(const v1::GenerateRequest& from, const ServedModel& model,
+              PreparedGenerate& prepared) {
   GenerateRequest& request = prepared.request;
   if (request.sampling.min_tokens > 0) {
     std::vector<int32_t>& end_ids = request.sampling.end_token_ids;
@@ -256,24 +271,27 @@ void Complete(const v1::GenerateRequest& from, const ServedModel& model, Prepare
 
 }  // namespace
 
-absl::Status CheckTextSize(const std::string& field, const std::string& text, const ServedModel& model) {
+absl::Status CheckTextSize(const std::string& field, const std::string& text,
+                           const ServedModel& model) {
   const int64_t num_bytes = static_cast<int64_t>(text.size());
   if (num_bytes <= model.limits().max_prompt_bytes) return absl::OkStatus();
   return InvalidFields(
       {{field, absl::StrCat(num_bytes, " bytes, at most ", model.limits().max_prompt_bytes)}});
 }
 
-absl::Status CheckTokenIds(const std::string& field, const RepeatedField<int32_t>& ids, const ServedModel& model) {
+absl::Status CheckTokenIds(const std::string& field, const RepeatedField<int32_t>& ids,
+                           const ServedModel& model) {
   for (int at = 0; at < ids.size(); ++at) {
     if (ids[at] >= 0 && ids[at] < model.vocab_size()) continue;
-    return InvalidFields({{absl::StrCat(field, "[", at, "]"),
-                           absl::StrCat("token id ", ids[at], " not in [0, ", model.vocab_size(), ")")}});
+    return InvalidFields(
+        {{absl::StrCat(field, "[", at, "]"),
+          absl::StrCat("token id ", ids[at], " not in [0, ", model.vocab_size(), ")")}});
   }
   return absl::OkStatus();
 }
 
-absl::StatusOr<PreparedGenerate> PrepareGenerate(const v1::GenerateRequest& from, const ServedModel& model,
-                                                 const Arrival& arrival) {
+absl::StatusOr<PreparedGenerate> PrepareGenerate(const v1::GenerateRequest& from,
+                                                 const ServedModel& model, const Arrival& arrival) {
   RETURN_IF_ERROR(CheckImplemented(from));
   RETURN_IF_ERROR(model.CheckName(from.model()));
   PreparedGenerate prepared;
@@ -284,12 +302,14 @@ absl::StatusOr<PreparedGenerate> PrepareGenerate(const v1::GenerateRequest& from
   ReadStopping(from.stopping(), model, arrival, prepared, check);
   ReadResponse(from.response(), model, prepared, check);
   ReadScheduling(from.scheduling(), request, check);
-  // The prompt last: splitting a long text is the dear part, and is for nothing when a knob is wrong.
+  // The prompt last: splitting a long text is the dear part, and is for nothing when a knob is
+  // wrong.
   RETURN_IF_ERROR(check.status());
   ASSIGN_OR_RETURN(request.token_ids, PromptTokens(from, model));
   RETURN_IF_ERROR(ReadTokenLimits(from.stopping(), model, request, check));
   RETURN_IF_ERROR(check.status());
-  if (const absl::Status status = ValidateSampling(request.sampling, model.vocab_size()); !status.ok()) {
+  if (const absl::Status status = ValidateSampling(request.sampling, model.vocab_size());
+      !status.ok()) {
     return InvalidFields({{"sampling", std::string(status.message())}});
   }
   request.id = IdOrNew(from.request_id());
@@ -300,10 +320,13 @@ absl::StatusOr<PreparedGenerate> PrepareGenerate(const v1::GenerateRequest& from
 
 namespace {
 
-// Appends a continuation given as text. The two texts are split together, as a model would have read them, so a token may lie
-// across the seam: scored is what differs from the prompt's own tokens.
-absl::Status AppendText(const v1::ScoreRequest& from, const ServedModel& model, PreparedScore& prepared) {
-  if (!from.has_prompt()) return InvalidFields({{"continuation_text", "needs prompt, not token_ids"}});
+// Appends a continuation given as text. The two texts are split together, as a model would have
+// read them, so a token may lie across the seam: scored is what differs from the prompt's own
+// tokens.
+absl::Status AppendText(const v1::ScoreRequest& from, const ServedModel& model,
+                        PreparedScore& prepared) {
+  if (!from.has_prompt())
+    return InvalidFields({{"continuation_text", "needs prompt, not token_ids"}});
   if (from.continuation_text().empty()) return InvalidFields({{"continuation_text", "is empty"}});
   const std::string text = from.prompt() + from.continuation_text();
   RETURN_IF_ERROR(CheckTextSize("continuation_text", text, model));
@@ -315,9 +338,11 @@ absl::Status AppendText(const v1::ScoreRequest& from, const ServedModel& model, 
   return absl::OkStatus();
 }
 
-absl::Status AppendIds(const v1::ScoreRequest& from, const ServedModel& model, PreparedScore& prepared) {
+absl::Status AppendIds(const v1::ScoreRequest& from, const ServedModel& model,
+                       PreparedScore& prepared) {
   const RepeatedField<int32_t>& ids = from.continuation_token_ids().ids();
-  if (!from.has_token_ids()) return InvalidFields({{"continuation_token_ids", "needs token_ids, not prompt"}});
+  if (!from.has_token_ids())
+    return InvalidFields({{"continuation_token_ids", "needs token_ids, not prompt"}});
   if (ids.empty()) return InvalidFields({{"continuation_token_ids.ids", "is empty"}});
   RETURN_IF_ERROR(CheckTokenIds("continuation_token_ids.ids", ids, model));
   prepared.first_scored = static_cast<int64_t>(prepared.request.token_ids.size());
@@ -332,7 +357,8 @@ absl::Status CheckScoreLength(const PreparedScore& prepared, const ServedModel& 
   }
   if (num_tokens <= model.context_length()) return absl::OkStatus();
   return WithErrorInfo(
-      InvalidFields({{"input", absl::StrCat(num_tokens, " tokens, the context is ", model.context_length())}}),
+      InvalidFields({{"input", absl::StrCat(num_tokens, " tokens, the context is ",
+                                            model.context_length())}}),
       "CONTEXT_LENGTH_EXCEEDED",
       {{"limit", absl::StrCat(model.context_length())}, {"got", absl::StrCat(num_tokens)}});
 }
@@ -347,7 +373,8 @@ absl::StatusOr<PreparedScore> PrepareScore(const v1::ScoreRequest& from, const S
   GenerateRequest& request = prepared.request;
   Checker check;
   CheckRequestId(from.request_id(), check);
-  const int32_t max_top = static_cast<int32_t>(std::min<int64_t>(kMaxTopLogprobs, model.vocab_size()));
+  const int32_t max_top =
+      static_cast<int32_t>(std::min<int64_t>(kMaxTopLogprobs, model.vocab_size()));
   check.InRange("top_logprobs", from.top_logprobs(), 0, max_top);
   ReadScheduling(from.scheduling(), request, check);
   RETURN_IF_ERROR(check.status());

@@ -1,5 +1,6 @@
 #pragma once
-// From the request on the wire to the request of the scheduler: every field is checked and named when it is refused.
+// From the request on the wire to the request of the scheduler: every field is checked and named
+// when it is refused.
 
 #include <cstdint>
 #include <memory>
@@ -25,28 +26,31 @@ struct Arrival {
 struct PreparedGenerate {
   GenerateRequest request;  // no stream yet; id is never empty
   std::shared_ptr<const StopAutomaton> stops;
-  std::string echo_text;               // with echo
+  std::string echo_text;  // with echo
   bool echo = false;
   bool logprobs = false;
   bool include_stop = false;
-  bool starts_text = false;            // nothing visible precedes the output
+  bool starts_text = false;  // nothing visible precedes the output
 };
 
-// INVALID_ARGUMENT with all violations at once; UNIMPLEMENTED; NOT_FOUND (model); FAILED_PRECONDITION (no tokenizer).
-absl::StatusOr<PreparedGenerate> PrepareGenerate(const v1::GenerateRequest& request, const ServedModel& model,
-                                                 const Arrival& arrival);
+// INVALID_ARGUMENT with all violations at once; UNIMPLEMENTED; NOT_FOUND (model);
+// FAILED_PRECONDITION (no tokenizer).
+absl::StatusOr<PreparedGenerate> PrepareGenerate(const v1::GenerateRequest& request,
+                                                 const ServedModel& model, const Arrival& arrival);
 
 struct PreparedScore {
-  GenerateRequest request;       // max_tokens = 0
-  int64_t first_scored = 1;      // index of the first token to report
+  GenerateRequest request;   // max_tokens = 0
+  int64_t first_scored = 1;  // index of the first token to report
 };
-absl::StatusOr<PreparedScore> PrepareScore(const v1::ScoreRequest& request, const ServedModel& model,
-                                           const Arrival& arrival);
+absl::StatusOr<PreparedScore> PrepareScore(const v1::ScoreRequest& request,
+                                           const ServedModel& model, const Arrival& arrival);
 
 // INVALID_ARGUMENT naming `field` when `text` is too long to be split into tokens.
-absl::Status CheckTextSize(const std::string& field, const std::string& text, const ServedModel& model);
+absl::Status CheckTextSize(const std::string& field, const std::string& text,
+                           const ServedModel& model);
 // Names the first id of `ids` that is not in the vocabulary.
-absl::Status CheckTokenIds(const std::string& field, const google::protobuf::RepeatedField<int32_t>& ids,
+absl::Status CheckTokenIds(const std::string& field,
+                           const google::protobuf::RepeatedField<int32_t>& ids,
                            const ServedModel& model);
 
 }  // namespace godwit

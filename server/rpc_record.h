@@ -10,9 +10,9 @@
 namespace godwit {
 
 struct RpcName {
-  std::string_view service;                // "godwit.v1.Inference"
-  std::string_view method;                 // "Generate"
-  std::string_view type = "unary";         // or "server_stream", "bidi_stream"
+  std::string_view service;         // "godwit.v1.Inference"
+  std::string_view method;          // "Generate"
+  std::string_view type = "unary";  // or "server_stream", "bidi_stream"
 };
 
 class RpcRecord {

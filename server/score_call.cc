@@ -18,10 +18,15 @@ namespace {
 
 constexpr RpcName kScore = {"godwit.v1.Inference", "Score", "unary"};
 
-class ScoreReactor final : public grpc::ServerUnaryReactor, public std::enable_shared_from_this<ScoreReactor> {
+class ScoreReactor final : public grpc::ServerUnaryReactor,
+                           public std::enable_shared_from_this<ScoreReactor> {
  public:
-  ScoreReactor(const ServiceContext& services, grpc::CallbackServerContext* context, grpc::ByteBuffer* response_bytes)
-      : services_(services), context_(context), response_bytes_(response_bytes), record_(services.metrics, kScore) {}
+  ScoreReactor(const ServiceContext& services, grpc::CallbackServerContext* context,
+               grpc::ByteBuffer* response_bytes)
+      : services_(services),
+        context_(context),
+        response_bytes_(response_bytes),
+        record_(services.metrics, kScore) {}
 
   void Start(const grpc::ByteBuffer& bytes) {
     self_ = shared_from_this();
@@ -29,10 +34,9 @@ class ScoreReactor final : public grpc::ServerUnaryReactor, public std::enable_s
     auto request = ReadRequest<v1::ScoreRequest>(services_, *context_, bytes);
     if (!request.ok()) return Reject(request.status());
     const size_t num_text_bytes = request->prompt().size() + request->continuation_text().size();
-    const absl::Status status =
-        RunIntake(services_, num_text_bytes, [self = self_, request = *std::move(request), arrival] {
-          self->Accept(request, arrival);
-        });
+    const absl::Status status = RunIntake(
+        services_, num_text_bytes,
+        [self = self_, request = *std::move(request), arrival] { self->Accept(request, arrival); });
     if (!status.ok()) Reject(status);
   }
 
@@ -81,7 +85,8 @@ class ScoreReactor final : public grpc::ServerUnaryReactor, public std::enable_s
         if (event.kind == TokenEvent::Kind::kPrompt) scores_ = std::move(event.tokens);
         if (event.kind != TokenEvent::Kind::kDone) continue;
         finished_ = true;
-        status = event.status.ok() ? MakeResponse(event.timings) : RunError(event.status, event.phase);
+        status =
+            event.status.ok() ? MakeResponse(event.timings) : RunError(event.status, event.phase);
       }
       if (!finished_) return;
     }
@@ -91,7 +96,8 @@ class ScoreReactor final : public grpc::ServerUnaryReactor, public std::enable_s
   absl::Status MakeResponse(const RequestTimings& timings) {
     const int64_t num_tokens = run_->num_prompt_tokens();
     if (std::ssize(scores_) != num_tokens - 1) {
-      return absl::InternalError(absl::StrCat(scores_.size(), " scores of a prompt of ", num_tokens, " tokens"));
+      return absl::InternalError(
+          absl::StrCat(scores_.size(), " scores of a prompt of ", num_tokens, " tokens"));
     }
     v1::ScoreResponse response;
     response.set_request_id(run_->id());
@@ -126,7 +132,8 @@ class ScoreReactor final : public grpc::ServerUnaryReactor, public std::enable_s
 
 }  // namespace
 
-grpc::ServerUnaryReactor* StartScore(const ServiceContext& services, grpc::CallbackServerContext* context,
+grpc::ServerUnaryReactor* StartScore(const ServiceContext& services,
+                                     grpc::CallbackServerContext* context,
                                      const grpc::ByteBuffer* request, grpc::ByteBuffer* response) {
   const auto reactor = std::make_shared<ScoreReactor>(services, context, response);
   reactor->Start(*request);

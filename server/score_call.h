@@ -9,7 +9,8 @@
 
 namespace godwit {
 
-grpc::ServerUnaryReactor* StartScore(const ServiceContext& services, grpc::CallbackServerContext* context,
+grpc::ServerUnaryReactor* StartScore(const ServiceContext& services,
+                                     grpc::CallbackServerContext* context,
                                      const grpc::ByteBuffer* request, grpc::ByteBuffer* response);
 
 }  // namespace godwit

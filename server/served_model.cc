@@ -9,8 +9,8 @@
 
 namespace godwit {
 
-ServedModel::ServedModel(std::string name, ModelCard card, std::shared_ptr<const Tokenizer> tokenizer,
-                         RequestLimits limits)
+ServedModel::ServedModel(std::string name, ModelCard card,
+                         std::shared_ptr<const Tokenizer> tokenizer, RequestLimits limits)
     : name_(std::move(name)),
       card_(std::move(card)),
       tokenizer_(std::move(tokenizer)),
@@ -25,15 +25,16 @@ ServedModel::ServedModel(std::string name, ModelCard card, std::shared_ptr<const
 
 absl::Status ServedModel::CheckName(const std::string& name) const {
   if (name.empty() || name == name_) return absl::OkStatus();
-  return WithResource(absl::NotFoundError(absl::StrCat("model not found; this server serves ", name_)),
-                      "model", name);
+  return WithResource(
+      absl::NotFoundError(absl::StrCat("model not found; this server serves ", name_)), "model",
+      name);
 }
 
 absl::StatusOr<const Tokenizer*> ServedModel::RequireTokenizer() const {
   if (tokenizer_ != nullptr) return tokenizer_.get();
-  return WithErrorInfo(
-      absl::FailedPreconditionError(absl::StrCat("model ", name_, " has no tokenizer; use token ids")),
-      "NO_TOKENIZER");
+  return WithErrorInfo(absl::FailedPreconditionError(
+                           absl::StrCat("model ", name_, " has no tokenizer; use token ids")),
+                       "NO_TOKENIZER");
 }
 
 std::vector<int32_t> ServedModel::EncodePrompt(absl::string_view text, bool with_bos) const {

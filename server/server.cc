@@ -23,7 +23,8 @@
 namespace godwit {
 namespace {
 
-constexpr const char* kServiceNames[] = {"godwit.v1.Inference", "godwit.v1.Tokenizer", "godwit.v1.Models"};
+constexpr const char* kServiceNames[] = {"godwit.v1.Inference", "godwit.v1.Tokenizer",
+                                         "godwit.v1.Models"};
 constexpr const char* kLiveness = "liveness";
 
 // After the engine has ended every request: time for slow clients to read what is left.
@@ -66,7 +67,8 @@ absl::Status ValidateServerOptions(const ServerOptions& options) {
   RETURN_IF_ERROR(AtLeast("grpc_memory_bytes", options.grpc_memory_bytes, 16 << 20));
   RETURN_IF_ERROR(AtLeast("drain_timeout_ms", options.drain_timeout_ms, 0));
   RETURN_IF_ERROR(AtLeast("liveness_timeout_ms", options.liveness_timeout_ms, 2000));
-  RETURN_IF_ERROR(AtLeast("max_tokens_per_step", options.engine.max_tokens_per_step, kMinTokensPerStep));
+  RETURN_IF_ERROR(
+      AtLeast("max_tokens_per_step", options.engine.max_tokens_per_step, kMinTokensPerStep));
   if (limits.default_max_tokens > limits.max_tokens) {
     return absl::InvalidArgumentError(absl::StrCat("default_max_tokens ", limits.default_max_tokens,
                                                    " is more than max_tokens ", limits.max_tokens));
@@ -102,20 +104,23 @@ absl::Status Server::Impl::Start() {
   if (options.reflection) {
     std::vector<std::string> names(std::begin(kServiceNames), std::end(kServiceNames));
     names.push_back("grpc.health.v1.Health");
-    for (auto& service : NewReflectionServices(context, names)) services.push_back(std::move(service));
+    for (auto& service : NewReflectionServices(context, names))
+      services.push_back(std::move(service));
   }
   grpc::EnableDefaultHealthCheckService(true);
   grpc::ServerBuilder builder;
   ConfigureTransport(options, builder);
   builder.AddListeningPort(options.listen, credentials, &port);
-  for (const std::unique_ptr<grpc::Service>& service : services) builder.RegisterService(service.get());
+  for (const std::unique_ptr<grpc::Service>& service : services)
+    builder.RegisterService(service.get());
   grpc_server = builder.BuildAndStart();
   const bool is_unix = options.listen.starts_with("unix:");
   if (grpc_server == nullptr || (port == 0 && !is_unix)) {
     return absl::UnavailableError(absl::StrCat(
         "cannot listen on ", options.listen,
-        options.tls_cert_file.empty() ? ": address in use or not of this machine"
-                                      : ": address in use or not of this machine, or certificate and key do not fit"));
+        options.tls_cert_file.empty()
+            ? ": address in use or not of this machine"
+            : ": address in use or not of this machine, or certificate and key do not fit"));
   }
   if (is_unix) port = 0;
   if (!options.metrics_listen.empty()) {
@@ -174,7 +179,8 @@ void Server::Impl::Shutdown() {
 Server::Server(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Server::~Server() = default;
 
-absl::StatusOr<std::unique_ptr<Server>> Server::CreateWithParts(const ServerOptions& options, const ServerParts& parts) {
+absl::StatusOr<std::unique_ptr<Server>> Server::CreateWithParts(const ServerOptions& options,
+                                                                const ServerParts& parts) {
   RETURN_IF_ERROR(ValidateServerOptions(options));
   GODWIT_CHECK(parts.executor != nullptr);
   GODWIT_CHECK(parts.caches != nullptr);

@@ -22,7 +22,8 @@
 
 namespace godwit {
 
-// INVALID_ARGUMENT naming the option. Reads the TLS files too, so that a wrong path costs no model load.
+// INVALID_ARGUMENT naming the option. Reads the TLS files too, so that a wrong path costs no model
+// load.
 absl::Status ValidateServerOptions(const ServerOptions& options);
 
 struct Server::Impl {

@@ -17,7 +17,8 @@ std::string NameOfFolder(const std::string& folder) {
 }
 
 // Null when the folder has none; an error when it has one that cannot be read.
-absl::StatusOr<std::shared_ptr<const Tokenizer>> TokenizerOf(const std::string& folder, std::string* notes) {
+absl::StatusOr<std::shared_ptr<const Tokenizer>> TokenizerOf(const std::string& folder,
+                                                             std::string* notes) {
   std::error_code error;
   if (!std::filesystem::exists(std::filesystem::path(folder) / "tokenizer.model", error)) {
     absl::StrAppend(notes, folder, " has no tokenizer.model: token ids only\n");
@@ -31,15 +32,18 @@ absl::StatusOr<std::shared_ptr<const Tokenizer>> TokenizerOf(const std::string& 
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Server>> Server::Create(const ServerOptions& options, std::string* notes) {
+absl::StatusOr<std::unique_ptr<Server>> Server::Create(const ServerOptions& options,
+                                                       std::string* notes) {
   RETURN_IF_ERROR(ValidateServerOptions(options));
   ServerOptions named = options;
   if (named.model_name.empty()) named.model_name = NameOfFolder(options.engine.model_folder);
   std::string why_not_gpu;
   ASSIGN_OR_RETURN(auto backend, CreateBackend(options.backend, &why_not_gpu));
   if (!why_not_gpu.empty()) absl::StrAppend(notes, why_not_gpu, "\n");
-  ASSIGN_OR_RETURN(std::unique_ptr<Engine> engine, Engine::Create(options.engine, std::move(backend)));
-  ServerParts parts = {.card = engine->card(), .executor = engine.get(), .caches = &engine->caches()};
+  ASSIGN_OR_RETURN(std::unique_ptr<Engine> engine,
+                   Engine::Create(options.engine, std::move(backend)));
+  ServerParts parts = {
+      .card = engine->card(), .executor = engine.get(), .caches = &engine->caches()};
   ASSIGN_OR_RETURN(parts.tokenizer, TokenizerOf(options.engine.model_folder, notes));
   if (parts.tokenizer != nullptr && parts.tokenizer->vocab_size() > parts.card.config.vocab_size) {
     return absl::InvalidArgumentError(absl::StrCat(

@@ -35,7 +35,8 @@ bool ReadDetail(const absl::Status& status, Message* detail) {
   return payload.has_value() && detail->ParseFromString(std::string(*payload));
 }
 
-void AddViolation(google::rpc::BadRequest& bad_request, std::string_view field, std::string_view description) {
+void AddViolation(google::rpc::BadRequest& bad_request, std::string_view field,
+                  std::string_view description) {
   auto* violation = bad_request.add_field_violations();
   violation->set_field(std::string(field));
   violation->set_description(std::string(description));
@@ -51,8 +52,10 @@ std::string NewErrorId() {
 // The cause goes to the log, the client gets the id only.
 absl::Status Opaque(const absl::Status& status) {
   const std::string id = NewErrorId();
-  std::fprintf(stderr, "internal error %s: %s\n", id.c_str(), std::string(status.message()).c_str());
-  return WithErrorInfo(absl::InternalError(absl::StrCat("internal error ", id)), "INTERNAL", {{"error_id", id}});
+  std::fprintf(stderr, "internal error %s: %s\n", id.c_str(),
+               std::string(status.message()).c_str());
+  return WithErrorInfo(absl::InternalError(absl::StrCat("internal error ", id)), "INTERNAL",
+                       {{"error_id", id}});
 }
 
 }  // namespace
@@ -77,7 +80,8 @@ absl::Status UnimplementedField(std::string_view field) {
   return WithErrorInfo(status, "FIELD_NOT_IMPLEMENTED", {{"field", std::string(field)}});
 }
 
-absl::Status WithErrorInfo(absl::Status status, std::string_view reason, const ErrorMetadata& metadata) {
+absl::Status WithErrorInfo(absl::Status status, std::string_view reason,
+                           const ErrorMetadata& metadata) {
   google::rpc::ErrorInfo info;
   info.set_reason(std::string(reason));
   info.set_domain(std::string(kDomain));
@@ -170,8 +174,8 @@ std::string ReasonOf(const absl::Status& status) {
 
 grpc::Status ToGrpcStatus(const absl::Status& status, grpc::CallbackServerContext* context) {
   if (status.ok()) return grpc::Status::OK;
-  const bool opaque = status.code() == absl::StatusCode::kInternal ||
-                      status.code() == absl::StatusCode::kUnknown;
+  const bool opaque =
+      status.code() == absl::StatusCode::kInternal || status.code() == absl::StatusCode::kUnknown;
   const absl::Status shown = opaque ? Opaque(status) : status;
 
   google::rpc::Status rich;
@@ -188,7 +192,8 @@ grpc::Status ToGrpcStatus(const absl::Status& status, grpc::CallbackServerContex
   }
   google::rpc::RetryInfo retry;
   if (context != nullptr && ReadDetail(shown, &retry)) {
-    const int64_t ms = retry.retry_delay().seconds() * 1000 + retry.retry_delay().nanos() / 1'000'000;
+    const int64_t ms =
+        retry.retry_delay().seconds() * 1000 + retry.retry_delay().nanos() / 1'000'000;
     context->AddTrailingMetadata("grpc-retry-pushback-ms", absl::StrCat(ms));
   }
   return grpc::Status(static_cast<grpc::StatusCode>(shown.code()), rich.message(),

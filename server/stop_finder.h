@@ -1,6 +1,7 @@
 #pragma once
-// Finds stop strings in the bytes of a growing output. Stop strings are found byte by byte, so that the result does not depend
-// on how the text is split into tokens: the first one that is complete wins, the longest of those that end at the same byte.
+// Finds stop strings in the bytes of a growing output. Stop strings are found byte by byte, so that
+// the result does not depend on how the text is split into tokens: the first one that is complete
+// wins, the longest of those that end at the same byte.
 
 #include <cstdint>
 #include <memory>
@@ -15,7 +16,8 @@
 
 namespace godwit {
 
-// Aho-Corasick automaton over the bytes of the stop strings. Immutable; shared by the finder and the writer of each output.
+// Aho-Corasick automaton over the bytes of the stop strings. Immutable; shared by the finder and
+// the writer of each output.
 class StopAutomaton {
  public:
   using State = int32_t;
@@ -49,8 +51,9 @@ class StopAutomaton {
 // The bytes of the tokens of one output, in order.
 class PieceReader {
  public:
-  // tokenizer may be null: every piece is empty. drop_first_space: the output is the start of a text (nothing visible before
-  // it), so that the space that the tokenizer puts before a first word is dropped.
+  // tokenizer may be null: every piece is empty. drop_first_space: the output is the start of a
+  // text (nothing visible before it), so that the space that the tokenizer puts before a first word
+  // is dropped.
   PieceReader(const Tokenizer* tokenizer, bool drop_first_space)
       : tokenizer_(tokenizer), drop_first_space_(drop_first_space) {}
 
@@ -61,7 +64,8 @@ class PieceReader {
   bool drop_first_space_;
 };
 
-// A FindStop: runs on the engine thread with the new tokens of one output. No lock; about 10 ns a byte.
+// A FindStop: runs on the engine thread with the new tokens of one output. No lock; about 10 ns a
+// byte.
 class StopFinder {
  public:
   StopFinder(std::shared_ptr<const StopAutomaton> automaton, PieceReader pieces)

@@ -23,7 +23,8 @@ void TokenWriter::Read(const SampledToken& token) {
 int64_t TokenWriter::NumTokensToShow() const {
   // A complete stop string stays here until Finish decides.
   int64_t limit = static_cast<int64_t>(bytes_.size()) - options_.stops->depth(state_);
-  if (match_end_.has_value()) limit = *match_end_ - static_cast<int64_t>(options_.stops->stop(match_index_).size());
+  if (match_end_.has_value())
+    limit = *match_end_ - static_cast<int64_t>(options_.stops->stop(match_index_).size());
   int64_t num_shown = 0, boundary = 0;
   for (size_t at = 0; at < held_.size(); ++at) {
     const int64_t end = held_[at].end;
@@ -63,7 +64,8 @@ std::optional<TextDelta> TokenWriter::Finish(const FinishInfo& finish) {
   int64_t num_bytes = static_cast<int64_t>(bytes_.size());
   if (finish.reason == FinishReason::kStopString && match_end_.has_value()) {
     num_bytes = *match_end_;
-    if (!options_.include_stop) num_bytes -= static_cast<int64_t>(options_.stops->stop(match_index_).size());
+    if (!options_.include_stop)
+      num_bytes -= static_cast<int64_t>(options_.stops->stop(match_index_).size());
   }
   return Take(static_cast<int64_t>(held_.size()), num_bytes);
 }

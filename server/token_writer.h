@@ -1,7 +1,7 @@
 #pragma once
-// Turns the tokens of one output into deltas of whole UTF-8 text. A delta's text, token ids and log-probabilities are those of
-// the same tokens. Held back is only the shortest run of whole tokens that covers the longest suffix that could begin a stop
-// string or a character.
+// Turns the tokens of one output into deltas of whole UTF-8 text. A delta's text, token ids and
+// log-probabilities are those of the same tokens. Held back is only the shortest run of whole
+// tokens that covers the longest suffix that could begin a stop string or a character.
 
 #include <cstdint>
 #include <memory>
@@ -50,7 +50,7 @@ class TokenWriter {
   TokenWriterOptions options_;
   PieceReader pieces_;
   StopAutomaton::State state_ = StopAutomaton::kStart;
-  std::string bytes_;              // of held_; bounded by the output's length
+  std::string bytes_;  // of held_; bounded by the output's length
   std::vector<Held> held_;
   std::optional<int64_t> match_end_;  // in bytes_: where the first stop string ended
   int32_t match_index_ = -1;

@@ -9,7 +9,8 @@
 namespace godwit {
 namespace {
 
-absl::Status Tokenize(const ServedModel& model, const v1::TokenizeRequest& request, v1::TokenizeResponse* response) {
+absl::Status Tokenize(const ServedModel& model, const v1::TokenizeRequest& request,
+                      v1::TokenizeResponse* response) {
   RETURN_IF_ERROR(model.CheckName(request.model()));
   ASSIGN_OR_RETURN(const Tokenizer* tokenizer, model.RequireTokenizer());
   RETURN_IF_ERROR(CheckTextSize("text", request.text(), model));
@@ -50,19 +51,22 @@ class TokenizerService final : public Base {
  public:
   explicit TokenizerService(const ServiceContext& context) : services_(context) {}
 
-  grpc::ServerUnaryReactor* Tokenize(grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+  grpc::ServerUnaryReactor* Tokenize(grpc::CallbackServerContext* context,
+                                     const grpc::ByteBuffer* request,
                                      grpc::ByteBuffer* response) override {
     constexpr RpcName kName = {"godwit.v1.Tokenizer", "Tokenize"};
     return AnswerAtOnce<v1::TokenizeRequest, v1::TokenizeResponse>(
         services_, kName, context, request, response,
         [this](const auto& from, auto* to) { return godwit::Tokenize(services_.model, from, to); });
   }
-  grpc::ServerUnaryReactor* Detokenize(grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+  grpc::ServerUnaryReactor* Detokenize(grpc::CallbackServerContext* context,
+                                       const grpc::ByteBuffer* request,
                                        grpc::ByteBuffer* response) override {
     constexpr RpcName kName = {"godwit.v1.Tokenizer", "Detokenize"};
     return AnswerAtOnce<v1::DetokenizeRequest, v1::DetokenizeResponse>(
-        services_, kName, context, request, response,
-        [this](const auto& from, auto* to) { return godwit::Detokenize(services_.model, from, to); });
+        services_, kName, context, request, response, [this](const auto& from, auto* to) {
+          return godwit::Detokenize(services_.model, from, to);
+        });
   }
 
  private:

@@ -14,14 +14,17 @@
 namespace godwit {
 
 inline constexpr int kMaxMetadataBytes = 16 << 10;
-inline constexpr int kKeepaliveTimeoutMs = 20'000;     // no answer to a ping: the connection is dead
-inline constexpr int kMinPingIntervalMs = 10'000;      // clients that ping more often are sent away
+inline constexpr int kKeepaliveTimeoutMs = 20'000;  // no answer to a ping: the connection is dead
+inline constexpr int kMinPingIntervalMs = 10'000;   // clients that ping more often are sent away
 
-// True for 127.0.0.0/8, [::1], localhost and unix:. INVALID_ARGUMENT when `address` is none of the forms in ServerOptions.
+// True for 127.0.0.0/8, [::1], localhost and unix:. INVALID_ARGUMENT when `address` is none of the
+// forms in ServerOptions.
 absl::StatusOr<bool> IsLoopback(const std::string& address);
 
-// INVALID_ARGUMENT: an address that others can reach without TLS and without options.insecure; files that cannot be read.
-absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> MakeCredentials(const ServerOptions& options);
+// INVALID_ARGUMENT: an address that others can reach without TLS and without options.insecure;
+// files that cannot be read.
+absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> MakeCredentials(
+    const ServerOptions& options);
 
 void ConfigureTransport(const ServerOptions& options, grpc::ServerBuilder& builder);
 

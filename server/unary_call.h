@@ -15,8 +15,10 @@ namespace godwit {
 
 // handle: absl::Status(const Request&, Answer*)
 template <typename Request, typename Answer, typename Handle>
-grpc::ServerUnaryReactor* AnswerAtOnce(const ServiceContext& services, RpcName name, grpc::CallbackServerContext* context,
-                                       const grpc::ByteBuffer* bytes, grpc::ByteBuffer* answer_bytes, Handle handle) {
+grpc::ServerUnaryReactor* AnswerAtOnce(const ServiceContext& services, RpcName name,
+                                       grpc::CallbackServerContext* context,
+                                       const grpc::ByteBuffer* bytes,
+                                       grpc::ByteBuffer* answer_bytes, Handle handle) {
   RpcRecord record(services.metrics, name);
   Request request;
   Answer answer;

@@ -6,8 +6,8 @@ namespace godwit {
 namespace {
 
 struct LeadByte {
-  int num_bytes;                     // 0: no character begins so
-  uint8_t second_min, second_max;    // range of the second byte; those after it: 80..BF
+  int num_bytes;                   // 0: no character begins so
+  uint8_t second_min, second_max;  // range of the second byte; those after it: 80..BF
 };
 
 LeadByte Classify(uint8_t lead) {

@@ -22,8 +22,8 @@ using google::protobuf::UnknownFieldSet;
 constexpr int kMaxDepth = 8;  // of nested messages; the deepest request has 3
 
 // Reads `fields` as a message of `type` and names the strings in it that are not UTF-8.
-void FindBadStrings(const UnknownFieldSet& fields, const Descriptor& type, const std::string& prefix,
-                    int depth, FieldViolations& violations) {
+void FindBadStrings(const UnknownFieldSet& fields, const Descriptor& type,
+                    const std::string& prefix, int depth, FieldViolations& violations) {
   std::vector<int> num_seen(type.field_count(), 0);  // index within a repeated field
   for (int at = 0; at < fields.field_count(); ++at) {
     const UnknownField& field = fields.field(at);
@@ -47,7 +47,8 @@ absl::Status Malformed(const std::string& bytes, const Descriptor& type) {
   FieldViolations violations;
   UnknownFieldSet fields;
   if (fields.ParseFromString(bytes)) FindBadStrings(fields, type, "", 0, violations);
-  if (violations.empty()) violations.emplace_back("", absl::StrCat("is not a ", type.full_name(), " on the wire"));
+  if (violations.empty())
+    violations.emplace_back("", absl::StrCat("is not a ", type.full_name(), " on the wire"));
   return WithErrorInfo(InvalidFields(violations), "MALFORMED_MESSAGE");
 }
 
@@ -62,7 +63,8 @@ absl::Status ParseRequest(const grpc::ByteBuffer& bytes, google::protobuf::Messa
       wire.append(reinterpret_cast<const char*>(slice.begin()), slice.size());
     }
   }
-  // protobuf writes a line to stderr for each string that is not UTF-8: a client could fill the log.
+  // protobuf writes a line to stderr for each string that is not UTF-8: a client could fill the
+  // log.
   const google::protobuf::LogSilencer silence;
   if (request->ParseFromString(wire)) return absl::OkStatus();
   return Malformed(wire, *request->GetDescriptor());

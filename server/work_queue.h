@@ -1,6 +1,7 @@
 #pragma once
-// A few threads that run small pieces of work in order of arrival. Two are used: `delivery` turns tokens into messages, so that
-// the engine thread never serialises or writes; `intake` splits long prompts, so that gRPC's own threads stay free.
+// A few threads that run small pieces of work in order of arrival. Two are used: `delivery` turns
+// tokens into messages, so that the engine thread never serialises or writes; `intake` splits long
+// prompts, so that gRPC's own threads stay free.
 
 #include <condition_variable>
 #include <cstddef>

@@ -1,5 +1,6 @@
-// Tokenizer over sentencepiece, in a shared library of its own: sentencepiece's protobuf-lite and the protobuf of gRPC must not
-// meet at link time (cmake/Grpc.cmake). The only file that includes sentencepiece; no Abseil here.
+// Tokenizer over sentencepiece, in a shared library of its own: sentencepiece's protobuf-lite and
+// the protobuf of gRPC must not meet at link time (cmake/Grpc.cmake). The only file that includes
+// sentencepiece; no Abseil here.
 
 #include <sentencepiece_processor.h>
 
@@ -42,7 +43,8 @@ class SpmTokenizer final : public Tokenizer {
     // The processor does not tell its own setting: see what it does.
     std::vector<int> ids;
     processor_.Encode("a", &ids);
-    drops_first_space_ = !ids.empty() && std::string_view(processor_.IdToPiece(ids[0])).starts_with(kSpaceMark);
+    drops_first_space_ =
+        !ids.empty() && std::string_view(processor_.IdToPiece(ids[0])).starts_with(kSpaceMark);
     return "";
   }
 
@@ -78,7 +80,8 @@ class SpmTokenizer final : public Tokenizer {
     }
     const std::string& piece = processor_.IdToPiece(id);
     if (processor_.IsByte(id)) {  // "<0x0A>"
-      return std::string(1, static_cast<char>(std::strtol(piece.substr(3, 2).c_str(), nullptr, 16)));
+      return std::string(1,
+                         static_cast<char>(std::strtol(piece.substr(3, 2).c_str(), nullptr, 16)));
     }
     return WithSpaces(piece);
   }
@@ -99,7 +102,8 @@ std::unique_ptr<Tokenizer> LoadTokenizer(const std::string& folder, std::string*
     return nullptr;
   }
   if (num_bytes > kMaxModelBytes) {
-    *error = path + ": " + std::to_string(num_bytes) + " bytes, at most " + std::to_string(kMaxModelBytes);
+    *error = path + ": " + std::to_string(num_bytes) + " bytes, at most " +
+             std::to_string(kMaxModelBytes);
     return nullptr;
   }
   try {
