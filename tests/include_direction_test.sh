@@ -33,7 +33,7 @@ check_edges() {
         return "^(engine/(json_object|safetensors)\\.cc$|cli/|tests/|bench/)"
       if (path ~ /^CLI\//) return "^(cli|bench)/"
       if (path ~ /^(cuda|cublas|cub\/|thrust\/|cooperative_groups|mma\.h|nv)/) return "^kernels/cuda/"
-      if (path ~ /^(dnnl|oneapi|cblas|mkl)/) return "^kernels/cpu/"
+      if (path ~ /^(dnnl|oneapi|cblas|mkl)/) return "^(kernels/cpu|bench)/"
       if (path ~ /^(gtest|gmock)\//) return "^tests/"
       if (path ~ /^benchmark\//) return "^bench/"
       # The thread sanitizer cannot see into the packaged Abseil: std::mutex below the server.
