@@ -221,10 +221,9 @@ int RunBenchServe(const BenchServeFlags& flags) {
 
 }  // namespace
 
-void AddBenchCommand(CLI::App& app, int& exit_code) {
-  CLI::App* bench = app.add_subcommand("bench", "Benchmarks")->require_subcommand(1);
+void AddBenchServeCommand(CLI::App& bench, int& exit_code) {
   auto flags = std::make_shared<BenchServeFlags>();
-  CLI::App* command = bench->add_subcommand("serve", "Load against a running server");
+  CLI::App* command = bench.add_subcommand("serve", "Load against a running server");
   AddClientFlags(*command, flags->client);
   command->add_option("--requests", flags->num_requests, "requests in all")
       ->check(CLI::Range(int64_t{1}, int64_t{10'000'000}));

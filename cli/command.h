@@ -18,7 +18,9 @@ void AddGenerateCommand(CLI::App& app, int& exit_code);
 void AddScoreCommand(CLI::App& app, int& exit_code);
 void AddInspectCommand(CLI::App& app, int& exit_code);
 void AddHealthCommand(CLI::App& app, int& exit_code);
-void AddBenchCommand(CLI::App& app, int& exit_code);  // bench serve, ...
+// Under `godwit bench`.
+void AddBenchServeCommand(CLI::App& bench, int& exit_code);
+void AddBenchContextCommand(CLI::App& bench, int& exit_code);
 
 // One line on stderr; returns `code`.
 inline int Report(const absl::Status& status, ExitCode code) {

@@ -22,7 +22,9 @@ int main(int argc, char** argv) {
   godwit::cli::AddScoreCommand(app, exit_code);
   godwit::cli::AddInspectCommand(app, exit_code);
   godwit::cli::AddHealthCommand(app, exit_code);
-  godwit::cli::AddBenchCommand(app, exit_code);
+  CLI::App* bench = app.add_subcommand("bench", "Benchmarks")->require_subcommand(1);
+  godwit::cli::AddBenchServeCommand(*bench, exit_code);
+  godwit::cli::AddBenchContextCommand(*bench, exit_code);
   try {  // CLI11 reports by exception, --help included
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -29,7 +29,8 @@ void AddModelFlags(CLI::App& command, ModelFlags& flags) {
 
 DType ParseDType(const std::string& dtype) { return dtype == "f32" ? DType::kF32 : DType::kBF16; }
 
-absl::StatusOr<std::unique_ptr<Engine>> LoadOfflineEngine(const ModelFlags& flags, int64_t chunk) {
+absl::StatusOr<std::unique_ptr<Engine>> LoadOfflineEngine(const ModelFlags& flags, int64_t chunk,
+                                                          int64_t max_sequences) {
   std::string why_not_gpu;
   ASSIGN_OR_RETURN(auto backend, CreateBackend({flags.backend, flags.threads}, &why_not_gpu));
   if (!why_not_gpu.empty()) std::cerr << "godwit: " << why_not_gpu << "\n";
@@ -37,7 +38,7 @@ absl::StatusOr<std::unique_ptr<Engine>> LoadOfflineEngine(const ModelFlags& flag
   options.model_folder = flags.model;
   options.rope_override = flags.rope;
   options.dtype = ParseDType(flags.dtype);
-  options.max_sequences = 1;
+  options.max_sequences = max_sequences;
   // Whoever runs a model offline decides how far: the checkpoint's length is a limit for serving.
   options.context_length = std::numeric_limits<int32_t>::max();
   if (chunk > 0) options.max_tokens_per_step = std::max<int64_t>(chunk, kPrefillBlock);

@@ -24,9 +24,10 @@ void AddModelFlags(CLI::App& command, ModelFlags& flags);
 
 DType ParseDType(const std::string& dtype);  // "bf16", "f32"; CLI11 has checked it
 
-// Back end and engine for one offline sequence; `chunk` > 0 is the largest number of prompt tokens computed at once. Why a
+// Back end and engine for offline sequences; `chunk` > 0 is the largest number of prompt tokens computed at once. Why a
 // GPU is not used goes to stderr.
-absl::StatusOr<std::unique_ptr<Engine>> LoadOfflineEngine(const ModelFlags& flags, int64_t chunk);
+absl::StatusOr<std::unique_ptr<Engine>> LoadOfflineEngine(const ModelFlags& flags, int64_t chunk,
+                                                          int64_t max_sequences = 1);
 
 // "1,5,9" -> ids. INVALID_ARGUMENT names the first part that is no number in [0, 2^31).
 absl::StatusOr<std::vector<int32_t>> ParseTokenIds(const std::string& text);
