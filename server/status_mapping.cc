@@ -1,5 +1,7 @@
 #include "server/status_mapping.h"
 
+#include <google/protobuf/io/coded_stream.h>
+#include <google/protobuf/io/zero_copy_stream_impl_lite.h>
 #include <grpcpp/server_context.h>
 
 #include <atomic>
@@ -25,7 +27,13 @@ std::string TypeUrl() {
 
 template <typename Message>
 void Attach(absl::Status& status, const Message& detail) {
-  status.SetPayload(TypeUrl<Message>(), absl::Cord(detail.SerializeAsString()));
+  std::string bytes;
+  google::protobuf::io::StringOutputStream output(&bytes);
+  google::protobuf::io::CodedOutputStream coded(&output);
+  coded.SetSerializationDeterministic(true);  // maps: equal errors are equal bytes
+  detail.SerializeToCodedStream(&coded);
+  coded.Trim();
+  status.SetPayload(TypeUrl<Message>(), absl::Cord(bytes));
 }
 
 // False when the status has no such detail.

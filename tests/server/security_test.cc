@@ -19,8 +19,7 @@ using grpc::StatusCode;
 
 grpc::Status GenerateOver(const std::shared_ptr<grpc::ChannelCredentials>& credentials,
                           TestServer& server, const std::string& authorization = "") {
-  const auto channel =
-      grpc::CreateChannel("localhost:" + std::to_string(server.server().port()), credentials);
+  const auto channel = grpc::CreateChannel(server.address(), credentials);
   grpc::ClientContext context;
   context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(20));
   if (!authorization.empty()) context.AddMetadata("authorization", authorization);
