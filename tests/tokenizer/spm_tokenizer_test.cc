@@ -135,7 +135,8 @@ TEST(LoadTokenizerTest, NamesTheMissingFile) {
 }
 
 TEST(LoadTokenizerTest, RefusesWhatIsNoModel) {
-  for (const std::string& bytes : {std::string(), std::string("hello"), std::string(4096, '\xff')}) {
+  for (const std::string& bytes :
+       {std::string(), std::string("hello"), std::string(4096, '\xff')}) {
     ModelFolder folder;
     folder.Write(bytes);
     std::string error;
