@@ -1,6 +1,7 @@
 #include "kernels/cpu/matmul.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #include "absl/strings/str_cat.h"
@@ -22,8 +23,12 @@ constexpr int64_t kBlockLines = 128;
 constexpr int64_t kStreamPanels = 24;
 constexpr int64_t kBlockPanels = 8;
 constexpr int64_t kPanelGroup = 4;
-// From here on column blocks are handed out one by one, so that a thread that is held up does not
-// hold up the others.
+// Panels that a thread takes at a time when few rows stream the weights: so that a thread that is
+// held up (a virtual processor that the host took away) does not hold up the others. 8 is what one
+// and two rows read side by side. Small matrices are shared out evenly instead.
+constexpr int64_t kClaimPanels = 8;
+constexpr int64_t kClaimsPerThread = 4;
+// From here on rows are formed, and column blocks handed out, one by one.
 constexpr int64_t kDynamicRows = 32;
 constexpr int64_t kBlocksPerThread = 4;
 // Every thread forms all rows itself up to this many elements: cheaper than a barrier (about 0.5
@@ -62,7 +67,7 @@ class Product {
   void ChooseBlocks();
   void FormRows(int64_t begin, int64_t end, char* rows) const;
   void ComputePanels(int64_t begin, int64_t end, const char* rows, float* c) const;
-  void RunStatic(char* memory);
+  void RunStream(char* memory);
   void RunDynamic(char* memory);
   char* RowsOf(char* memory, int thread) const {
     return memory + (redundant_ ? thread * rows_bytes_ : 0);
@@ -177,8 +182,8 @@ void Product::ComputePanels(int64_t begin, int64_t end, const char* rows, float*
                        .num_columns = std::min(end * kPanelRows, args_.w.num_rows) - column});
 }
 
-// Each thread a contiguous range of panels: one stream of weights.
-void Product::RunStatic(char* memory) {
+// Few rows: one pass over the weights, in ascending order.
+void Product::RunStream(char* memory) {
   ThreadPool& pool = context_.pool;
   const int64_t num_threads = pool.num_threads();
   const auto compute = [&](int64_t begin, int64_t end, int thread) {
@@ -192,6 +197,10 @@ void Product::RunStatic(char* memory) {
     compute(0, num_panels_, 0);
     return;
   }
+  const bool large = num_panels_ >= kClaimPanels * kClaimsPerThread * num_threads;
+  const int64_t least = num_rows_ <= 2 ? kClaimPanels : kStreamPanels;
+  const int64_t claim = large ? least : (num_panels_ + num_threads - 1) / num_threads;
+  std::atomic<int64_t> next_panel{0};
   pool.Run([&](int thread) {
     if (redundant_) {
       FormRows(0, num_rows_, RowsOf(memory, thread));
@@ -199,7 +208,10 @@ void Product::RunStatic(char* memory) {
       FormRows(num_rows_ * thread / num_threads, num_rows_ * (thread + 1) / num_threads, memory);
       pool.Barrier();
     }
-    compute(num_panels_ * thread / num_threads, num_panels_ * (thread + 1) / num_threads, thread);
+    for (int64_t panel = next_panel.fetch_add(claim, std::memory_order_relaxed);
+         panel < num_panels_; panel = next_panel.fetch_add(claim, std::memory_order_relaxed)) {
+      compute(panel, std::min(panel + claim, num_panels_), thread);
+    }
   });
 }
 
@@ -225,7 +237,7 @@ OpStatus Product::Run() {
     return context_.Fail(OpCode::kResourceExhausted, absl::StrCat("matrix product: no memory for ",
                                                                   num_bytes, " bytes of scratch"));
   }
-  dynamic_ ? RunDynamic(memory) : RunStatic(memory);
+  dynamic_ ? RunDynamic(memory) : RunStream(memory);
   return {};
 }
 
