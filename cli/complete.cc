@@ -146,6 +146,7 @@ class Printer {
         quiet_(flags.quiet) {}
 
   void Handle(const v1::GenerateEvent& event) {
+    received_ = true;
     if (event.has_prompt() && !event.prompt().text().empty()) Write(event.prompt().text());
     if (event.has_delta()) {
       rate_.Count(event.delta().token_ids_size());
@@ -162,6 +163,7 @@ class Printer {
 
   void Finish(bool complete) {
     rate_.Remove();
+    if (!complete && !received_) return;  // refused: there is only the error to tell
     for (size_t output = 1; output < texts_.size(); ++output) {
       Write("\n\n--- output " + std::to_string(output) + "\n" + texts_[output]);
     }
@@ -183,6 +185,7 @@ class Printer {
   std::vector<std::string> texts_;  // by output index; [0] is printed as it comes
   RateLine rate_;
   bool quiet_;
+  bool received_ = false;
   v1::FinishReason reason_ = v1::FINISH_REASON_UNSPECIFIED;
   v1::Summary summary_;
 };
