@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <functional>
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -35,6 +36,8 @@ struct BackendRow {
   const char* name;
   BackendPtr (*make)(std::string* reason);
 };
+void PrintTo(const BackendRow& row, std::ostream* out) { *out << row.name; }
+
 const BackendRow kBackends[] = {
     {"cpu_portable", [](std::string* reason) { return MakeCpuBackend("portable", 2, reason); }},
     {"cpu_avx2", [](std::string* reason) { return MakeCpuBackend("avx2", 2, reason); }},
