@@ -11,7 +11,7 @@ int main(int argc, char** argv) {
 
   CLI::App app{"Godwit: an inference server for long-context generation"};
   app.set_version_flag("--version", godwit::kVersion);
-  app.require_subcommand(1);
+  app.require_subcommand(0, 1);  // so that an unknown one is named, below
   app.get_formatter()->column_width(44);
   app.option_defaults()->always_capture_default();
   app.footer("Exit codes: 0 done, 1 failed, 2 usage, 3 the model or the back end cannot be loaded.");
@@ -29,6 +29,10 @@ int main(int argc, char** argv) {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? godwit::cli::kDone : godwit::cli::kUsage;
+  }
+  if (app.get_subcommands().empty()) {
+    std::cerr << app.help();
+    return godwit::cli::kUsage;
   }
   return exit_code;
 }
