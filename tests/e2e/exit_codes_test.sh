@@ -40,7 +40,7 @@ expect 2 --no-such-flag generate --model "$model" --prompt a --no-such-flag
 expect 2 --prompt generate --model "$model"
 expect 2 temperature generate --model "$model" --prompt a --temperature -1
 expect 2 99999999 generate --model "$model" --token-ids 1,99999999
-expect 2 subcommand no-such-command
+expect 2 no-such-command no-such-command
 expect 3 "$work/none" generate --model "$work/none" --token-ids 1
 expect 3 config.json generate --model "$work/empty" --token-ids 1
 expect 3 model.safetensors generate --model "$work/cut" --token-ids 1
