@@ -110,9 +110,11 @@ void Scheduler::Impl::ApplyDraws(Sequence& sequence, std::vector<SampledToken> t
     generation_tokens_ += std::ssize(tokens);
     if (group.timings.first_token == kNever) group.timings.first_token = now;
     group.timings.last_token = now;
+    std::vector<TimeNs> times(tokens.size(), now);
     group.events.push_back({.kind = TokenEvent::Kind::kTokens,
                             .output_index = sequence.output_index,
-                            .tokens = std::move(tokens)});
+                            .tokens = std::move(tokens),
+                            .times = std::move(times)});
   }
   if (cut.finish) FinishOutput(sequence, *cut.finish, now);
 }

@@ -59,6 +59,7 @@ struct TokenEvent {
   Kind kind = Kind::kTokens;
   int32_t output_index = 0;
   std::vector<SampledToken> tokens;  // kPrompt: scores; kTokens
+  std::vector<TimeNs> times;         // kTokens: when each token was confirmed
   FinishInfo finish;                 // kFinished
   absl::Status
       status;  // kDone: OK, CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE, RESOURCE_EXHAUSTED, INTERNAL

@@ -15,6 +15,7 @@ void Merge(TokenEvent event, std::vector<TokenEvent>& events) {
     if (same != events.rend()) {
       same->tokens.insert(same->tokens.end(), std::make_move_iterator(event.tokens.begin()),
                           std::make_move_iterator(event.tokens.end()));
+      same->times.insert(same->times.end(), event.times.begin(), event.times.end());
       return;
     }
   }

@@ -257,9 +257,7 @@ void Metrics::OnFirstToken(TimeNs since_arrival) {
   impl_->time_to_first_token->Observe(ToSeconds(since_arrival));
 }
 
-void Metrics::OnInterTokenGaps(TimeNs gap, int64_t count) {
-  for (int64_t at = 0; at < count; ++at) impl_->inter_token_latency->Observe(ToSeconds(gap));
-}
+void Metrics::OnInterTokenGap(TimeNs gap) { impl_->inter_token_latency->Observe(ToSeconds(gap)); }
 
 void Metrics::OnOutputFinished(FinishReason reason) {
   impl_->success->Add(impl_->With({{"finished_reason", std::string(FinishedReason(reason))}}))

@@ -41,8 +41,7 @@ class Metrics {
   void WatchLoop(const EngineLoop* loop);
 
   void OnFirstToken(TimeNs since_arrival);
-  // `count` gaps of `gap` each.
-  void OnInterTokenGaps(TimeNs gap, int64_t count);
+  void OnInterTokenGap(TimeNs gap);
   void OnOutputFinished(FinishReason reason);
   void OnRequestEnded(const RequestStats& stats);
   // Refused before it was accepted.

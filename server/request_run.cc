@@ -30,7 +30,7 @@ RequestRun::RequestRun(const ServiceContext& services, const GenerateRequest& re
       seed_(request.seed),
       submitted_(SteadyNow()),
       on_events_(std::move(on_events)),
-      num_live_outputs_(request.num_outputs) {
+      last_token_(static_cast<size_t>(request.num_outputs), kNever) {
   stats_.num_prompt_tokens = std::ssize(request.token_ids);
   stats_.max_tokens = request.max_tokens;
   stats_.num_outputs = request.num_outputs;
@@ -56,7 +56,6 @@ absl::StatusOr<std::shared_ptr<RequestRun>> RequestRun::Start(const ServiceConte
 }
 
 void RequestRun::OnNotify() {
-  notified_.store(SteadyNow(), std::memory_order_relaxed);
   services_.delivery.Post(on_events_);
 }
 
@@ -76,16 +75,11 @@ std::vector<TokenEvent> RequestRun::Drain() {
 }
 
 void RequestRun::Measure(const std::vector<TokenEvent>& events) {
-  int64_t num_tokens = 0;
   for (const TokenEvent& event : events) {
-    if (event.kind == TokenEvent::Kind::kTokens) num_tokens += std::ssize(event.tokens);
-  }
-  if (num_tokens > 0 || last_num_tokens_ > 0) MeasureGaps(num_tokens, events);
-  stats_.num_output_tokens += num_tokens;
-  for (const TokenEvent& event : events) {
-    if (event.kind == TokenEvent::Kind::kFinished) {
+    if (event.kind == TokenEvent::Kind::kTokens) {
+      MeasureGaps(event);
+    } else if (event.kind == TokenEvent::Kind::kFinished) {
       services_.metrics.OnOutputFinished(event.finish.reason);
-      num_live_outputs_ = std::max(1, num_live_outputs_ - 1);
     } else if (event.kind == TokenEvent::Kind::kDone) {
       stats_.timings = event.timings;
       stats_.status = event.status;
@@ -95,23 +89,13 @@ void RequestRun::Measure(const std::vector<TokenEvent>& events) {
   }
 }
 
-// The engine's pace, whatever the client's: a batch holds what came from one push to an empty
-// mailbox until the next, so its tokens share the time between the two.
-void RequestRun::MeasureGaps(int64_t num_tokens, const std::vector<TokenEvent>& events) {
-  const TimeNs notified = notified_.load(std::memory_order_relaxed);
-  if (stats_.num_output_tokens == 0) {
-    services_.metrics.OnFirstToken(notified - submitted_);
-  } else if (last_num_tokens_ > 0) {
-    const int64_t steps = std::max<int64_t>(1, last_num_tokens_ / num_live_outputs_);
-    services_.metrics.OnInterTokenGaps((notified - last_notified_) / steps, last_num_tokens_);
-  }
-  last_notified_ = notified;
-  last_num_tokens_ = num_tokens;
-  const bool ended = !events.empty() && events.back().kind == TokenEvent::Kind::kDone;
-  const int64_t steps = num_tokens / num_live_outputs_;
-  if (ended && steps > 1 && events.back().timings.last_token != kNever) {
-    const TimeNs rest = std::max<TimeNs>(0, events.back().timings.last_token - notified);
-    services_.metrics.OnInterTokenGaps(rest / (steps - 1), num_tokens - num_live_outputs_);
+// The engine's pace, whatever the client's: the scheduler says when it confirmed each token.
+void RequestRun::MeasureGaps(const TokenEvent& event) {
+  TimeNs& last = last_token_[static_cast<size_t>(event.output_index)];
+  for (const TimeNs time : event.times) {
+    if (stats_.num_output_tokens++ == 0) services_.metrics.OnFirstToken(time - submitted_);
+    if (last != kNever) services_.metrics.OnInterTokenGap(time - last);
+    last = time;
   }
 }
 

@@ -3,7 +3,6 @@
 
 #include <grpcpp/server_context.h>
 
-#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -52,7 +51,7 @@ class RequestRun {
              std::function<void()> on_events);
   void OnNotify();  // engine thread
   void Measure(const std::vector<TokenEvent>& events);
-  void MeasureGaps(int64_t num_tokens, const std::vector<TokenEvent>& events);
+  void MeasureGaps(const TokenEvent& event);
 
   const ServiceContext services_;
   const std::string id_;
@@ -60,12 +59,9 @@ class RequestRun {
   const TimeNs submitted_;
   std::shared_ptr<TokenStream> stream_;
   std::function<void()> on_events_;
-  std::atomic<TimeNs> notified_{0};  // when the engine last pushed to an empty mailbox
   // Of the thread that drains.
   RequestStats stats_;
-  int32_t num_live_outputs_;
-  TimeNs last_notified_ = 0;  // of the batch before
-  int64_t last_num_tokens_ = 0;
+  std::vector<TimeNs> last_token_;  // by output index; kNever: none yet
   bool done_ = false;
 };
 
