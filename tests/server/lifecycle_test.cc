@@ -1,9 +1,12 @@
 // How requests end other than by themselves: cancel, disconnect, deadline, full queue, failing
 // engine, drain.
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <future>
 #include <random>
+#include <thread>
 
 #include "tests/server/server_fixture.h"
 
@@ -248,32 +251,43 @@ TEST(LifecycleTest, AFullQueueTellsWhenToTryAgain) {
   all_slots.mutable_sampling()->set_n(4);
   OpenStream running(server, all_slots);
   ASSERT_TRUE(Eventually([&] { return server.engine().num_steps() == 1; }));
-  std::vector<std::unique_ptr<OpenStream>> waiting;
-  grpc::Status refused;
-  std::multimap<grpc::string_ref, grpc::string_ref> trailers;
-  std::string pushback;
-  // At most 2 wait, whatever the order in which they arrive.
-  for (int at = 0; at < 2; ++at)
-    waiting.push_back(std::make_unique<OpenStream>(server, SimpleRequest(2)));
-  ASSERT_TRUE(Eventually([&] {
+  // Three calls for two places: while no step runs, the one that comes last is the only one to end.
+  struct Call {
     grpc::ClientContext context;
-    context.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(200));
     v1::GenerateResponse response;
-    refused = server.inference()->Generate(&context, SimpleRequest(2), &response);
-    const auto header = context.GetServerTrailingMetadata().find("grpc-retry-pushback-ms");
-    if (header != context.GetServerTrailingMetadata().end()) {
-      pushback.assign(header->second.data(), header->second.size());
-    }
-    return refused.error_code() == StatusCode::RESOURCE_EXHAUSTED;
-  }));
-  EXPECT_EQ(ReasonOfStatus(refused), "QUEUE_FULL");
-  google::rpc::RetryInfo retry;
-  ASSERT_TRUE(GetDetail(refused, &retry));
-  EXPECT_EQ(retry.retry_delay().seconds(), 1);
-  EXPECT_EQ(pushback, "1000");
+    grpc::Status status;
+    std::atomic<bool> ended{false};
+    std::thread thread;
+  };
+  std::array<Call, 3> calls;
+  for (Call& call : calls) {
+    call.thread = std::thread([&server, &call] {
+      call.status = server.inference()->Generate(&call.context, SimpleRequest(2), &call.response);
+      call.ended = true;
+    });
+  }
+  const auto ended = [&] {
+    return std::count_if(calls.begin(), calls.end(),
+                         [](const Call& call) { return call.ended.load(); });
+  };
+  EXPECT_TRUE(Eventually([&] { return ended() > 0; }));
+  EXPECT_EQ(ended(), 1);
+  const Call* refused = nullptr;
+  for (const Call& call : calls) refused = call.ended ? &call : refused;
   server.engine().AllowSteps(-1);
   EXPECT_TRUE(running.Finish().ok());
-  for (const auto& stream : waiting) EXPECT_TRUE(stream->Finish().ok());
+  for (Call& call : calls) call.thread.join();
+  ASSERT_NE(refused, nullptr);
+  for (const Call& call : calls) EXPECT_EQ(call.status.ok(), &call != refused);
+  EXPECT_EQ(refused->status.error_code(), StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_EQ(ReasonOfStatus(refused->status), "QUEUE_FULL");
+  google::rpc::RetryInfo retry;
+  ASSERT_TRUE(GetDetail(refused->status, &retry));
+  EXPECT_EQ(retry.retry_delay().seconds(), 1);
+  const auto& trailers = refused->context.GetServerTrailingMetadata();
+  const auto pushback = trailers.find("grpc-retry-pushback-ms");
+  ASSERT_NE(pushback, trailers.end());
+  EXPECT_EQ(std::string(pushback->second.data(), pushback->second.size()), "1000");
 }
 
 TEST(LifecycleTest, AnEngineErrorIsInternalAndOpaque) {
