@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <functional>
 #include <future>
 #include <random>
 #include <thread>
@@ -24,6 +25,20 @@ std::string PhaseOf(const grpc::Status& status) {
   google::rpc::ErrorInfo info;
   if (!GetDetail(status, &info) || !info.metadata().contains("phase")) return "";
   return info.metadata().at("phase");
+}
+
+// Status of a call that runs into its deadline, with the server's details. When the machine stalls
+// for longer than the margin by which the server is first, the client's own deadline wins and there
+// are none: that try does not count.
+grpc::Status StatusWithPhase(const std::function<grpc::Status()>& call) {
+  constexpr int kTries = 10;
+  grpc::Status status;
+  for (int attempt = 0; attempt < kTries; ++attempt) {
+    status = call();
+    EXPECT_EQ(status.error_code(), StatusCode::DEADLINE_EXCEEDED);
+    if (!PhaseOf(status).empty()) break;
+  }
+  return status;
 }
 
 // A stream that runs beside the test.
@@ -154,24 +169,24 @@ TEST(LifecycleTest, RandomCancelsLeaveNothingBehind) {
 TEST(LifecycleTest, DeadlineNamesItsPhase) {
   TestServer server;
   server.engine().set_step_time_us(1000);
-  OpenStream decoding(server, SimpleRequest(4000), std::chrono::milliseconds(600));
-  const grpc::Status status = decoding.Finish();
-  EXPECT_EQ(status.error_code(), StatusCode::DEADLINE_EXCEEDED);
+  const grpc::Status status = StatusWithPhase([&] {
+    return OpenStream(server, SimpleRequest(4000), std::chrono::milliseconds(600)).Finish();
+  });
   EXPECT_EQ(ReasonOfStatus(status), "DEADLINE_EXCEEDED");
   EXPECT_EQ(PhaseOf(status), "decoding");
   EXPECT_TRUE(AllSlotsCanBeHad(server));
 }
 
 TEST(LifecycleTest, DeadlineInTheQueueNamesItsPhase) {
-  TestServer server;
+  TestServer server({.engine = {.context_length = 1 << 20}});
   server.engine().set_step_time_us(1000);
-  GenerateRequest all_slots = SimpleRequest(4000);
+  GenerateRequest all_slots = SimpleRequest(100'000);
   all_slots.mutable_sampling()->set_n(4);
   OpenStream first(server, all_slots);
   ASSERT_TRUE(first.Read());
-  OpenStream second(server, SimpleRequest(10), std::chrono::milliseconds(500));
-  const grpc::Status status = second.Finish();
-  EXPECT_EQ(status.error_code(), StatusCode::DEADLINE_EXCEEDED);
+  const grpc::Status status = StatusWithPhase([&] {
+    return OpenStream(server, SimpleRequest(10), std::chrono::milliseconds(500)).Finish();
+  });
   EXPECT_EQ(PhaseOf(status), "waiting");
   first.Cancel();
   first.Finish();
@@ -183,9 +198,8 @@ TEST(LifecycleTest, DeadlineWhilePrefillingNamesItsPhase) {
   server.engine().set_step_time_us(10'000);
   GenerateRequest request = SimpleRequest(10);
   request.mutable_token_ids()->mutable_ids()->Resize(1'000'000, 'x');  // 489 chunks
-  OpenStream stream(server, request, std::chrono::milliseconds(800));
-  const grpc::Status status = stream.Finish();
-  EXPECT_EQ(status.error_code(), StatusCode::DEADLINE_EXCEEDED);
+  const grpc::Status status = StatusWithPhase(
+      [&] { return OpenStream(server, request, std::chrono::milliseconds(800)).Finish(); });
   EXPECT_EQ(PhaseOf(status), "prefilling");
 }
 

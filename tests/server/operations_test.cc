@@ -119,15 +119,17 @@ TEST_F(MetricsTest, TellWhatHappened) {
 
 TEST_F(MetricsTest, CountFailuresByPhase) {
   server_.engine().set_step_time_us(1000);
-  grpc::ClientContext context;
-  context.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(200));
-  v1::GenerateResponse response;
-  EXPECT_EQ(server_.inference()->Generate(&context, SimpleRequest(4000), &response).error_code(),
-            grpc::StatusCode::DEADLINE_EXCEEDED);
+  // A machine that stalls for longer than the server's margin lets the client's own deadline win,
+  // which counts as cancelled: then once more.
   EXPECT_TRUE(Eventually([&] {
+    grpc::ClientContext context;
+    context.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(300));
+    v1::GenerateResponse response;
+    EXPECT_EQ(server_.inference()->Generate(&context, SimpleRequest(4000), &response).error_code(),
+              grpc::StatusCode::DEADLINE_EXCEEDED);
     return Value(Page(),
                  "godwit_request_failed_total{code=\"DEADLINE_EXCEEDED\",model_name=\"fake\","
-                 "phase=\"decoding\"}") == 1;
+                 "phase=\"decoding\"}") >= 1;
   }));
 }
 
