@@ -51,6 +51,7 @@ struct SampledToken {
 };
 
 struct RowResult {
+  absl::Status status;           // not OK: this row's outputs are no numbers; its sequence must end, others are as they were
   std::vector<std::vector<SampledToken>> outputs;  // per RowOutput: 1, or 1..K+1 tokens when speculating
   std::vector<SampledToken> scores;                // per score target that is not -1
   int64_t num_computed = 0;                        // tokens of this row now in the state

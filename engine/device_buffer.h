@@ -1,5 +1,5 @@
 #pragma once
-// Device memory that frees itself.
+// Memory of a back end that frees itself: on the device, and on the host where copies are queued from and to.
 
 #include <cstdint>
 #include <utility>
@@ -10,29 +10,30 @@
 
 namespace godwit {
 
-class DeviceBuffer {
+template <OpStatus (Backend::*kAllocate)(int64_t, void**), void (Backend::*kFree)(void*)>
+class BackendBuffer {
  public:
-  DeviceBuffer() = default;
+  BackendBuffer() = default;
 
   // Zeroed; the back end must outlive the buffer. Zero bytes: an empty buffer.
-  static absl::StatusOr<DeviceBuffer> Allocate(Backend& backend, int64_t num_bytes) {
-    DeviceBuffer buffer;
+  static absl::StatusOr<BackendBuffer> Allocate(Backend& backend, int64_t num_bytes) {
+    BackendBuffer buffer;
     if (num_bytes == 0) return buffer;
-    RETURN_IF_ERROR(backend.Allocate(num_bytes, &buffer.data_));
+    RETURN_IF_ERROR((backend.*kAllocate)(num_bytes, &buffer.data_));
     buffer.backend_ = &backend;
     return buffer;
   }
 
-  DeviceBuffer(DeviceBuffer&& other) noexcept
+  BackendBuffer(BackendBuffer&& other) noexcept
       : backend_(std::exchange(other.backend_, nullptr)),
         data_(std::exchange(other.data_, nullptr)) {}
-  DeviceBuffer& operator=(DeviceBuffer&& other) noexcept {
+  BackendBuffer& operator=(BackendBuffer&& other) noexcept {
     std::swap(backend_, other.backend_);
     std::swap(data_, other.data_);
     return *this;
   }
-  ~DeviceBuffer() {
-    if (data_ != nullptr) backend_->Free(data_);
+  ~BackendBuffer() {
+    if (data_ != nullptr) (backend_->*kFree)(data_);
   }
 
   template <typename T>
@@ -45,5 +46,8 @@ class DeviceBuffer {
   Backend* backend_ = nullptr;
   void* data_ = nullptr;
 };
+
+using DeviceBuffer = BackendBuffer<&Backend::Allocate, &Backend::Free>;
+using HostBuffer = BackendBuffer<&Backend::AllocateHost, &Backend::FreeHost>;
 
 }  // namespace godwit

@@ -1,7 +1,7 @@
 #include "engine/engine.h"
 
 #include <algorithm>
-#include <chrono>
+#include <cmath>
 #include <deque>
 #include <map>
 #include <utility>
@@ -23,12 +23,6 @@ namespace {
 constexpr int64_t kMaxSequences = 1 << 16;
 constexpr int64_t kMaxTokensPerStep = 1 << 20;
 constexpr int64_t kMaxContext = (int64_t{1} << 31) - 1;  // of a model without a limit of its own
-
-using Clock = std::chrono::steady_clock;
-
-double SecondsSince(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
 
 absl::Status CheckRange(absl::string_view name, int64_t value, int64_t low, int64_t high) {
   if (value >= low && value <= high) return absl::OkStatus();
@@ -62,6 +56,13 @@ int64_t ContextLength(const EngineOptions& options, const ModelConfig& config) {
   return config.context_length > 0 ? std::min(config.context_length, kMaxContext) : kMaxContext;
 }
 
+// Decode steps are padded to few numbers of rows, so that few recordings serve all. At most an
+// eighth of the rows is padding beyond 32 rows.
+int64_t PaddedRows(int64_t num_rows, int64_t most) {
+  const int64_t step = num_rows <= 4 ? 1 : num_rows <= 16 ? 4 : num_rows <= 64 ? 8 : num_rows <= 256 ? 16 : 64;
+  return std::min((num_rows + step - 1) / step * step, most);
+}
+
 // Token ids, positions, rows and block tables of the largest step, besides what the sampler
 // uploads.
 int64_t ArenaBytes(const EngineOptions& options, int64_t num_blocks) {
@@ -71,6 +72,24 @@ int64_t ArenaBytes(const EngineOptions& options, int64_t num_blocks) {
          StepArena::Footprint(options.max_sequences * int64_t{sizeof(StepRow)}) +
          StepArena::Footprint(num_blocks * DTypeBytes(DType::kI32)) +
          Sampler::ArenaBytes(tokens, options.max_sequences);
+}
+
+BackendLimits Limits(const EngineOptions& options, const ModelConfig& config, int64_t num_blocks) {
+  const int64_t width = config.num_heads * config.head_dim;
+  const bool has_lrpe =
+      std::find(config.lrpe_layers.begin(), config.lrpe_layers.end(), true) != config.lrpe_layers.end();
+  const bool has_softmax = config.rope.has_value();
+  return {.max_tokens = options.max_tokens_per_step,
+          .max_rows = options.max_sequences,
+          .max_input_columns = std::max({config.d_model, width, config.d_ff}),
+          .max_gated_columns = config.d_ff,
+          .max_key_columns = config.decay_rule == DecayRule::kNone ? 0 : has_lrpe ? 2 * width : width,
+          .num_heads = has_softmax ? config.num_heads : 0,
+          .head_dim = has_softmax ? config.head_dim : 0,
+          .num_blocks = num_blocks,
+          .max_draws = options.max_sequences,
+          .vocab_size = config.vocab_size,
+          .deterministic = options.deterministic};
 }
 
 SampledToken MakeToken(int32_t token_id, float logprob, const int32_t* top_ids,
@@ -92,28 +111,35 @@ struct Engine::Impl {
     std::vector<RowOutputs> outputs;       // per row
     std::vector<int64_t> positions_after;  // per row
     int64_t num_tokens = 0;
-    double seconds = 0;
+    bool replayable = false;  // every row decodes one token, on a back end that records
   };
 
   absl::Status Init(const EngineOptions& options);
   absl::Status PlanCaches(const EngineOptions& options);
+  SamplerOptions MakeSamplerOptions(const EngineOptions& options) const;
 
   absl::StatusOr<ForwardPlan> Upload(std::span<const BatchRow> rows, const StepArrays& arrays,
                                      Step& step);
-  absl::Status CopyPendingTokens(const StepArrays& arrays, const TensorView& token_ids);
   absl::Status ZeroFreshSlots(std::span<const BatchRow> rows);
   absl::Status Fork(std::span<const BatchRow> rows, const StepArrays& arrays);
+  absl::Status ForwardAndDraw(std::span<const BatchRow> rows, const StepArrays& arrays,
+                              const ForwardPlan& plan);
+  absl::Status Replay(std::span<const BatchRow> rows, const StepArrays& arrays,
+                      const ForwardPlan& plan);
   absl::Status Run(std::span<const BatchRow> rows, const StepArrays& arrays, Step& step);
   void Commit(const StepArrays& arrays, Step step);
 
-  RowResult Result(const Step& step, size_t row, const StepOutputs& outputs) const;
-  void ResolveTokens(const Step& step, const StepOutputs& outputs);
+  RowResult Result(const Step& step, size_t row) const;
+  bool AppendScores(const Step& step, size_t row, RowResult& result) const;
+  void ResolveTokens(const Step& step);
   absl::Status CopyOne(const CacheCopy& copy);
   void DropReleasedHostCopies();
 
-  StepOutputs& OutputsOf(StepId id) {
-    return step_outputs[static_cast<size_t>(id % kMaxStepsInFlight)];
-  }
+  // Two marks a step in flight: when the queue begins it and when it has ended.
+  static int BeginMark(StepId id) { return static_cast<int>(id % kMaxStepsInFlight) * 2; }
+  static int EndMark(StepId id) { return BeginMark(id) + 1; }
+  static_assert(2 * kMaxStepsInFlight <= kNumMarks);
+
   SlotState& slot(int32_t index) { return slots[static_cast<size_t>(index)]; }
 
   // Destroyed in reverse: everything that holds device memory before the back end.
@@ -124,9 +150,10 @@ struct Engine::Impl {
   std::unique_ptr<Sampler> sampler;
   std::unique_ptr<StepArena> arena;
   std::unique_ptr<StepPlanner> planner;
-  std::vector<StepOutputs> step_outputs;  // [kMaxStepsInFlight], by step id
+  std::unique_ptr<StepOutputs> outputs;
   ModelCard card;
   int max_steps_in_flight = 1;
+  bool replays = false;  // DeviceInfo's
 
   std::vector<SlotState> slots;  // as the queue will have left them after the last submitted step
   std::map<int64_t, SlotState> host_slots;  // of swapped sequences, by host id
@@ -137,12 +164,21 @@ struct Engine::Impl {
 // --- Create
 // -------------------------------------------------------------------------------------------------------------
 
+SamplerOptions Engine::Impl::MakeSamplerOptions(const EngineOptions& options) const {
+  return {.max_tokens_per_step = options.max_tokens_per_step,
+          .num_slots = options.max_sequences,
+          .vocab_size = model->config().vocab_size,
+          .d_model = model->config().d_model};
+}
+
 absl::Status Engine::Impl::PlanCaches(const EngineOptions& options) {
   const ModelConfig& config = model->config();
   MemoryPlan plan;
   plan.weight_bytes = model->weight_bytes();
   plan.workspace_bytes = model->workspace_bytes();
+  RETURN_IF_ERROR(backend->Reserve(Limits(options, config, 0)));  // before what is free is read
   plan.free_bytes = backend->Info().free_bytes;
+  plan.owns_memory = backend->Info().owns_memory;
   plan.geometry.components = model->state_components();
   plan.geometry.components.push_back(
       {.name = "penalties", .base_bytes = config.vocab_size * DTypeBytes(DType::kU32)});
@@ -150,10 +186,10 @@ absl::Status Engine::Impl::PlanCaches(const EngineOptions& options) {
   plan.geometry.num_slots = options.max_sequences;
   plan.geometry.swap_bytes = options.swap_bytes;
   plan.step_bytes =
-      ArenaBytes(options, 0) + Sampler::DeviceBytes(config.d_model, config.vocab_size) +
-      kMaxStepsInFlight *
-          StepOutputs::DeviceBytes(options.max_sequences, options.max_tokens_per_step);
+      ArenaBytes(options, 0) + Sampler::DeviceBytes(MakeSamplerOptions(options)) +
+      StepOutputs::DeviceBytes(options.max_sequences, options.max_tokens_per_step);
   ASSIGN_OR_RETURN(plan, PlanMemory(std::move(plan), options.kv_bytes));
+  RETURN_IF_ERROR(backend->Reserve(Limits(options, config, plan.geometry.num_blocks)));
   ASSIGN_OR_RETURN(caches, CacheManager::Create(plan.geometry));
   ASSIGN_OR_RETURN(pool, CachePool::Create(*backend, plan.geometry));
   card.weight_bytes = plan.weight_bytes;
@@ -178,28 +214,24 @@ absl::Status Engine::Impl::Init(const EngineOptions& options) {
   RETURN_IF_ERROR(PlanCaches(options));
 
   const int penalties = static_cast<int>(card.geometry.components.size()) - 1;
-  ASSIGN_OR_RETURN(Sampler made_sampler,
-                   Sampler::Create(*backend, *model,
-                                   {.max_tokens_per_step = options.max_tokens_per_step,
-                                    .num_slots = options.max_sequences,
-                                    .vocab_size = card.config.vocab_size,
-                                    .d_model = card.config.d_model,
-                                    .counts = static_cast<uint32_t*>(pool->bases(penalties))}));
+  SamplerOptions sampler_options = MakeSamplerOptions(options);
+  sampler_options.counts = static_cast<uint32_t*>(pool->bases(penalties));
+  ASSIGN_OR_RETURN(Sampler made_sampler, Sampler::Create(*backend, *model, sampler_options));
   sampler = std::make_unique<Sampler>(std::move(made_sampler));
   ASSIGN_OR_RETURN(StepArena made_arena,
                    StepArena::Create(*backend, ArenaBytes(options, card.geometry.num_blocks)));
   arena = std::make_unique<StepArena>(std::move(made_arena));
-  for (int index = 0; index < kMaxStepsInFlight; ++index) {
-    ASSIGN_OR_RETURN(StepOutputs outputs, StepOutputs::Create(*backend, options.max_sequences,
-                                                              options.max_tokens_per_step));
-    step_outputs.push_back(std::move(outputs));
-  }
+  ASSIGN_OR_RETURN(
+      StepOutputs made_outputs,
+      StepOutputs::Create(*backend, options.max_sequences, options.max_tokens_per_step));
+  outputs = std::make_unique<StepOutputs>(std::move(made_outputs));
   planner = std::make_unique<StepPlanner>(StepLimits{.max_tokens = options.max_tokens_per_step,
                                                      .num_slots = options.max_sequences,
                                                      .window_rows = card.geometry.window_rows,
                                                      .vocab_size = card.config.vocab_size});
   slots.resize(static_cast<size_t>(options.max_sequences));
   max_steps_in_flight = options.max_steps_in_flight;
+  replays = backend->Info().replays;
   return absl::OkStatus();
 }
 
@@ -221,40 +253,22 @@ CacheManager& Engine::caches() { return *impl_->caches; }
 
 absl::StatusOr<ForwardPlan> Engine::Impl::Upload(std::span<const BatchRow> rows,
                                                  const StepArrays& arrays, Step& step) {
-  arena->Clear();
+  arena->Begin(step.id);
   ForwardPlan plan;
   plan.num_tokens = std::ssize(arrays.token_ids);
   plan.num_decode_tokens = arrays.num_decode_tokens;
   plan.token_ids = MakeView(arena->Push(arrays.token_ids), DType::kI32, plan.num_tokens);
+  plan.drawn = MakeView(outputs->device_draws().tokens, DType::kI32, std::ssize(slots));
   plan.positions = MakeView(arena->Push(arrays.positions), DType::kI64, plan.num_tokens);
   plan.rows = arena->Push(arrays.rows);
   plan.num_rows = static_cast<int32_t>(arrays.rows.size());
+  plan.num_decode_rows = arrays.num_decode_rows;
+  const std::span<const RowOutputs> row_outputs =
+      sampler->Plan(rows, arrays, step.replayable ? plan.num_rows : 0, *arena);
+  step.outputs.assign(row_outputs.begin(), row_outputs.end());
   plan.block_tables = arena->Push(arrays.block_tables);
-  const std::span<const RowOutputs> outputs = sampler->Plan(rows, arrays, *arena);
-  step.outputs.assign(outputs.begin(), outputs.end());
   RETURN_IF_ERROR(arena->Upload());
-  RETURN_IF_ERROR(CopyPendingTokens(arrays, plan.token_ids));
   return plan;
-}
-
-// Tokens that a step in flight draws go from its outputs to this step's inputs without passing the
-// host. Rows that kept their order since then, the usual case, are one copy.
-absl::Status Engine::Impl::CopyPendingTokens(const StepArrays& arrays,
-                                             const TensorView& token_ids) {
-  for (size_t first = 0, next; first < arrays.pending.size(); first = next) {
-    const PendingToken& run = arrays.pending[first];
-    const auto follows = [&](size_t index) {
-      const int32_t offset = static_cast<int32_t>(index - first);
-      const PendingToken& pending = arrays.pending[index];
-      return pending.step == run.step && pending.token == run.token + offset &&
-             pending.draw == run.draw + offset;
-    };
-    for (next = first + 1; next < arrays.pending.size() && follows(next);) ++next;
-    RETURN_IF_ERROR(backend->CopyOnDevice(
-        token_ids.row<int32_t>(run.token), OutputsOf(run.step).device_draws().tokens + run.draw,
-        static_cast<int64_t>(next - first) * DTypeBytes(DType::kI32)));
-  }
-  return absl::OkStatus();
 }
 
 absl::Status Engine::Impl::ZeroFreshSlots(std::span<const BatchRow> rows) {
@@ -286,17 +300,35 @@ absl::Status Engine::Impl::Fork(std::span<const BatchRow> rows, const StepArrays
   return absl::OkStatus();
 }
 
-absl::Status Engine::Impl::Run(std::span<const BatchRow> rows, const StepArrays& arrays,
-                               Step& step) {
-  ASSIGN_OR_RETURN(const ForwardPlan plan, Upload(rows, arrays, step));
-  RETURN_IF_ERROR(ZeroFreshSlots(rows));
+absl::Status Engine::Impl::ForwardAndDraw(std::span<const BatchRow> rows, const StepArrays& arrays,
+                                          const ForwardPlan& plan) {
   ASSIGN_OR_RETURN(const TensorView hidden, model->Forward(plan, *pool));
   RETURN_IF_ERROR(sampler->CountPrompts(arrays, plan.token_ids));
   RETURN_IF_ERROR(Fork(rows, arrays));
-  StepOutputs& outputs = OutputsOf(step.id);
-  RETURN_IF_ERROR(sampler->Draw(hidden, outputs));
-  RETURN_IF_ERROR(sampler->Score(hidden, outputs));
-  return sampler->ReadBack(outputs);
+  RETURN_IF_ERROR(sampler->Draw(hidden, *outputs));
+  return sampler->Score(hidden, *outputs);
+}
+
+// A step of decode rows is a function of its number of rows: everything else is in the arena.
+absl::Status Engine::Impl::Replay(std::span<const BatchRow> rows, const StepArrays& arrays,
+                                  const ForwardPlan& plan) {
+  bool replayed = false;
+  absl::Status status =
+      ToStatus(backend->BeginReplay(static_cast<uint64_t>(plan.num_rows), &replayed));
+  if (status.ok() && !replayed) status = ForwardAndDraw(rows, arrays, plan);
+  const absl::Status ended = ToStatus(backend->EndReplay());
+  return status.ok() ? ended : status;
+}
+
+absl::Status Engine::Impl::Run(std::span<const BatchRow> rows, const StepArrays& arrays,
+                               Step& step) {
+  RETURN_IF_ERROR(backend->SetMark(BeginMark(step.id)));
+  ASSIGN_OR_RETURN(const ForwardPlan plan, Upload(rows, arrays, step));
+  RETURN_IF_ERROR(ZeroFreshSlots(rows));
+  RETURN_IF_ERROR(step.replayable ? Replay(rows, arrays, plan)
+                                  : ForwardAndDraw(rows, arrays, plan));
+  RETURN_IF_ERROR(sampler->ReadBack(step.id, *outputs));
+  return ToStatus(backend->SetMark(EndMark(step.id)));
 }
 
 void Engine::Impl::Commit(const StepArrays& arrays, Step step) {
@@ -323,15 +355,20 @@ void Engine::Impl::Commit(const StepArrays& arrays, Step step) {
 
 absl::StatusOr<StepId> Engine::Submit(std::span<const BatchRow> rows) {
   Impl& impl = *impl_;
-  const Clock::time_point start = Clock::now();
   GODWIT_CHECK(std::ssize(impl.in_flight) < impl.max_steps_in_flight);
   impl.DropReleasedHostCopies();
   RETURN_IF_ERROR(impl.planner->Check(rows, impl.slots));
+  for (const BatchRow& row : rows) {
+    // A token that the host has not seen is read where the last step left it.
+    const StepId pending = StartState(*row.lease, impl.slots).pending_step;
+    GODWIT_CHECK(pending < 0 || pending + 1 == impl.next_step);
+  }
   const StepArrays& arrays = impl.planner->Plan(rows, impl.slots);
   Impl::Step step = {.id = impl.next_step, .rows = {rows.begin(), rows.end()}};
   step.num_tokens = std::ssize(arrays.token_ids);
+  step.replayable = impl.replays && arrays.num_decode_rows == step.num_tokens;
+  if (step.replayable) impl.planner->Pad(PaddedRows(step.num_tokens, std::ssize(impl.slots)));
   RETURN_IF_ERROR(impl.Run(rows, arrays, step));
-  step.seconds = SecondsSince(start);
   const StepId id = step.id;
   impl.Commit(arrays, std::move(step));
   return id;
@@ -340,23 +377,36 @@ absl::StatusOr<StepId> Engine::Submit(std::span<const BatchRow> rows) {
 // --- Collect
 // ------------------------------------------------------------------------------------------------------------
 
-RowResult Engine::Impl::Result(const Step& step, size_t row_index,
-                               const StepOutputs& outputs) const {
+RowResult Engine::Impl::Result(const Step& step, size_t row_index) const {
   const BatchRow& row = step.rows[row_index];
   const RowOutputs& range = step.outputs[row_index];
   RowResult result;
   result.num_computed = step.positions_after[row_index];
-  const OutputArrays& draws = outputs.draws();
+  const OutputArrays& draws = outputs->draws(step.id);
+  bool failed = false;
   for (int64_t draw = range.draw_begin; draw < range.draw_end; ++draw) {
     const int32_t num_logprobs =
         row.outputs[static_cast<size_t>(draw - range.draw_begin)].sampling->num_logprobs;
+    failed |= draws.tokens[draw] < 0;
     result.outputs.push_back(
         {MakeToken(draws.tokens[draw], num_logprobs >= 0 ? draws.logprobs[draw] : 0.0f,
                    draws.top_ids + draw * kMaxTopLogprobs,
                    draws.top_logprobs + draw * kMaxTopLogprobs, num_logprobs)});
   }
-  if (row.score_targets.empty()) return result;
-  const OutputArrays& scores = outputs.scores();
+  if (!row.score_targets.empty()) failed |= !AppendScores(step, row_index, result);
+  if (failed) {
+    result.status = absl::InternalError(
+        absl::StrCat("logits at position ", result.num_computed - 1, " hold a NaN or infinity"));
+  }
+  return result;
+}
+
+// False: a score is no number.
+bool Engine::Impl::AppendScores(const Step& step, size_t row_index, RowResult& result) const {
+  const BatchRow& row = step.rows[row_index];
+  const RowOutputs& range = step.outputs[row_index];
+  const OutputArrays& scores = outputs->scores(step.id);
+  bool numbers = true;
   int64_t score = 0;
   for (const int32_t target : row.score_targets) {
     // With row.logits every token was scored, else only those with a target.
@@ -365,16 +415,17 @@ RowResult Engine::Impl::Result(const Step& step, size_t row_index,
       result.scores.push_back(MakeToken(target, scores.logprobs[range.score_begin + score],
                                         scores.top_ids + top, scores.top_logprobs + top,
                                         range.num_score_top));
+      numbers &= !std::isnan(result.scores.back().logprob);
     }
     if (target >= 0 || row.logits != nullptr) ++score;
   }
   GODWIT_CHECK(score == range.score_end - range.score_begin);
-  return result;
+  return numbers;
 }
 
 // The host now knows the tokens that this step drew. A slot that a later step has written since
-// keeps what that said.
-void Engine::Impl::ResolveTokens(const Step& step, const StepOutputs& outputs) {
+// keeps what that said. What could not be drawn counts as token 0: its sequence is about to end.
+void Engine::Impl::ResolveTokens(const Step& step) {
   for (size_t row_index = 0; row_index < step.rows.size(); ++row_index) {
     const BatchRow& row = step.rows[row_index];
     row.lease->set_position(step.positions_after[row_index]);
@@ -382,7 +433,7 @@ void Engine::Impl::ResolveTokens(const Step& step, const StepOutputs& outputs) {
       output.lease->set_position(step.positions_after[row_index]);
       SlotState& state = slot(output.lease->slot());
       if (state.pending_step != step.id) continue;
-      state.last_token = outputs.draws().tokens[state.pending_draw];
+      state.last_token = std::max(outputs->draws(step.id).tokens[state.pending_draw], 0);
       state.pending_step = -1;
     }
   }
@@ -394,16 +445,14 @@ absl::StatusOr<StepResult> Engine::Collect(StepId id) {
   GODWIT_CHECK(impl.in_flight.front().id == id);
   const Impl::Step step = std::move(impl.in_flight.front());
   impl.in_flight.pop_front();
-  const Clock::time_point start = Clock::now();
-  RETURN_IF_ERROR(impl.backend->Synchronize());
-  const StepOutputs& outputs = impl.OutputsOf(id);
+  RETURN_IF_ERROR(impl.backend->WaitMark(Impl::EndMark(id)));
   StepResult result;
   result.num_tokens = step.num_tokens;
-  result.forward_seconds = step.seconds + SecondsSince(start);
-  impl.ResolveTokens(step, outputs);
+  RETURN_IF_ERROR(impl.backend->SecondsBetween(Impl::BeginMark(id), Impl::EndMark(id),
+                                               &result.forward_seconds));
+  impl.ResolveTokens(step);
   result.rows.reserve(step.rows.size());
-  for (size_t row = 0; row < step.rows.size(); ++row)
-    result.rows.push_back(impl.Result(step, row, outputs));
+  for (size_t row = 0; row < step.rows.size(); ++row) result.rows.push_back(impl.Result(step, row));
   return result;
 }
 

@@ -22,6 +22,7 @@ struct EngineOptions {
   int64_t swap_bytes = 0;              // host memory for preempted sequences
   int64_t context_length = 0;          // limit of prompt + output; 0: the model's (recurrent: 2^31 - 1)
   int max_steps_in_flight = 1;         // 1 or 2
+  bool deterministic = false;          // BackendLimits; the CPU always is
 };
 
 // What a user, `inspect` and GetModel need to know.

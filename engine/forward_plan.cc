@@ -51,7 +51,6 @@ StepPlanner::StepPlanner(const StepLimits& limits)
   arrays_.positions.reserve(static_cast<size_t>(limits.max_tokens));
   arrays_.rows.reserve(static_cast<size_t>(limits.num_slots));
   arrays_.row_of_batch.reserve(static_cast<size_t>(limits.num_slots));
-  arrays_.pending.reserve(static_cast<size_t>(limits.num_slots));
 }
 
 void StepPlanner::CheckLease(const CacheLease* lease) {
@@ -122,11 +121,9 @@ void StepPlanner::AddRow(const BatchRow& row, const SlotState& state) {
   step_row.first_token = static_cast<int32_t>(arrays_.token_ids.size());
   step_row.block_table = std::ssize(arrays_.block_tables);
   if (!IsPrefill(row)) {
-    if (state.pending_step >= 0) {
-      arrays_.pending.push_back({step_row.first_token, state.pending_step, state.pending_draw});
-    }
-    arrays_.token_ids.push_back(state.pending_step >= 0 ? 0 : state.last_token);
+    arrays_.token_ids.push_back(state.pending_step >= 0 ? ~state.pending_draw : state.last_token);
     ++arrays_.num_decode_tokens;
+    ++arrays_.num_decode_rows;
   } else {
     arrays_.token_ids.insert(arrays_.token_ids.end(), row.token_ids.begin(), row.token_ids.end());
   }
@@ -150,8 +147,8 @@ const StepArrays& StepPlanner::Plan(std::span<const BatchRow> rows,
   arrays_.rows.clear();
   arrays_.row_of_batch.assign(rows.size(), 0);
   arrays_.block_tables.clear();
-  arrays_.pending.clear();
   arrays_.num_decode_tokens = 0;
+  arrays_.num_decode_rows = 0;
   for (const bool is_prefill : {false, true}) {
     for (size_t batch_row = 0; batch_row < rows.size(); ++batch_row) {
       if (IsPrefill(rows[batch_row]) != is_prefill) continue;
@@ -160,6 +157,17 @@ const StepArrays& StepPlanner::Plan(std::span<const BatchRow> rows,
     }
   }
   return arrays_;
+}
+
+void StepPlanner::Pad(int64_t num_rows) {
+  const auto size = static_cast<size_t>(num_rows);
+  GODWIT_CHECK(arrays_.num_decode_rows == std::ssize(arrays_.token_ids));
+  GODWIT_CHECK(size >= arrays_.rows.size() && num_rows <= limits_.max_tokens);
+  arrays_.token_ids.resize(size, 0);
+  arrays_.positions.resize(size, 0);
+  arrays_.rows.resize(size);  // of no tokens
+  arrays_.num_decode_tokens = num_rows;
+  arrays_.num_decode_rows = static_cast<int32_t>(num_rows);
 }
 
 }  // namespace godwit

@@ -16,10 +16,12 @@
 namespace godwit {
 
 struct ForwardPlan {           // device data
-  TensorView token_ids;        // i32 [T]; decode tokens first
+  TensorView token_ids;        // i32 [T]; decode tokens first; ~index into drawn where only the device knows the token
+  TensorView drawn;            // i32: what the last step drew
   TensorView positions;        // i64 [T]
   const StepRow* rows = nullptr;  // [num_rows]
   int32_t num_rows = 0;
+  int32_t num_decode_rows = 0;
   const int32_t* block_tables = nullptr;
   int64_t num_tokens = 0;      // T
   int64_t num_decode_tokens = 0;
@@ -34,13 +36,6 @@ struct SlotState {
   int32_t pending_draw = -1;   // its index among that step's draws
 };
 
-// A decode token that only the device knows when the step is planned.
-struct PendingToken {
-  int32_t token = 0;           // index in the step's token order
-  StepId step = -1;
-  int32_t draw = 0;
-};
-
 struct StepLimits {
   int64_t max_tokens = 0;      // of a step
   int64_t num_slots = 0;       // also the most rows, and the most draws
@@ -50,13 +45,13 @@ struct StepLimits {
 
 // Host arrays of one step; their memory is kept from step to step.
 struct StepArrays {
-  std::vector<int32_t> token_ids;      // [T]; 0 where pending
+  std::vector<int32_t> token_ids;      // [T]; ~draw where only the last step's draw says
   std::vector<int64_t> positions;      // [T]
   std::vector<StepRow> rows;           // decode rows, then prefill rows, each in the order of the batch
   std::vector<int32_t> row_of_batch;   // index into rows, by batch row
   std::vector<int32_t> block_tables;
-  std::vector<PendingToken> pending;
   int64_t num_decode_tokens = 0;
+  int32_t num_decode_rows = 0;
 };
 
 // Not thread-safe.
@@ -70,6 +65,9 @@ class StepPlanner {
 
   // Of rows that passed Check. Valid until the next call.
   const StepArrays& Plan(std::span<const BatchRow> rows, std::span<const SlotState> slots);
+
+  // Fills the planned step, all of whose rows decode one token, with padding up to num_rows rows.
+  void Pad(int64_t num_rows);
 
  private:
   void CheckLease(const CacheLease* lease);

@@ -16,14 +16,15 @@ struct MemoryPlan {
   int64_t workspace_bytes = 0;  // of the model; allocated already
   int64_t step_bytes = 0;       // logits, step arrays, results
   int64_t free_bytes = 0;       // what weights and workspace left
+  bool owns_memory = false;     // DeviceInfo's
   CacheGeometry geometry;
 
   int64_t state_bytes() const { return geometry.num_slots * geometry.slot_bytes(); }
   int64_t kv_bytes() const { return geometry.num_blocks * geometry.block_bytes(); }
 };
 
-// Fills geometry.num_blocks: kv_bytes / block, or with kv_bytes 0 the smaller of kDefaultKvBytes
-// and half of what states and step leave free. RESOURCE_EXHAUSTED with the plan in words when it
+// Fills geometry.num_blocks: kv_bytes / block, or with kv_bytes 0 all that states and step leave
+// free where the memory is ours alone, else the smaller of kDefaultKvBytes and half of it. RESOURCE_EXHAUSTED with the plan in words when it
 // exceeds free_bytes; INVALID_ARGUMENT when kv_bytes is less than one block.
 absl::StatusOr<MemoryPlan> PlanMemory(MemoryPlan plan, int64_t kv_bytes);
 

@@ -10,7 +10,13 @@
 namespace godwit {
 namespace {
 
-constexpr int64_t kMaxBiases = kMaxLogitBiases + kMaxEndTokenIds;
+constexpr int64_t kMaxBiases = kMaxLogitBiases + kMaxEndTokenIds;  // of a draw
+
+// Rows of logits that are held at once: the head's weights are read once for so many draws.
+constexpr int64_t kMostLogitRows = 1024;
+int64_t LogitRows(const SamplerOptions& options) {
+  return std::clamp(options.num_slots, kLogitRows, kMostLogitRows);
+}
 
 }  // namespace
 
@@ -31,22 +37,22 @@ void AppendBiases(const SamplingParams& sampling, int64_t output_index,
   }
 }
 
-int64_t Sampler::DeviceBytes(int64_t d_model, int64_t vocab_size) {
-  return kLogitRows * (d_model + vocab_size) * DTypeBytes(DType::kF32);
+int64_t Sampler::DeviceBytes(const SamplerOptions& options) {
+  return LogitRows(options) * (options.d_model + options.vocab_size) * DTypeBytes(DType::kF32);
 }
 
 int64_t Sampler::ArenaBytes(int64_t max_tokens_per_step, int64_t num_slots) {
   const int64_t scores = 2 * StepArena::Footprint(max_tokens_per_step * DTypeBytes(DType::kI32));
   const int64_t draws = StepArena::Footprint(num_slots * DTypeBytes(DType::kI32)) +
                         StepArena::Footprint(num_slots * int64_t{sizeof(SampleRow)});
-  const int64_t biases = num_slots * StepArena::Footprint(kMaxBiases * int64_t{sizeof(TokenBias)});
+  const int64_t biases = StepArena::Footprint(num_slots * kMaxBiases * int64_t{sizeof(TokenBias)});
   return scores + draws + biases;
 }
 
 absl::StatusOr<Sampler> Sampler::Create(Backend& backend, Model& model,
                                         const SamplerOptions& options) {
   Sampler sampler(backend, model, options);
-  const int64_t row_bytes = kLogitRows * DTypeBytes(DType::kF32);
+  const int64_t row_bytes = LogitRows(options) * DTypeBytes(DType::kF32);
   ASSIGN_OR_RETURN(sampler.gathered_, DeviceBuffer::Allocate(backend, row_bytes * options.d_model));
   ASSIGN_OR_RETURN(sampler.logits_,
                    DeviceBuffer::Allocate(backend, row_bytes * options.vocab_size));
@@ -63,18 +69,20 @@ Sampler::Sampler(Backend& backend, Model& model, const SamplerOptions& options)
 }
 
 SampleRow Sampler::MakeSampleRow(const RowOutput& output, const BatchRow& row,
-                                 const StepRow& step_row, StepArena& arena) {
+                                 const StepRow& step_row) {
   const SamplingParams& sampling = *output.sampling;
   const int64_t position = step_row.position + step_row.num_tokens;  // of the token that is drawn
   GODWIT_CHECK(position >= row.prompt_length);
   GODWIT_CHECK(sampling.num_logprobs <= kMaxTopLogprobs);
-  biases_.clear();
+  const size_t first_bias = biases_.size();
   AppendBiases(sampling, position - row.prompt_length, biases_);
-  GODWIT_CHECK(std::ssize(biases_) <= kMaxBiases);
-  for (const TokenBias& bias : biases_) {
+  const std::span<const TokenBias> biases = std::span(biases_).subspan(first_bias);
+  GODWIT_CHECK(std::ssize(biases) <= kMaxBiases);
+  for (const TokenBias& bias : biases) {
     GODWIT_CHECK(bias.token_id >= 0 && bias.token_id < options_.vocab_size);
   }
-  draw_tops_ |= sampling.num_logprobs > 0;
+  wanted_.draw_logprobs |= sampling.num_logprobs >= 0;
+  wanted_.draw_tops |= sampling.num_logprobs > 0;
   return {.slot = output.lease->slot(),
           .output_index = output.output_index,
           .num_logprobs = sampling.num_logprobs,
@@ -87,23 +95,52 @@ SampleRow Sampler::MakeSampleRow(const RowOutput& output, const BatchRow& row,
           .presence_penalty = sampling.presence_penalty,
           .frequency_penalty = sampling.frequency_penalty,
           .top_k = sampling.top_k,
-          .num_biases = static_cast<int32_t>(biases_.size()),
-          .biases = biases_.empty() ? nullptr : arena.Push(biases_)};
+          .num_biases = static_cast<int32_t>(biases.size())};
 }
 
-void Sampler::PlanDraws(const BatchRow& row, const StepRow& step_row, StepArena& arena) {
-  if (row.outputs.empty()) return;
+// Where the logits that are planned next go.
+Sampler::DrawBlock& Sampler::BlockOfNextLogits() {
   const int64_t logit_row = std::ssize(logit_tokens_);
-  if (logit_row % kLogitRows == 0) {
+  if (logit_row % LogitRows(options_) == 0) {
     draw_blocks_.push_back({.logit_begin = logit_row, .draw_begin = std::ssize(sample_rows_)});
   }
-  DrawBlock& block = draw_blocks_.back();
+  ++draw_blocks_.back().num_logits;
+  return draw_blocks_.back();
+}
+
+void Sampler::PlanDraws(const BatchRow& row, const StepRow& step_row) {
+  if (row.outputs.empty()) return;
+  DrawBlock& block = BlockOfNextLogits();
+  const int64_t logit_row = std::ssize(logit_tokens_) - block.logit_begin;
   logit_tokens_.push_back(step_row.first_token + step_row.num_tokens - 1);
-  ++block.num_logits;
   for (const RowOutput& output : row.outputs) {
-    sample_rows_.push_back(MakeSampleRow(output, row, step_row, arena));
-    sample_rows_.back().logit_row = static_cast<int32_t>(logit_row - block.logit_begin);
+    sample_rows_.push_back(MakeSampleRow(output, row, step_row));
+    sample_rows_.back().logit_row = static_cast<int32_t>(logit_row);
     ++block.num_draws;
+  }
+}
+
+void Sampler::PadDraws(int64_t num_draws) {
+  while (std::ssize(sample_rows_) < num_draws) {
+    DrawBlock& block = BlockOfNextLogits();
+    logit_tokens_.push_back(0);
+    sample_rows_.push_back({.slot = -1});
+    ++block.num_draws;
+  }
+}
+
+// What keeps its size from step to step first (StepArena). Biases are found through the rows.
+void Sampler::Push(StepArena& arena) {
+  device_logit_tokens_ = arena.Push(logit_tokens_);
+  const std::span<SampleRow> rows = arena.Reserve(std::ssize(sample_rows_), &device_sample_rows_);
+  device_score_tokens_ = arena.Push(score_tokens_);
+  device_score_targets_ = arena.Push(score_targets_);
+  const TokenBias* biases = arena.Push(biases_);
+  for (size_t draw = 0; draw < sample_rows_.size(); ++draw) {
+    SampleRow& row = sample_rows_[draw];
+    row.biases = row.num_biases > 0 ? biases : nullptr;
+    biases += row.num_biases;
+    rows[draw] = row;
   }
 }
 
@@ -121,12 +158,12 @@ void Sampler::PlanScores(const BatchRow& row, const StepRow& step_row, int32_t n
     score_targets_.push_back(target);
     ++run.count;
   }
-  score_tops_ |= has_targets && run.num_top > 0;
+  wanted_.score_tops |= has_targets && run.num_top > 0;
   if (run.count > 0) score_runs_.push_back(run);
 }
 
 std::span<const RowOutputs> Sampler::Plan(std::span<const BatchRow> rows, const StepArrays& arrays,
-                                          StepArena& arena) {
+                                          int64_t num_draws, StepArena& arena) {
   row_outputs_.clear();
   logit_tokens_.clear();
   sample_rows_.clear();
@@ -134,12 +171,13 @@ std::span<const RowOutputs> Sampler::Plan(std::span<const BatchRow> rows, const 
   score_tokens_.clear();
   score_targets_.clear();
   score_runs_.clear();
-  draw_tops_ = score_tops_ = false;
+  biases_.clear();
+  wanted_ = {};
   for (size_t batch_row = 0; batch_row < rows.size(); ++batch_row) {
     const StepRow& step_row = arrays.rows[static_cast<size_t>(arrays.row_of_batch[batch_row])];
     RowOutputs& outputs = row_outputs_.emplace_back();
     outputs.draw_begin = std::ssize(sample_rows_);
-    PlanDraws(rows[batch_row], step_row, arena);
+    PlanDraws(rows[batch_row], step_row);
     outputs.draw_end = std::ssize(sample_rows_);
     outputs.score_begin = std::ssize(score_tokens_);
     GODWIT_CHECK(rows[batch_row].num_score_top >= 0 &&
@@ -149,10 +187,10 @@ std::span<const RowOutputs> Sampler::Plan(std::span<const BatchRow> rows, const 
     PlanScores(rows[batch_row], step_row, outputs.num_score_top);
     outputs.score_end = std::ssize(score_tokens_);
   }
-  device_logit_tokens_ = arena.Push(logit_tokens_);
-  device_sample_rows_ = arena.Push(sample_rows_);
-  device_score_tokens_ = arena.Push(score_tokens_);
-  device_score_targets_ = arena.Push(score_targets_);
+  wanted_.num_draws = std::ssize(sample_rows_);
+  wanted_.num_scores = std::ssize(score_tokens_);
+  PadDraws(num_draws);
+  Push(arena);
   return row_outputs_;
 }
 
@@ -199,12 +237,6 @@ absl::Status Sampler::Draw(const TensorView& hidden, StepOutputs& outputs) {
          .top_logprobs =
              MakeView(draws.top_logprobs + top, DType::kF32, block.num_draws, kMaxTopLogprobs)}));
   }
-  for (size_t draw = 0; draw < sample_rows_.size(); ++draw) {
-    RETURN_IF_ERROR(
-        backend_->CountTokens({.counts = Counts(),
-                               .slot = sample_rows_[draw].slot,
-                               .token_ids = MakeView(draws.tokens + draw, DType::kI32, 1)}));
-  }
   return absl::OkStatus();
 }
 
@@ -241,9 +273,8 @@ absl::Status Sampler::Score(const TensorView& hidden, StepOutputs& outputs) {
   return absl::OkStatus();
 }
 
-absl::Status Sampler::ReadBack(StepOutputs& outputs) {
-  return outputs.ReadBack(std::ssize(sample_rows_), draw_tops_, std::ssize(score_tokens_),
-                          score_tops_);
+absl::Status Sampler::ReadBack(StepId step, StepOutputs& outputs) {
+  return outputs.ReadBack(step, wanted_);
 }
 
 }  // namespace godwit

@@ -39,26 +39,26 @@ class Sampler {
   static absl::StatusOr<Sampler> Create(Backend& backend, Model& model,
                                         const SamplerOptions& options);
 
-  static int64_t DeviceBytes(int64_t d_model, int64_t vocab_size);  // besides counts
+  static int64_t DeviceBytes(const SamplerOptions& options);  // besides counts
   static int64_t ArenaBytes(int64_t max_tokens_per_step, int64_t num_slots);
 
-  // Step 1, before the arena is uploaded: which rows need logits and how each token is drawn. The
-  // span is as long as `rows` and valid until the next call.
+  // Step 1, before the arena is uploaded: which rows need logits and how each token is drawn; then
+  // padding up to num_draws draws. The span is as long as `rows` and valid until the next call.
   std::span<const RowOutputs> Plan(std::span<const BatchRow> rows, const StepArrays& arrays,
-                                   StepArena& arena);
+                                   int64_t num_draws, StepArena& arena);
 
   // Step 2: counts prompt tokens. Forks copy the counts afterwards.
   absl::Status CountPrompts(const StepArrays& arrays, const TensorView& token_ids);
 
-  // Step 3: draws and counts what was drawn, then scores. hidden: [T, d_model] f32.
+  // Step 3: draws, then scores. hidden: [T, d_model] f32.
   absl::Status Draw(const TensorView& hidden, StepOutputs& outputs);
   absl::Status Score(const TensorView& hidden, StepOutputs& outputs);
 
   // Queues the copy of all results to the host.
-  absl::Status ReadBack(StepOutputs& outputs);
+  absl::Status ReadBack(StepId step, StepOutputs& outputs);
 
  private:
-  // Up to kLogitRows rows of logits and what is done with them.
+  // Up to LogitRows rows of logits and what is done with them.
   struct DrawBlock {
     int64_t logit_begin = 0, num_logits = 0;
     int64_t draw_begin = 0, num_draws = 0;
@@ -71,10 +71,12 @@ class Sampler {
   };
 
   Sampler(Backend& backend, Model& model, const SamplerOptions& options);
-  void PlanDraws(const BatchRow& row, const StepRow& step_row, StepArena& arena);
+  DrawBlock& BlockOfNextLogits();
+  void PlanDraws(const BatchRow& row, const StepRow& step_row);
+  void PadDraws(int64_t num_draws);
   void PlanScores(const BatchRow& row, const StepRow& step_row, int32_t num_top);
-  SampleRow MakeSampleRow(const RowOutput& output, const BatchRow& row, const StepRow& step_row,
-                          StepArena& arena);
+  SampleRow MakeSampleRow(const RowOutput& output, const BatchRow& row, const StepRow& step_row);
+  void Push(StepArena& arena);
   absl::StatusOr<TensorView> Logits(const TensorView& hidden, int32_t* tokens, int64_t count);
   absl::Status ScoreBlock(const ScoreRun& run, int64_t begin, const TensorView& logits,
                           const OutputArrays& scores);
@@ -83,8 +85,8 @@ class Sampler {
   Backend* backend_;
   Model* model_;
   SamplerOptions options_;
-  DeviceBuffer gathered_;  // [kLogitRows, d_model] f32
-  DeviceBuffer logits_;    // [kLogitRows, vocab] f32
+  DeviceBuffer gathered_;  // [LogitRows, d_model] f32
+  DeviceBuffer logits_;    // [LogitRows, vocab] f32
 
   // Of the step being run.
   std::vector<RowOutputs> row_outputs_;
@@ -93,8 +95,8 @@ class Sampler {
   std::vector<DrawBlock> draw_blocks_;
   std::vector<int32_t> score_tokens_, score_targets_;
   std::vector<ScoreRun> score_runs_;
-  std::vector<TokenBias> biases_;  // scratch for one row
-  bool draw_tops_ = false, score_tops_ = false;
+  std::vector<TokenBias> biases_;  // of all draws, in order
+  StepOutputs::Wanted wanted_;
   int32_t* device_logit_tokens_ = nullptr;
   SampleRow* device_sample_rows_ = nullptr;
   int32_t* device_score_tokens_ = nullptr;

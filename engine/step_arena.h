@@ -1,5 +1,6 @@
 #pragma once
-// The host arrays of a step, gathered in one buffer and uploaded by one copy.
+// The host arrays of a step, gathered in one buffer and uploaded by one copy. What has the same size in two steps and is pushed
+// before anything that has not lies at the same device address in both, which is what replays need.
 
 #include <cstdint>
 #include <cstring>
@@ -10,20 +11,26 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "engine/batch.h"
 #include "engine/device_buffer.h"
 #include "kernels/backend.h"
 #include "kernels/base/check.h"
 
 namespace godwit {
 
-// Not thread-safe. Capacity is fixed: the engine computes it from its limits.
+// Not thread-safe. Capacity is fixed: the engine computes it from its limits. One device buffer, because steps run in order;
+// one host buffer for each step in flight, because the copy of a step runs after its Submit.
 class StepArena {
  public:
   static constexpr int64_t kAlignment = 64;
 
   static absl::StatusOr<StepArena> Create(Backend& backend, int64_t capacity) {
-    ASSIGN_OR_RETURN(DeviceBuffer device, DeviceBuffer::Allocate(backend, capacity));
-    return StepArena(backend, std::move(device), capacity);
+    StepArena arena(backend, capacity);
+    ASSIGN_OR_RETURN(arena.device_, DeviceBuffer::Allocate(backend, capacity));
+    for (HostBuffer& host : arena.hosts_) {
+      ASSIGN_OR_RETURN(host, HostBuffer::Allocate(backend, capacity));
+    }
+    return arena;
   }
 
   // Bytes that a Push of num_bytes takes at most.
@@ -31,17 +38,29 @@ class StepArena {
     return (num_bytes + kAlignment - 1) / kAlignment * kAlignment;
   }
 
-  void Clear() { size_ = 0; }
+  void Begin(StepId step) {
+    size_ = 0;
+    host_ = hosts_[static_cast<size_t>(step % kMaxStepsInFlight)].bytes();
+  }
+
+  // Room for `count` values, to be written before Upload; *device is where they will lie.
+  template <typename T>
+  std::span<T> Reserve(int64_t count, T** device) {
+    static_assert(std::is_trivially_copyable_v<T>);
+    const int64_t num_bytes = Footprint(count * static_cast<int64_t>(sizeof(T)));
+    GODWIT_CHECK(size_ + num_bytes <= capacity_);
+    const int64_t offset = std::exchange(size_, size_ + num_bytes);
+    *device = reinterpret_cast<T*>(device_.bytes() + offset);
+    return {reinterpret_cast<T*>(host_ + offset), static_cast<size_t>(count)};
+  }
 
   // Device address of a copy of `values`, valid once Upload has been called.
   template <typename T>
   T* Push(std::span<const T> values) {
-    static_assert(std::is_trivially_copyable_v<T>);
-    const int64_t num_bytes = static_cast<int64_t>(values.size_bytes());
-    GODWIT_CHECK(size_ + Footprint(num_bytes) <= std::ssize(host_));
-    const int64_t offset = std::exchange(size_, size_ + Footprint(num_bytes));
-    if (num_bytes > 0) std::memcpy(host_.data() + offset, values.data(), values.size_bytes());
-    return reinterpret_cast<T*>(device_.bytes() + offset);
+    T* device = nullptr;
+    const std::span<T> host = Reserve<T>(std::ssize(values), &device);
+    if (!values.empty()) std::memcpy(host.data(), values.data(), values.size_bytes());
+    return device;
   }
   template <typename T>
   T* Push(const std::vector<T>& values) {
@@ -50,16 +69,17 @@ class StepArena {
 
   absl::Status Upload() {
     return size_ == 0 ? absl::OkStatus()
-                      : ToStatus(backend_->CopyFromHost(device_.bytes(), host_.data(), size_));
+                      : ToStatus(backend_->CopyFromHost(device_.bytes(), host_, size_));
   }
 
  private:
-  StepArena(Backend& backend, DeviceBuffer device, int64_t capacity)
-      : backend_(&backend), device_(std::move(device)), host_(static_cast<size_t>(capacity)) {}
+  StepArena(Backend& backend, int64_t capacity) : backend_(&backend), capacity_(capacity) {}
 
   Backend* backend_;
+  int64_t capacity_;
   DeviceBuffer device_;
-  std::vector<char> host_;
+  HostBuffer hosts_[kMaxStepsInFlight];
+  char* host_ = nullptr;  // of the step that is being built
   int64_t size_ = 0;
 };
 

@@ -29,28 +29,25 @@ int64_t StepOutputs::DeviceBytes(int64_t max_draws, int64_t max_scores) {
 
 absl::StatusOr<StepOutputs> StepOutputs::Create(Backend& backend, int64_t max_draws,
                                                 int64_t max_scores) {
-  ASSIGN_OR_RETURN(DeviceBuffer buffer,
-                   DeviceBuffer::Allocate(backend, DeviceBytes(max_draws, max_scores)));
-  return StepOutputs(backend, std::move(buffer), max_draws, max_scores);
-}
-
-StepOutputs::StepOutputs(Backend& backend, DeviceBuffer buffer, int64_t max_draws,
-                         int64_t max_scores)
-    : backend_(&backend),
-      buffer_(std::move(buffer)),
-      host_(static_cast<size_t>((max_draws + max_scores) * kElementsPerEntry)) {
-  const int64_t draw_bytes = max_draws * kElementsPerEntry * kElementBytes;
-  char* host = reinterpret_cast<char*>(host_.data());
-  device_draws_ = Carve(buffer_.bytes(), max_draws);
-  device_scores_ = Carve(buffer_.bytes() + draw_bytes, max_scores);
-  host_draws_ = Carve(host, max_draws);
-  host_scores_ = Carve(host + draw_bytes, max_scores);
+  const int64_t num_bytes = DeviceBytes(max_draws, max_scores);
+  const int64_t draw_bytes = DeviceBytes(max_draws, 0);
+  StepOutputs outputs(backend);
+  ASSIGN_OR_RETURN(outputs.device_, DeviceBuffer::Allocate(backend, num_bytes));
+  outputs.device_draws_ = Carve(outputs.device_.bytes(), max_draws);
+  outputs.device_scores_ = Carve(outputs.device_.bytes() + draw_bytes, max_scores);
+  for (int index = 0; index < kMaxStepsInFlight; ++index) {
+    ASSIGN_OR_RETURN(outputs.hosts_[index], HostBuffer::Allocate(backend, num_bytes));
+    outputs.host_draws_[index] = Carve(outputs.hosts_[index].bytes(), max_draws);
+    outputs.host_scores_[index] = Carve(outputs.hosts_[index].bytes() + draw_bytes, max_scores);
+  }
+  return outputs;
 }
 
 absl::Status StepOutputs::Copy(const OutputArrays& to, const OutputArrays& from, int64_t count,
-                               bool tops) {
+                               bool logprobs, bool tops) {
   if (count == 0) return absl::OkStatus();
   RETURN_IF_ERROR(backend_->CopyToHost(to.tokens, from.tokens, count * kElementBytes));
+  if (!logprobs) return absl::OkStatus();
   RETURN_IF_ERROR(backend_->CopyToHost(to.logprobs, from.logprobs, count * kElementBytes));
   if (!tops) return absl::OkStatus();
   const int64_t top_bytes = count * kMaxTopLogprobs * kElementBytes;
@@ -58,10 +55,11 @@ absl::Status StepOutputs::Copy(const OutputArrays& to, const OutputArrays& from,
   return ToStatus(backend_->CopyToHost(to.top_logprobs, from.top_logprobs, top_bytes));
 }
 
-absl::Status StepOutputs::ReadBack(int64_t num_draws, bool draw_tops, int64_t num_scores,
-                                   bool score_tops) {
-  RETURN_IF_ERROR(Copy(host_draws_, device_draws_, num_draws, draw_tops));
-  return Copy(host_scores_, device_scores_, num_scores, score_tops);
+absl::Status StepOutputs::ReadBack(StepId step, const Wanted& wanted) {
+  const int64_t index = step % kMaxStepsInFlight;
+  RETURN_IF_ERROR(Copy(host_draws_[index], device_draws_, wanted.num_draws, wanted.draw_logprobs,
+                       wanted.draw_tops));
+  return Copy(host_scores_[index], device_scores_, wanted.num_scores, true, wanted.score_tops);
 }
 
 }  // namespace godwit

@@ -1,19 +1,19 @@
 #pragma once
-// Where the draws and scores of one step in flight land: on the device, and on the host once the
-// queue has run.
+// Where the draws and scores of steps land: on the device, where the next step finds the tokens it continues with, and on
+// the host once the queue has run.
 
 #include <cstdint>
-#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "engine/batch.h"
 #include "engine/device_buffer.h"
 #include "engine/sampling_params.h"
 #include "kernels/backend.h"
 
 namespace godwit {
 
-inline constexpr int64_t kLogitRows = 64;  // rows of logits that are held at once
+inline constexpr int64_t kLogitRows = 64;  // rows of logits that are scored at once
 
 // Token and log-probabilities of n entries. Entry i's most likely tokens lie at i * kMaxTopLogprobs
 // where drawn; scores are written in blocks of kLogitRows, each dense over its own number of them
@@ -31,15 +31,23 @@ class StepOutputs {
                                             int64_t max_scores);
   static int64_t DeviceBytes(int64_t max_draws, int64_t max_scores);
 
+  // One set for all steps: they run in order, and what the host needs is copied before the next step draws.
   const OutputArrays& device_draws() const { return device_draws_; }
   const OutputArrays& device_scores() const { return device_scores_; }
 
-  // Queues the copies of what the step wrote.
-  absl::Status ReadBack(int64_t num_draws, bool draw_tops, int64_t num_scores, bool score_tops);
+  // What of a step's outputs anybody asked for.
+  struct Wanted {
+    int64_t num_draws = 0;
+    bool draw_logprobs = false, draw_tops = false;
+    int64_t num_scores = 0;
+    bool score_tops = false;
+  };
+  // Queues the copies.
+  absl::Status ReadBack(StepId step, const Wanted& wanted);
 
-  // After Synchronize.
-  const OutputArrays& draws() const { return host_draws_; }
-  const OutputArrays& scores() const { return host_scores_; }
+  // Once the queue has passed them.
+  const OutputArrays& draws(StepId step) const { return host_draws_[step % kMaxStepsInFlight]; }
+  const OutputArrays& scores(StepId step) const { return host_scores_[step % kMaxStepsInFlight]; }
 
   // Where entry `index` of a run of scores that began at `begin` has its `num_top` most likely.
   static int64_t ScoreTop(int64_t begin, int64_t index, int64_t num_top) {
@@ -48,13 +56,15 @@ class StepOutputs {
   }
 
  private:
-  StepOutputs(Backend& backend, DeviceBuffer buffer, int64_t max_draws, int64_t max_scores);
-  absl::Status Copy(const OutputArrays& to, const OutputArrays& from, int64_t count, bool tops);
+  explicit StepOutputs(Backend& backend) : backend_(&backend) {}
+  absl::Status Copy(const OutputArrays& to, const OutputArrays& from, int64_t count, bool logprobs,
+                    bool tops);
 
   Backend* backend_;
-  DeviceBuffer buffer_;
-  std::vector<int32_t> host_;
-  OutputArrays device_draws_, device_scores_, host_draws_, host_scores_;
+  DeviceBuffer device_;
+  HostBuffer hosts_[kMaxStepsInFlight];
+  OutputArrays device_draws_, device_scores_;
+  OutputArrays host_draws_[kMaxStepsInFlight], host_scores_[kMaxStepsInFlight];
 };
 
 }  // namespace godwit

@@ -8,6 +8,11 @@
 // Token order of a step: decode (and draft, verify) tokens first, then prefill tokens. Ops whose arithmetic depends on
 // the phase take `num_decode_tokens`: tokens [0, num_decode_tokens) are computed by path D, the rest by path P. Inside a
 // path the bits of a row never depend on how many rows the step has, nor on their neighbours (batch invariance).
+//
+// Padding. A step that is replayed (Backend::BeginReplay) has a fixed number of tokens, rows and draws; what it does not need
+// is padding: a StepRow of no tokens, a SampleRow of slot -1. Padding rows touch no slot, no block and no output. Tokens that
+// belong to no row are computed row by row like any other (their values go nowhere); outputs of attention for them are
+// unspecified but written or finite before, so that they poison nothing.
 
 #include <cstdint>
 
@@ -40,10 +45,12 @@ struct RowInput {
   TensorView gate;  // [T, k] act, or absent
 };
 
-// x[t] = scale * table[token_ids[t]]
+// y[t] = scale * table[id], id = token_ids[t], or drawn[~token_ids[t]] where that is negative: the token that an earlier step
+// drew and only the device knows. An id that is still negative (a draw that failed) counts as 0.
 struct EmbedTokensArgs {
   MatrixView table;      // [V, d]
-  TensorView token_ids;  // i32 [T], each in [0, V)
+  TensorView token_ids;  // i32 [T], each in [0, V), or ~index into drawn
+  TensorView drawn;      // i32 [n], or absent: then no id is negative
   float scale = 1;
   TensorView y;          // [T, d] f32
 };
@@ -75,10 +82,10 @@ struct GatherRowsArgs {
   TensorView y;     // [R, d] f32
 };
 
-// One sequence's tokens in a step. Device data: the same for every layer.
+// One sequence's tokens in a step. Device data: the same for every layer. Decode rows come first, in token order.
 struct StepRow {
   int32_t first_token = 0;  // index of its first token in the step's token order
-  int32_t num_tokens = 0;
+  int32_t num_tokens = 0;   // 0: padding; nothing else of the row is read
   int32_t slot = 0;         // state slot
   int32_t is_prefill = 0;
   int64_t position = 0;     // of the first token
@@ -121,8 +128,9 @@ struct LightningAttentionArgs {
   TensorView window;            // [num_slots, window_rows, H * d_k + H * d_v] act: k then v of a position
   const StepRow* rows = nullptr;  // [num_rows], device
   int32_t num_rows = 0;
+  int32_t num_decode_rows = 0;  // rows before it are decode rows (is_prefill 0) of at most W tokens each, or padding
   int64_t num_decode_tokens = 0;
-  TensorView o;                 // [T, H * d_v] f32
+  TensorView o;                 // [T, H * d_v] f32 or act
 };
 
 // cos/sin of position * inv_freq, times attention_factor; the product and its reduction mod 2 pi in double.
@@ -153,8 +161,9 @@ struct PagedAttentionArgs {
   const int32_t* block_tables = nullptr;  // device; entry i of a sequence holds positions [16 i, 16 i + 16)
   const StepRow* rows = nullptr;
   int32_t num_rows = 0;
+  int32_t num_decode_rows = 0;   // as in LightningAttentionArgs
   int64_t num_decode_tokens = 0;
-  TensorView o;                  // [T, num_heads * head_dim] f32
+  TensorView o;                  // [T, num_heads * head_dim] f32 or act
 };
 
 // Token counts of a slot, for penalties: count[slot][id] = (in prompt ? kPromptBit : 0) | occurrences in the output.
@@ -181,7 +190,7 @@ struct TokenBias {
 //   depends on (seed, output_index, position) alone: not on the batch, and equal on every back end up to logit rounding.
 struct SampleRow {
   int32_t logit_row = 0;    // index into logits
-  int32_t slot = 0;         // for the counts
+  int32_t slot = 0;         // for the counts; -1: padding, nothing else of the row is read
   int32_t output_index = 0;
   int32_t num_logprobs = -1;  // -1: none; 0: of the drawn token; n: also of the n most likely
   int64_t position = 0;     // absolute position of the token that is drawn
@@ -197,19 +206,22 @@ struct SampleRow {
   const TokenBias* biases = nullptr;  // device
 };
 
-// Log-probabilities are natural logs of softmax(raw logits), before bias and everything after.
+// Log-probabilities are natural logs of softmax(raw logits), before bias and everything after. The drawn token is counted in
+// its slot (CountTokens with is_prompt 0). A row whose logits hold a NaN or +inf draws -1 and counts nothing; its other outputs
+// are unspecified.
 struct SampleArgs {
   TensorView logits;       // [R, V] f32; not changed
   const SampleRow* rows = nullptr;  // [num_rows], device
   int32_t num_rows = 0;
-  TensorView counts;       // u32 [num_slots, V]; a drawn token is counted by a CountTokens that follows, not here
+  TensorView counts;       // u32 [num_slots, V], or absent: no penalties, nothing is counted
   TensorView tokens;       // i32 [num_rows]
   TensorView logprobs;     // f32 [num_rows]; written where num_logprobs >= 0
   TensorView top_ids;      // i32 [num_rows, max_top], descending, ties by lower id; entries >= num_logprobs unspecified
   TensorView top_logprobs; // f32 [num_rows, max_top]
 };
 
-// Log-probability of a given token per row, and of the n most likely.
+// Log-probability of a given token per row, and of the n most likely. NaN for a row whose logits hold a NaN or +inf; its top_*
+// are unspecified.
 struct ScoreTokensArgs {
   TensorView logits;       // [R, V] f32
   TensorView targets;      // i32 [R]; -1: none (logprob = 0)

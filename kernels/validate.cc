@@ -116,7 +116,9 @@ class Checker {
     }
   }
 
-  void Steps(const StepRow* rows, int32_t num_rows, int64_t num_decode_tokens, int64_t num_tokens) {
+  void Steps(const StepRow* rows, int32_t num_rows, int32_t num_decode_rows,
+             int64_t num_decode_tokens, int64_t num_tokens) {
+    Between("num_decode_rows", num_decode_rows, 0, num_rows);
     AtLeast("num_rows", num_rows, 0);
     Expect(num_rows <= 0 || rows != nullptr, "rows are absent, num_rows is %d", num_rows);
     Between("num_decode_tokens", num_decode_tokens, 0, num_tokens);
@@ -132,6 +134,11 @@ void CheckActivation(Checker& check, const char* name, Activation activation) {
                "%s %d is unknown", name, static_cast<int>(activation));
 }
 
+// f32, or the activation type.
+void Output(Checker& check, const char* name, const TensorView& x, DType act) {
+  check.Expect(x.dtype == DType::kF32 || x.dtype == act, "%s has neither dtype f32 nor that of the activations", name);
+}
+
 }  // namespace
 
 OpStatus Validate(const EmbedTokensArgs& args) {
@@ -142,6 +149,10 @@ OpStatus Validate(const EmbedTokensArgs& args) {
   check.Finite("scale", static_cast<double>(args.scale));
   check.Type("y", args.y, DType::kF32);
   check.Shape("y", args.y, {args.token_ids.rows(), args.table.num_columns});
+  if (args.drawn) {
+    check.Type("drawn", args.drawn, DType::kI32);
+    check.Shape("drawn", args.drawn, {args.drawn.rows()});
+  }
   return check.status();
 }
 
@@ -218,8 +229,8 @@ OpStatus Validate(const LightningAttentionArgs& args) {
   check.AtLeast("window rows", args.window.shape[1], kWindow);
   check.Shape("window", args.window,
               {args.state.rows(), args.window.shape[1], args.num_heads * key_dim + width});
-  check.Steps(args.rows, args.num_rows, args.num_decode_tokens, num_tokens);
-  check.Type("o", args.o, DType::kF32);
+  check.Steps(args.rows, args.num_rows, args.num_decode_rows, args.num_decode_tokens, num_tokens);
+  Output(check, "o", args.o, args.q.dtype);
   check.Shape("o", args.o, {num_tokens, width});
   return check.status();
 }
@@ -270,9 +281,9 @@ OpStatus Validate(const PagedAttentionArgs& args) {
   check.Type("blocks", args.blocks, args.q.dtype);
   check.Shape("blocks", args.blocks,
               {args.blocks.rows(), 2, args.num_kv_heads, int64_t{kPagedBlock} * args.head_dim});
-  check.Steps(args.rows, args.num_rows, args.num_decode_tokens, num_tokens);
+  check.Steps(args.rows, args.num_rows, args.num_decode_rows, args.num_decode_tokens, num_tokens);
   check.Expect(args.num_rows == 0 || args.block_tables != nullptr, "block_tables are absent");
-  check.Type("o", args.o, DType::kF32);
+  Output(check, "o", args.o, args.q.dtype);
   check.Shape("o", args.o, {num_tokens, width});
   return check.status();
 }

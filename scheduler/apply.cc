@@ -67,6 +67,10 @@ void Scheduler::Impl::Apply(StepPlan plan, StepResult result, TimeNs now) {
     GODWIT_CHECK(computed.outputs.size() == planned.num_outputs);
     prompt_tokens_ += planned.num_prompt_tokens;
     if (group.phase == Phase::kFinished) continue;
+    if (!computed.status.ok()) {
+      EndGroup(group, computed.status, now);
+      continue;
+    }
     if (planned.num_prompt_tokens > 0) {
       ApplyPrompt(group, planned.num_prompt_tokens, std::move(computed.scores), now);
     }

@@ -63,6 +63,7 @@ class Llama final : public Model {
     const TensorView x = RowRange(x_, 0, plan.num_tokens);  // [T, d_model], the residual stream
     RETURN_IF_ERROR(backend_.EmbedTokens({.table = embedding_,
                                           .token_ids = plan.token_ids,
+                                          .drawn = plan.drawn,
                                           .scale = config_.embedding_scale,
                                           .y = x}));
     RETURN_IF_ERROR(
@@ -176,6 +177,7 @@ class Llama final : public Model {
          .block_tables = plan.block_tables,
          .rows = plan.rows,
          .num_rows = plan.num_rows,
+         .num_decode_rows = plan.num_decode_rows,
          .num_decode_tokens = decode,
          .o = o}));
     return ToStatus(backend_.Linear({.input = {.x = o},

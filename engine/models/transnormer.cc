@@ -64,6 +64,7 @@ class Transnormer final : public Model {
     const TensorView x = RowRange(x_, 0, plan.num_tokens);  // [T, d_model], the residual stream
     RETURN_IF_ERROR(backend_.EmbedTokens({.table = embedding_,
                                           .token_ids = plan.token_ids,
+                                          .drawn = plan.drawn,
                                           .scale = config_.embedding_scale,
                                           .y = x}));
     for (size_t layer = 0; layer < layers_.size(); ++layer) {
@@ -165,6 +166,7 @@ class Transnormer final : public Model {
                             config_.num_heads * (d_k + d_v)),
          .rows = plan.rows,
          .num_rows = plan.num_rows,
+         .num_decode_rows = plan.num_decode_rows,
          .num_decode_tokens = decode,
          .o = o}));
     return ToStatus(backend_.Linear({.input = {.x = o, .norm = srms_norm_, .gate = u},

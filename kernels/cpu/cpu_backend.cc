@@ -2,14 +2,18 @@
 
 #include <sched.h>
 
+#include <chrono>
 #include <cstring>
 #include <string>
 #include <unordered_map>
 #include <utility>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "kernels/base/bf16.h"
 #include "kernels/base/check.h"
+#include "kernels/base/random_rows.h"
 #include "kernels/base/status.h"
 #include "kernels/cpu/count_tokens.h"
 #include "kernels/cpu/cpu_context.h"
@@ -52,6 +56,12 @@ class CpuBackend final : public Backend {
   OpStatus Allocate(int64_t num_bytes, void** data) override;
   void Free(void* data) override;
 
+  OpStatus AllocateHost(int64_t num_bytes, void** data) override {
+    return Allocate(num_bytes, data);
+  }
+  void FreeHost(void* data) override { Free(data); }
+  OpStatus Reserve(const BackendLimits&) override { return {}; }
+
   OpStatus CopyFromHost(void* to, const void* from, int64_t num_bytes) override {
     return CopyOnDevice(to, from, num_bytes);
   }
@@ -73,17 +83,20 @@ class CpuBackend final : public Backend {
                           const TensorView& source) override {
     return CpuPackMatrixRows(context_, matrix, first_row, source);
   }
+  OpStatus FillRandom(const MatrixView& matrix, uint64_t seed, float scale) override {
+    return FillRandomRows(*this, matrix, seed, scale);
+  }
 
   OpStatus EmbedTokens(const EmbedTokensArgs& args) override { return Call(CpuEmbedTokens, args); }
   OpStatus Linear(const LinearArgs& args) override { return Call(CpuLinear, args); }
   OpStatus GatedLinear(const GatedLinearArgs& args) override { return Call(CpuGatedLinear, args); }
   OpStatus GatherRows(const GatherRowsArgs& args) override { return Call(CpuGatherRows, args); }
   OpStatus LightningAttention(const LightningAttentionArgs& args) override {
-    return Call(CpuLightningAttention, args);
+    return CallAttention(CpuLightningAttention, args);
   }
   OpStatus Rope(const RopeArgs& args) override { return Call(CpuRope, args); }
   OpStatus PagedAttention(const PagedAttentionArgs& args) override {
-    return Call(CpuPagedAttention, args);
+    return CallAttention(CpuPagedAttention, args);
   }
   OpStatus CountTokens(const CountTokensArgs& args) override { return Call(CpuCountTokens, args); }
   OpStatus Sample(const SampleArgs& args) override { return Call(CpuSample, args); }
@@ -91,6 +104,20 @@ class CpuBackend final : public Backend {
 
   // One rank: the sum over ranks is x itself.
   OpStatus AllReduce(const TensorView&) override { return {}; }
+  OpStatus BeginReplay(uint64_t, bool* replayed) override {
+    *replayed = false;
+    return {};
+  }
+  OpStatus EndReplay() override { return {}; }
+  OpStatus SetMark(int mark) override {
+    marks_[mark] = std::chrono::steady_clock::now();
+    return {};
+  }
+  OpStatus WaitMark(int) override { return {}; }
+  OpStatus SecondsBetween(int from, int to, double* seconds) override {
+    *seconds = std::chrono::duration<double>(marks_[to] - marks_[from]).count();
+    return {};
+  }
   // Ops compute when called.
   OpStatus Synchronize() override { return {}; }
   void Destroy() override { delete this; }
@@ -102,11 +129,30 @@ class CpuBackend final : public Backend {
     return op(context_, args);
   }
 
+  // Attention computes f32 outputs; bf16 ones, which no model asks for here, are rounded from them.
+  template <typename Args>
+  OpStatus CallAttention(OpStatus (*op)(CpuContext&, const Args&), const Args& args) {
+    if (args.o.dtype == DType::kF32) return Call(op, args);
+    if (OpStatus status = Validate(args); !status.ok()) return status;
+    const int64_t width = args.o.row_elements();
+    std::vector<float> rows(static_cast<size_t>(args.o.elements()));
+    Args wide = args;
+    wide.o = MakeView(rows.data(), DType::kF32, args.o.rows(), width);
+    const OpStatus status = op(context_, wide);
+    for (int64_t row = 0; row < args.o.rows(); ++row) {
+      const float* const from = wide.o.template row<const float>(row);
+      BF16* const to = args.o.template row<BF16>(row);
+      for (int64_t i = 0; i < width; ++i) to[i] = ToBF16(from[i]);
+    }
+    return status;
+  }
+
   ThreadPool pool_;
   Scratch scratch_;
   CpuContext context_;
   std::string description_;
   std::unordered_map<void*, int64_t> allocations_;
+  std::chrono::steady_clock::time_point marks_[kNumMarks];
 };
 
 OpStatus CpuBackend::Allocate(int64_t num_bytes, void** data) {

@@ -17,7 +17,11 @@ OpStatus CpuEmbedTokens(CpuContext& context, const EmbedTokensArgs& args) {
   context.pool.ForEach(num_tasks, [&](int64_t task) {
     const int64_t end = std::min((task + 1) * kTokensPerTask, num_tokens);
     for (int64_t token = task * kTokensPerTask; token < end; ++token) {
-      const int64_t id = *args.token_ids.row<const int32_t>(token);
+      int64_t id = *args.token_ids.row<const int32_t>(token);
+      if (id < 0) {
+        GODWIT_CHECK(args.drawn && ~id < args.drawn.rows());
+        id = std::max(*args.drawn.row<const int32_t>(~id), 0);
+      }
       GODWIT_CHECK(id >= 0 && id < args.table.num_rows);
       UnpackMatrixRow(args.table, id, args.scale, args.y.row<float>(token));
     }

@@ -7,9 +7,7 @@
 #include <atomic>
 #include <cmath>
 
-#include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
-#include "kernels/cpu/bad_row.h"
 #include "kernels/cpu/selection.h"
 #include "kernels/cpu/vector_ops.h"
 
@@ -82,29 +80,32 @@ int64_t Draw(const IsaTable& isa, const SampleRow& row, float* logits, float* we
   return draw.index;
 }
 
-// False: the logits hold a NaN or +inf.
-bool SampleOne(const IsaTable& isa, const SampleArgs& args, int32_t index, float* scratch) {
+void SampleOne(const IsaTable& isa, const SampleArgs& args, int32_t index, float* scratch) {
   const SampleRow& row = args.rows[index];
+  if (row.slot < 0) return;
   const int64_t vocab = args.logits.shape[1];
   const float* const raw = args.logits.row<const float>(row.logit_row);
   float* const logits = scratch;
   float* const weights = scratch + PadRow(vocab);
   ScanLogitsArgs scan = {.x = raw, .n = vocab};
   isa.scan_logits(scan);
-  if (scan.bad) return false;
+  if (scan.bad) {
+    *args.tokens.row<int32_t>(index) = -1;
+    return;
+  }
   std::copy(raw, raw + vocab, logits);
   AddBiases(row, logits, vocab);
   if (args.counts) ApplyPenalties(row, args.counts.row<const uint32_t>(row.slot), logits, vocab);
   const int64_t token = Draw(isa, row, logits, weights, vocab);
   *args.tokens.row<int32_t>(index) = static_cast<int32_t>(token);
-  if (row.num_logprobs < 0) return true;
+  if (args.counts) ++args.counts.row<uint32_t>(row.slot)[token];
+  if (row.num_logprobs < 0) return;
   const LogSoftmax softmax = ComputeLogSoftmax(isa, raw, vocab);
   *args.logprobs.row<float>(index) = softmax.At(raw[token]);
-  if (row.num_logprobs == 0) return true;
+  if (row.num_logprobs == 0) return;
   GODWIT_CHECK(row.num_logprobs <= args.top_ids.shape[1]);
   TopLogprobs(isa, softmax, raw, vocab, row.num_logprobs, args.top_ids.row<int32_t>(index),
               args.top_logprobs.row<float>(index));
-  return true;
 }
 
 }  // namespace
@@ -117,12 +118,11 @@ OpStatus CpuSample(CpuContext& context, const SampleArgs& args) {
   if (scratch == nullptr) {
     return context.Fail(OpCode::kResourceExhausted, "Sample: no memory for scratch");
   }
-  BadRow bad;
   std::atomic<int32_t> next = 0;
   auto body = [&](int thread) {
     for (int32_t row = next.fetch_add(1, std::memory_order_relaxed); row < args.num_rows;
          row = next.fetch_add(1, std::memory_order_relaxed)) {
-      if (!SampleOne(context.isa, args, row, scratch + thread * elements)) bad.Report(row);
+      SampleOne(context.isa, args, row, scratch + thread * elements);
     }
   };
   if (args.num_rows == 1) {
@@ -130,10 +130,7 @@ OpStatus CpuSample(CpuContext& context, const SampleArgs& args) {
   } else {
     context.pool.Run(body);
   }
-  if (!bad.found()) return {};
-  return context.Fail(OpCode::kInternal,
-                      absl::StrCat("Sample: logits of row ", bad.row(), " (logit row ",
-                                   args.rows[bad.row()].logit_row, ") hold a NaN or +inf"));
+  return {};
 }
 
 }  // namespace godwit

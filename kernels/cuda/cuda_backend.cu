@@ -1,10 +1,14 @@
-// The CUDA back end: one device, one stream, and the function by which the executable finds it.
+// The CUDA back end: one device, one stream, recorded steps, and the function by which the executable finds it.
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdio>
+#include <cstring>
 #include <memory>
 #include <new>
+#include <unordered_map>
+#include <utility>
 
 #include "kernels/backend_abi.h"
 #include "kernels/base/bf16.h"
@@ -22,6 +26,7 @@ cudaError_t Scratch::Reserve(int64_t num_bytes, void** data) {
       return error;
     }
     num_bytes_ = num_bytes;
+    ++num_growths_;
   }
   *data = data_;
   return cudaSuccess;
@@ -30,6 +35,16 @@ cudaError_t Scratch::Reserve(int64_t num_bytes, void** data) {
 namespace {
 
 constexpr int kMinComputeCapability = 80;
+// Left out of every plan: recorded graphs, modules that load late, scratch that grows with the plan itself.
+constexpr int64_t kMarginBytes = int64_t{768} << 20;
+constexpr size_t kMaxRecordings = 256;  // beyond it all are dropped: keys are few, or the caller's are not keys
+
+// The ops of one key. They run once as they come, so that every lazy step of CUDA and cuBLASLt is taken and scratch has its
+// size, are captured the second time, and replayed from then on.
+struct Recording {
+  cudaGraphExec_t graph = nullptr;
+  bool ran = false;
+};
 
 class CudaBackend final : public Backend {
  public:
@@ -41,7 +56,9 @@ class CudaBackend final : public Backend {
     cudaMemGetInfo(&free_bytes, &total_bytes);
     return {.name = "cuda", .description = description_,
             .memory_bytes = static_cast<int64_t>(total_bytes),
-            .free_bytes = static_cast<int64_t>(free_bytes)};
+            .free_bytes = std::max<int64_t>(static_cast<int64_t>(free_bytes) - kMarginBytes, 0),
+            .owns_memory = true,
+            .replays = true};
   }
 
   OpStatus Allocate(int64_t num_bytes, void** data) override {
@@ -56,6 +73,15 @@ class CudaBackend final : public Backend {
     return Result("Allocate", cudaMemsetAsync(*data, 0, static_cast<size_t>(num_bytes), stream_));
   }
   void Free(void* data) override { cudaFree(data); }
+
+  OpStatus AllocateHost(int64_t num_bytes, void** data) override {
+    const auto size = static_cast<size_t>(num_bytes > 0 ? num_bytes : 1);
+    const cudaError_t error = cudaMallocHost(data, size);
+    if (error == cudaSuccess) std::memset(*data, 0, size);
+    return Result("AllocateHost", error);
+  }
+  void FreeHost(void* data) override { cudaFreeHost(data); }
+  OpStatus Reserve(const BackendLimits& limits) override;
 
   OpStatus CopyFromHost(void* device_to, const void* host_from, int64_t num_bytes) override {
     // Pageable memory is staged before the call returns, so the source may be reused.
@@ -82,49 +108,72 @@ class CudaBackend final : public Backend {
     return status;
   }
   OpStatus PackMatrixRows(const MatrixView& matrix, int64_t first_row, const TensorView& source) override;
+  OpStatus FillRandom(const MatrixView& matrix, uint64_t seed, float scale) override {
+    return Result("FillRandom", LaunchFillRandom(matrix, seed, scale, stream_));
+  }
 
   OpStatus EmbedTokens(const EmbedTokensArgs& args) override {
     return Run("EmbedTokens", args, [&] { return LaunchEmbedTokens(args, stream_); });
   }
   OpStatus Linear(const LinearArgs& args) override {
-    return Run("Linear", args, [&] { return LaunchLinear(args, scratch_, stream_); });
+    return Run("Linear", args, [&] { return LaunchLinear(args, context_); });
   }
   OpStatus GatedLinear(const GatedLinearArgs& args) override {
-    return Run("GatedLinear", args, [&] { return LaunchGatedLinear(args, scratch_, stream_); });
+    return Run("GatedLinear", args, [&] { return LaunchGatedLinear(args, context_); });
   }
   OpStatus GatherRows(const GatherRowsArgs& args) override {
     return Run("GatherRows", args, [&] { return LaunchGatherRows(args, stream_); });
   }
   OpStatus LightningAttention(const LightningAttentionArgs& args) override {
-    return Run("LightningAttention", args,
-               [&] { return LaunchLightningAttention(args, scratch_, stream_); });
+    return Run("LightningAttention", args, [&] {
+      const cudaError_t error = LaunchLightningStep(args, context_);
+      return error == cudaSuccess ? LaunchLightningPrefill(args, context_) : error;
+    });
   }
   OpStatus Rope(const RopeArgs& args) override {
     return Run("Rope", args, [&] { return LaunchRope(args, stream_); });
   }
   OpStatus PagedAttention(const PagedAttentionArgs& args) override {
-    return Run("PagedAttention", args, [&] { return LaunchPagedAttention(args, stream_); });
+    return Run("PagedAttention", args, [&] {
+      const cudaError_t error = LaunchPagedDecode(args, context_);
+      return error == cudaSuccess ? LaunchPagedPrefill(args, context_) : error;
+    });
   }
   OpStatus CountTokens(const CountTokensArgs& args) override {
     return Run("CountTokens", args, [&] { return LaunchCountTokens(args, stream_); });
   }
   OpStatus Sample(const SampleArgs& args) override {
-    return RunChecked("Sample", args, [&] { return LaunchSample(args, scratch_, bad_row_, stream_); });
+    return Run("Sample", args, [&] { return LaunchSample(args, context_); });
   }
   OpStatus ScoreTokens(const ScoreTokensArgs& args) override {
-    return RunChecked("ScoreTokens", args, [&] { return LaunchScoreTokens(args, bad_row_, stream_); });
+    return Run("ScoreTokens", args, [&] { return LaunchScoreTokens(args, context_); });
   }
 
   OpStatus AllReduce(const TensorView&) override { return {}; }  // world = 1
+  OpStatus BeginReplay(uint64_t key, bool* replayed) override;
+  OpStatus EndReplay() override;
+  OpStatus SetMark(int mark) override { return Result("SetMark", cudaEventRecord(marks_[mark], stream_)); }
+  OpStatus WaitMark(int mark) override { return Result("WaitMark", cudaEventSynchronize(marks_[mark])); }
+  OpStatus SecondsBetween(int from, int to, double* seconds) override {
+    float milliseconds = 0;
+    const cudaError_t error = cudaEventElapsedTime(&milliseconds, marks_[from], marks_[to]);
+    *seconds = static_cast<double>(milliseconds) * 1e-3;
+    return Result("SecondsBetween", error);
+  }
   OpStatus Synchronize() override { return Result("Synchronize", cudaStreamSynchronize(stream_)); }
   void Destroy() override { delete this; }
 
  private:
   CudaBackend() = default;
   ~CudaBackend() {
-    cudaFree(bad_row_);
+    DropRecordings();
+    for (cudaEvent_t mark : marks_) {
+      if (mark != nullptr) cudaEventDestroy(mark);
+    }
     if (stream_ != nullptr) cudaStreamDestroy(stream_);
   }
+
+  void DropRecordings();
 
   OpStatus Result(const char* op, cudaError_t error) {
     if (error == cudaSuccess) return {};
@@ -133,6 +182,7 @@ class CudaBackend final : public Backend {
     const bool refused = error == cudaErrorInvalidValue || error == cudaErrorInvalidConfiguration ||
                          error == cudaErrorMemoryAllocation;
     if (refused) cudaGetLastError();
+    if (error == cudaErrorMemoryAllocation) return {OpCode::kResourceExhausted, text_};
     return {refused ? OpCode::kInternal : OpCode::kUnavailable, text_};
   }
 
@@ -142,27 +192,63 @@ class CudaBackend final : public Backend {
     return Result(op, launch());
   }
 
-  // An op that reports rows whose logits hold NaN or +inf: it waits for the device.
-  template <typename Args, typename Launch>
-  OpStatus RunChecked(const char* op, const Args& args, const Launch& launch) {
-    if (const OpStatus status = Validate(args); !status.ok()) return status;
-    int32_t bad_row = -1;
-    if (const OpStatus status = Result(op, cudaMemsetAsync(bad_row_, 0xff, sizeof(bad_row), stream_)); !status.ok()) {
-      return status;
-    }
-    if (const OpStatus status = Result(op, launch()); !status.ok()) return status;
-    cudaMemcpyAsync(&bad_row, bad_row_, sizeof(bad_row), cudaMemcpyDeviceToHost, stream_);
-    if (const OpStatus status = Synchronize(); !status.ok() || bad_row < 0) return status;
-    std::snprintf(text_, sizeof(text_), "%s: row %d has a logit that is NaN or +inf", op, bad_row);
-    return {OpCode::kInternal, text_};
-  }
-
   cudaStream_t stream_ = nullptr;
   Scratch scratch_;
-  int32_t* bad_row_ = nullptr;
+  Context context_{.scratch = scratch_};
+  cudaEvent_t marks_[kNumMarks] = {};
+  std::unordered_map<uint64_t, Recording> recordings_;
+  int64_t recorded_growths_ = 0;    // of scratch_ when they were made: they hold its address
+  Recording* open_ = nullptr;       // between BeginReplay and EndReplay
+  bool capturing_ = false;
   char description_[320] = "";
   char text_[256] = "";
 };
+
+OpStatus CudaBackend::Reserve(const BackendLimits& limits) {
+  context_.deterministic = limits.deterministic;
+  const int64_t num_bytes = std::max({LinearScratchBytes(limits), LightningScratchBytes(limits),
+                                      PagedScratchBytes(limits), SampleScratchBytes(limits)});
+  void* scratch = nullptr;
+  return Result("Reserve", scratch_.Reserve(num_bytes, &scratch));
+}
+
+OpStatus CudaBackend::BeginReplay(uint64_t key, bool* replayed) {
+  *replayed = false;
+  if (scratch_.num_growths() != recorded_growths_ || recordings_.size() >= kMaxRecordings) {
+    DropRecordings();
+    recorded_growths_ = scratch_.num_growths();
+  }
+  open_ = &recordings_[key];
+  if (open_->graph != nullptr) {
+    *replayed = true;
+    return Result("BeginReplay", cudaGraphLaunch(open_->graph, stream_));
+  }
+  if (!open_->ran) return {};
+  const cudaError_t error = cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal);
+  capturing_ = error == cudaSuccess;
+  return Result("BeginReplay", error);
+}
+
+OpStatus CudaBackend::EndReplay() {
+  Recording* recording = std::exchange(open_, nullptr);
+  if (!std::exchange(capturing_, false)) {
+    if (recording != nullptr) recording->ran = true;
+    return {};
+  }
+  cudaGraph_t graph = nullptr;
+  cudaError_t error = cudaStreamEndCapture(stream_, &graph);
+  if (error == cudaSuccess) error = cudaGraphInstantiate(&recording->graph, graph, 0);
+  if (graph != nullptr) cudaGraphDestroy(graph);
+  if (error == cudaSuccess) error = cudaGraphLaunch(recording->graph, stream_);
+  return Result("EndReplay", error);
+}
+
+void CudaBackend::DropRecordings() {
+  for (auto& [key, recording] : recordings_) {
+    if (recording.graph != nullptr) cudaGraphExecDestroy(recording.graph);
+  }
+  recordings_.clear();
+}
 
 OpStatus CudaBackend::PackMatrixRows(const MatrixView& matrix, int64_t first_row, const TensorView& source) {
   // Row by row through a host buffer: sources have any alignment, and loading is bound by the disk.
@@ -222,7 +308,12 @@ CudaBackend* CudaBackend::Create(char* error, size_t error_bytes) {
                 properties.multiProcessorCount);
   status = cudaSetDevice(0);
   if (status == cudaSuccess) status = cudaStreamCreateWithFlags(&backend->stream_, cudaStreamNonBlocking);
-  if (status == cudaSuccess) status = cudaMalloc(&backend->bad_row_, sizeof(int32_t));
+  for (cudaEvent_t& mark : backend->marks_) {
+    if (status == cudaSuccess) status = cudaEventCreate(&mark);
+  }
+  backend->context_.stream = backend->stream_;
+  backend->context_.num_multiprocessors = properties.multiProcessorCount;
+  backend->context_.compute_capability = properties.major * 10 + properties.minor;
   if (status == cudaSuccess) return backend;
   std::snprintf(error, error_bytes, "GPU %s: %s", properties.name, cudaGetErrorString(status));
   backend->Destroy();

@@ -5,34 +5,54 @@
 
 #include <cuda_runtime.h>
 
-#include "kernels/ops.h"
+#include "kernels/backend.h"
 
 namespace godwit::cuda {
 
-// Grows on demand; a step after the first of its size allocates nothing. Freed with the back end.
+// Grows on demand; within the limits that the back end reserved for, a step allocates nothing. Freed with the back end.
 class Scratch {
  public:
   ~Scratch() { cudaFree(data_); }
-  // At least num_bytes of device memory, valid until the next call. Earlier contents are lost.
+  // At least num_bytes of device memory, aligned to 256 bytes, valid until the next call. Earlier contents are lost.
   cudaError_t Reserve(int64_t num_bytes, void** data);
+
+  int64_t num_growths() const { return num_growths_; }
 
  private:
   void* data_ = nullptr;
   int64_t num_bytes_ = 0;
+  int64_t num_growths_ = 0;
+};
+
+// What a launch may use besides its arguments. One op at a time, in stream order.
+struct Context {
+  cudaStream_t stream = nullptr;
+  Scratch& scratch;
+  int num_multiprocessors = 0;
+  int compute_capability = 0;   // 90 for Hopper
+  bool deterministic = false;   // BackendLimits
 };
 
 cudaError_t LaunchEmbedTokens(const EmbedTokensArgs& args, cudaStream_t stream);
 cudaError_t LaunchGatherRows(const GatherRowsArgs& args, cudaStream_t stream);
 cudaError_t LaunchRope(const RopeArgs& args, cudaStream_t stream);
 cudaError_t LaunchCountTokens(const CountTokensArgs& args, cudaStream_t stream);
-cudaError_t LaunchLinear(const LinearArgs& args, Scratch& scratch, cudaStream_t stream);
-cudaError_t LaunchGatedLinear(const GatedLinearArgs& args, Scratch& scratch, cudaStream_t stream);
-cudaError_t LaunchLightningAttention(const LightningAttentionArgs& args, Scratch& scratch,
-                                     cudaStream_t stream);
-cudaError_t LaunchPagedAttention(const PagedAttentionArgs& args, cudaStream_t stream);
-// `bad_row` (device, set to -1 before) receives a row whose logits hold NaN or +inf.
-cudaError_t LaunchSample(const SampleArgs& args, Scratch& scratch, int32_t* bad_row,
-                         cudaStream_t stream);
-cudaError_t LaunchScoreTokens(const ScoreTokensArgs& args, int32_t* bad_row, cudaStream_t stream);
+cudaError_t LaunchFillRandom(const MatrixView& matrix, uint64_t seed, float scale, cudaStream_t stream);
+cudaError_t LaunchLinear(const LinearArgs& args, Context& context);
+cudaError_t LaunchGatedLinear(const GatedLinearArgs& args, Context& context);
+// Decode rows and prefill rows have kernels of their own (lightning_step.cu, lightning_prefill.cu); each launches nothing when
+// the step has none of its rows.
+cudaError_t LaunchLightningStep(const LightningAttentionArgs& args, Context& context);
+cudaError_t LaunchLightningPrefill(const LightningAttentionArgs& args, Context& context);
+cudaError_t LaunchPagedDecode(const PagedAttentionArgs& args, Context& context);
+cudaError_t LaunchPagedPrefill(const PagedAttentionArgs& args, Context& context);
+cudaError_t LaunchSample(const SampleArgs& args, Context& context);
+cudaError_t LaunchScoreTokens(const ScoreTokensArgs& args, Context& context);
+
+// Bytes of scratch that each op takes at most within the limits.
+int64_t LinearScratchBytes(const BackendLimits& limits);
+int64_t LightningScratchBytes(const BackendLimits& limits);
+int64_t PagedScratchBytes(const BackendLimits& limits);
+int64_t SampleScratchBytes(const BackendLimits& limits);
 
 }  // namespace godwit::cuda

@@ -171,7 +171,7 @@ struct Walk {
     for (int r = 0; r < kRowsPerThread; ++r) {
       const int64_t position = start + q_offset + group + r * kGroups;
       if (position < row.position || position >= end || column >= shape.value_dim) continue;
-      Row<float>(args.o, Token(position))[head * shape.value_dim + column] = args.q_scale * sums[r];
+      StoreAny(args.o, Token(position), head * shape.value_dim + column, args.q_scale * sums[r]);
     }
   }
 
@@ -285,11 +285,16 @@ cudaError_t Launch(const LightningAttentionArgs& args, Scratch& scratch, cudaStr
 
 }  // namespace
 
-cudaError_t LaunchLightningAttention(const LightningAttentionArgs& args, Scratch& scratch,
-                                     cudaStream_t stream) {
+cudaError_t LaunchLightningStep(const LightningAttentionArgs&, Context&) { return cudaSuccess; }
+
+cudaError_t LaunchLightningPrefill(const LightningAttentionArgs& args, Context& context) {
   if (args.num_rows == 0 || args.q.rows() == 0) return cudaSuccess;
-  return args.q.dtype == DType::kBF16 ? Launch<Bf16>(args, scratch, stream)
-                                      : Launch<float>(args, scratch, stream);
+  return args.q.dtype == DType::kBF16 ? Launch<Bf16>(args, context.scratch, context.stream)
+                                      : Launch<float>(args, context.scratch, context.stream);
+}
+
+int64_t LightningScratchBytes(const BackendLimits& limits) {
+  return 2 * limits.max_tokens * limits.max_key_columns * static_cast<int64_t>(sizeof(float));
 }
 
 }  // namespace godwit::cuda

@@ -114,21 +114,23 @@ cudaError_t LaunchAnyProduct(DType act, const RowInput& input, const ProductArgs
 
 }  // namespace
 
-cudaError_t LaunchLinear(const LinearArgs& args, Scratch& scratch, cudaStream_t stream) {
+cudaError_t LaunchLinear(const LinearArgs& args, Context& context) {
   const ProductArgs product = {.formed = nullptr, .w = args.w.data, .gate = nullptr,
                                .num_rows = args.input.x.rows(), .n = args.w.num_rows,
                                .k = args.w.num_columns, .y = args.y,
                                .add = args.epilogue == Epilogue::kAdd,
                                .activation = Activation::kNone};
-  return LaunchAnyProduct<false>(args.w.dtype, args.input, product, scratch, stream);
+  return LaunchAnyProduct<false>(args.w.dtype, args.input, product, context.scratch, context.stream);
 }
 
-cudaError_t LaunchGatedLinear(const GatedLinearArgs& args, Scratch& scratch, cudaStream_t stream) {
+cudaError_t LaunchGatedLinear(const GatedLinearArgs& args, Context& context) {
   const ProductArgs product = {.formed = nullptr, .w = args.up.data, .gate = args.gate.data,
                                .num_rows = args.input.x.rows(), .n = args.up.num_rows,
                                .k = args.up.num_columns, .y = args.y, .add = 0,
                                .activation = args.activation};
-  return LaunchAnyProduct<true>(args.up.dtype, args.input, product, scratch, stream);
+  return LaunchAnyProduct<true>(args.up.dtype, args.input, product, context.scratch, context.stream);
 }
+
+int64_t LinearScratchBytes(const BackendLimits&) { return 0; }
 
 }  // namespace godwit::cuda

@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads) AttendKernel(PagedAttentionArgs args
 #pragma unroll
   for (int c = 0; c < kColumnsPerThread; ++c) {
     const int d = threadIdx.x + c * kThreads;
-    if (d < args.head_dim) Row<float>(args.o, token)[head * args.head_dim + d] = o[c] / total;
+    if (d < args.head_dim) StoreAny(args.o, token, head * args.head_dim + d, o[c] / total);
   }
 }
 
@@ -120,9 +120,13 @@ cudaError_t Launch(const PagedAttentionArgs& args, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t LaunchPagedAttention(const PagedAttentionArgs& args, cudaStream_t stream) {
+cudaError_t LaunchPagedDecode(const PagedAttentionArgs&, Context&) { return cudaSuccess; }
+
+cudaError_t LaunchPagedPrefill(const PagedAttentionArgs& args, Context& context) {
   if (args.num_rows == 0 || args.q.rows() == 0) return cudaSuccess;
-  return args.q.dtype == DType::kBF16 ? Launch<Bf16>(args, stream) : Launch<float>(args, stream);
+  return args.q.dtype == DType::kBF16 ? Launch<Bf16>(args, context.stream) : Launch<float>(args, context.stream);
 }
+
+int64_t PagedScratchBytes(const BackendLimits&) { return 0; }
 
 }  // namespace godwit::cuda

@@ -1,5 +1,6 @@
 // Row-wise ops without products: embedding, gather, rotation table, token counts. Bound by memory; one thread an element.
 
+#include "kernels/base/random_rows.h"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/launch.h"
 
@@ -12,7 +13,8 @@ constexpr double kTwoPi = 6.283185307179586476925286766559;
 __global__ void __launch_bounds__(kThreads) EmbedTokensKernel(EmbedTokensArgs args) {
   const int64_t token = blockIdx.x;
   const int64_t d = args.table.num_columns;
-  const int64_t id = *Row<const int32_t>(args.token_ids, token);
+  int64_t id = *Row<const int32_t>(args.token_ids, token);
+  if (id < 0) id = max(*Row<const int32_t>(args.drawn, ~id), 0);
   const TensorView table = {args.table.data, args.table.dtype, 2, {args.table.num_rows, d, 0, 0}, d};
   for (int64_t i = threadIdx.x; i < d; i += kThreads) {
     Row<float>(args.y, token)[i] = args.scale * LoadAny(table, id, i);
@@ -48,7 +50,26 @@ __global__ void __launch_bounds__(kThreads) CountTokensKernel(CountTokensArgs ar
   }
 }
 
+__global__ void __launch_bounds__(kThreads) FillRandomKernel(MatrixView matrix, uint64_t seed, float scale) {
+  const int64_t size = matrix.num_rows * matrix.num_columns;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < size; i += int64_t{gridDim.x} * kThreads) {
+    const float value = RandomEntry(seed, static_cast<uint64_t>(i), scale);
+    if (matrix.dtype == DType::kF32) {
+      static_cast<float*>(matrix.data)[i] = value;
+    } else {
+      Store(static_cast<Bf16*>(matrix.data) + i, value);
+    }
+  }
+}
+
 }  // namespace
+
+cudaError_t LaunchFillRandom(const MatrixView& matrix, uint64_t seed, float scale, cudaStream_t stream) {
+  constexpr int64_t kMaxBlocks = 4096;
+  const int64_t blocks = DivideUp(matrix.num_rows * matrix.num_columns, kThreads);
+  FillRandomKernel<<<static_cast<unsigned>(min(blocks, kMaxBlocks)), kThreads, 0, stream>>>(matrix, seed, scale);
+  return cudaGetLastError();
+}
 
 cudaError_t LaunchEmbedTokens(const EmbedTokensArgs& args, cudaStream_t stream) {
   const int64_t num_tokens = args.token_ids.rows();

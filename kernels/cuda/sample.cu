@@ -186,19 +186,23 @@ __device__ int32_t Draw(const SampleRow& row, float* adjusted, int64_t vocab_siz
   return best == 0 ? largest : IdOf(best);
 }
 
-__global__ void __launch_bounds__(kThreads) SampleKernel(SampleArgs args, float* scratch, int32_t* bad_row) {
+__global__ void __launch_bounds__(kThreads) SampleKernel(SampleArgs args, float* scratch) {
   __shared__ Shared shared;
   const int64_t index = blockIdx.x;
   const SampleRow& row = args.rows[index];
+  if (row.slot < 0) return;
   const int64_t vocab_size = args.logits.shape[1];
   const float* logits = Row<const float>(args.logits, row.logit_row);
   float* adjusted = scratch + index * vocab_size;
   if (Adjust(args, row, logits, adjusted, shared)) {
-    if (threadIdx.x == 0) atomicMax(bad_row, static_cast<int32_t>(index));
+    if (threadIdx.x == 0) *Row<int32_t>(args.tokens, index) = -1;
     return;
   }
   const int32_t token = Draw(row, adjusted, vocab_size, shared);
-  if (threadIdx.x == 0) *Row<int32_t>(args.tokens, index) = token;
+  if (threadIdx.x == 0) {
+    *Row<int32_t>(args.tokens, index) = token;
+    if (args.counts.data != nullptr) ++Row<uint32_t>(args.counts, row.slot)[token];
+  }
   if (row.num_logprobs < 0) return;
   const double log_sum = LogSumExp(logits, vocab_size, shared);
   if (threadIdx.x == 0) *Row<float>(args.logprobs, index) = static_cast<float>(logits[token] - log_sum);
@@ -207,7 +211,7 @@ __global__ void __launch_bounds__(kThreads) SampleKernel(SampleArgs args, float*
            Row<float>(args.top_logprobs, index), shared);
 }
 
-__global__ void __launch_bounds__(kThreads) ScoreKernel(ScoreTokensArgs args, int32_t* bad_row) {
+__global__ void __launch_bounds__(kThreads) ScoreKernel(ScoreTokensArgs args) {
   __shared__ Shared shared;
   const int64_t index = blockIdx.x;
   const int64_t vocab_size = args.logits.shape[1];
@@ -219,7 +223,7 @@ __global__ void __launch_bounds__(kThreads) ScoreKernel(ScoreTokensArgs args, in
   }
   __syncthreads();
   if (shared.bad != 0) {
-    if (threadIdx.x == 0) atomicMax(bad_row, static_cast<int32_t>(index));
+    if (threadIdx.x == 0) *Row<float>(args.logprobs, index) = NAN;
     return;
   }
   const double log_sum = LogSumExp(logits, vocab_size, shared);
@@ -234,20 +238,24 @@ __global__ void __launch_bounds__(kThreads) ScoreKernel(ScoreTokensArgs args, in
 
 }  // namespace
 
-cudaError_t LaunchSample(const SampleArgs& args, Scratch& scratch, int32_t* bad_row, cudaStream_t stream) {
+cudaError_t LaunchSample(const SampleArgs& args, Context& context) {
   if (args.num_rows == 0) return cudaSuccess;
   void* adjusted = nullptr;
   const int64_t num_bytes = args.num_rows * args.logits.shape[1] * static_cast<int64_t>(sizeof(float));
-  if (const cudaError_t error = scratch.Reserve(num_bytes, &adjusted); error != cudaSuccess) return error;
-  SampleKernel<<<static_cast<unsigned>(args.num_rows), kThreads, 0, stream>>>(
-      args, static_cast<float*>(adjusted), bad_row);
+  if (const cudaError_t error = context.scratch.Reserve(num_bytes, &adjusted); error != cudaSuccess) return error;
+  SampleKernel<<<static_cast<unsigned>(args.num_rows), kThreads, 0, context.stream>>>(
+      args, static_cast<float*>(adjusted));
   return cudaGetLastError();
 }
 
-cudaError_t LaunchScoreTokens(const ScoreTokensArgs& args, int32_t* bad_row, cudaStream_t stream) {
+cudaError_t LaunchScoreTokens(const ScoreTokensArgs& args, Context& context) {
   if (args.logits.rows() == 0) return cudaSuccess;
-  ScoreKernel<<<static_cast<unsigned>(args.logits.rows()), kThreads, 0, stream>>>(args, bad_row);
+  ScoreKernel<<<static_cast<unsigned>(args.logits.rows()), kThreads, 0, context.stream>>>(args);
   return cudaGetLastError();
+}
+
+int64_t SampleScratchBytes(const BackendLimits& limits) {
+  return limits.max_draws * limits.vocab_size * static_cast<int64_t>(sizeof(float));
 }
 
 }  // namespace godwit::cuda

@@ -1,8 +1,10 @@
 #include "kernels/ref/ref_backend.h"
 
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 
+#include "kernels/base/random_rows.h"
 #include "kernels/ref/elements.h"
 #include "kernels/validate.h"
 
@@ -31,6 +33,12 @@ class RefBackend final : public Backend {
   }
   void Free(void* data) override { std::free(data); }
 
+  OpStatus AllocateHost(int64_t num_bytes, void** data) override {
+    return Allocate(num_bytes, data);
+  }
+  void FreeHost(void* data) override { Free(data); }
+  OpStatus Reserve(const BackendLimits&) override { return {}; }
+
   OpStatus CopyFromHost(void* to, const void* from, int64_t num_bytes) override {
     return CopyOnDevice(to, from, num_bytes);
   }
@@ -50,6 +58,9 @@ class RefBackend final : public Backend {
                           MatrixView* matrix) override;
   OpStatus PackMatrixRows(const MatrixView& matrix, int64_t first_row,
                           const TensorView& source) override;
+  OpStatus FillRandom(const MatrixView& matrix, uint64_t seed, float scale) override {
+    return FillRandomRows(*this, matrix, seed, scale);
+  }
 
   OpStatus EmbedTokens(const EmbedTokensArgs& args) override { return Call(RefEmbedTokens, args); }
   OpStatus Linear(const LinearArgs& args) override { return Call(RefLinear, args); }
@@ -63,12 +74,24 @@ class RefBackend final : public Backend {
     return Call(RefPagedAttention, args);
   }
   OpStatus CountTokens(const CountTokensArgs& args) override { return Call(RefCountTokens, args); }
-  OpStatus Sample(const SampleArgs& args) override { return CallLogits(RefSample, args); }
-  OpStatus ScoreTokens(const ScoreTokensArgs& args) override {
-    return CallLogits(RefScoreTokens, args);
-  }
+  OpStatus Sample(const SampleArgs& args) override { return Call(RefSample, args); }
+  OpStatus ScoreTokens(const ScoreTokensArgs& args) override { return Call(RefScoreTokens, args); }
 
   OpStatus AllReduce(const TensorView&) override { return {}; }
+  OpStatus BeginReplay(uint64_t, bool* replayed) override {
+    *replayed = false;
+    return {};
+  }
+  OpStatus EndReplay() override { return {}; }
+  OpStatus SetMark(int mark) override {
+    marks_[mark] = std::chrono::steady_clock::now();
+    return {};
+  }
+  OpStatus WaitMark(int) override { return {}; }
+  OpStatus SecondsBetween(int from, int to, double* seconds) override {
+    *seconds = std::chrono::duration<double>(marks_[to] - marks_[from]).count();
+    return {};
+  }
   OpStatus Synchronize() override { return {}; }
   void Destroy() override { delete this; }
 
@@ -79,12 +102,8 @@ class RefBackend final : public Backend {
     if (status.ok()) op(args);
     return status;
   }
-  template <typename Args>
-  OpStatus CallLogits(bool (*op)(const Args&), const Args& args) {
-    if (const OpStatus status = Validate(args); !status.ok()) return status;
-    if (op(args)) return {};
-    return {OpCode::kInternal, "logits hold a NaN or +inf"};
-  }
+
+  std::chrono::steady_clock::time_point marks_[kNumMarks];
 };
 
 OpStatus RefBackend::AllocateMatrix(int64_t num_rows, int64_t num_columns, DType dtype,

@@ -23,7 +23,7 @@ void RefRope(const RopeArgs& args);
 void RefPagedAttention(const PagedAttentionArgs& args);
 void RefCountTokens(const CountTokensArgs& args);
 // False: a row of logits holds a NaN or +inf.
-bool RefSample(const SampleArgs& args);
-bool RefScoreTokens(const ScoreTokensArgs& args);
+void RefSample(const SampleArgs& args);
+void RefScoreTokens(const ScoreTokensArgs& args);
 
 }  // namespace godwit

@@ -47,7 +47,9 @@ double Dot(const std::vector<double>& x, const float* w) {
 
 void RefEmbedTokens(const EmbedTokensArgs& args) {
   for (int64_t token = 0; token < args.token_ids.rows(); ++token) {
-    const float* const row = MatrixRow(args.table, *args.token_ids.row<const int32_t>(token));
+    int32_t id = *args.token_ids.row<const int32_t>(token);
+    if (id < 0) id = std::max(*args.drawn.row<const int32_t>(~id), 0);
+    const float* const row = MatrixRow(args.table, id);
     for (int64_t i = 0; i < args.table.num_columns; ++i) {
       Set(args.y, token, i, static_cast<double>(args.scale) * static_cast<double>(row[i]));
     }

@@ -137,32 +137,38 @@ void RefCountTokens(const CountTokensArgs& args) {
   }
 }
 
-bool RefSample(const SampleArgs& args) {
+void RefSample(const SampleArgs& args) {
   for (int32_t r = 0; r < args.num_rows; ++r) {
     const SampleRow& row = args.rows[r];
-    if (IsBad(args.logits, row.logit_row)) return false;
+    if (row.slot < 0) continue;
+    if (IsBad(args.logits, row.logit_row)) {
+      *args.tokens.row<int32_t>(r) = -1;
+      continue;
+    }
     const std::vector<double> raw = RowOf(args.logits, row.logit_row);
     std::vector<double> logits = raw;
     Penalise(row, args.counts, logits);
     const int32_t token = Draw(row, logits);
     *args.tokens.row<int32_t>(r) = token;
+    if (args.counts) ++args.counts.row<uint32_t>(row.slot)[token];
     if (row.num_logprobs < 0) continue;
     Set(args.logprobs, r, 0, raw[static_cast<size_t>(token)] - LogSumExp(raw));
     if (row.num_logprobs > 0) WriteTop(raw, row.num_logprobs, args.top_ids, args.top_logprobs, r);
   }
-  return true;
 }
 
-bool RefScoreTokens(const ScoreTokensArgs& args) {
+void RefScoreTokens(const ScoreTokensArgs& args) {
   for (int64_t r = 0; r < args.logits.rows(); ++r) {
-    if (IsBad(args.logits, r)) return false;
+    if (IsBad(args.logits, r)) {
+      Set(args.logprobs, r, 0, std::numeric_limits<double>::quiet_NaN());
+      continue;
+    }
     const std::vector<double> logits = RowOf(args.logits, r);
     const int32_t target = *args.targets.row<const int32_t>(r);
     Set(args.logprobs, r, 0,
         target < 0 ? 0 : logits[static_cast<size_t>(target)] - LogSumExp(logits));
     WriteTop(logits, args.num_top, args.top_ids, args.top_logprobs, r);
   }
-  return true;
 }
 
 }  // namespace godwit

@@ -140,12 +140,15 @@ class LightningRun {
     DeviceArena arena(arena_.backend());
     std::vector<StepRow> rows;
     std::vector<float> qkv;
-    int32_t num_tokens = 0, num_decode = 0;
+    int32_t num_tokens = 0, num_decode = 0, num_decode_rows = 0;
     for (const LightningPiece& piece : pieces) {
       rows.push_back({num_tokens, piece.num_tokens, piece.slot, piece.prefill, piece.position,
                       piece.base, piece.base_after, piece.p_begin, piece.p_end, 0});
       num_tokens += piece.num_tokens;
-      if (!piece.prefill) num_decode += piece.num_tokens;
+      if (!piece.prefill) {
+        num_decode += piece.num_tokens;
+        ++num_decode_rows;
+      }
       const Sequence& tokens = Tokens(piece.sequence);
       const int64_t width = 3 * shape_.width();
       const auto begin = tokens.qkv.begin() + piece.position * width;
@@ -165,6 +168,7 @@ class LightningRun {
     args.window = window_;
     args.rows = arena.UploadArray(rows);
     args.num_rows = static_cast<int32_t>(rows.size());
+    args.num_decode_rows = num_decode_rows;
     args.num_decode_tokens = num_decode;
     args.o = arena.Output(DType::kF32, {num_tokens, shape_.width()});
     const OpStatus status = arena_.backend().LightningAttention(args);

@@ -59,7 +59,7 @@ class PagedRun {
     DeviceArena arena(arena_.backend());
     std::vector<StepRow> rows;
     std::vector<float> qkv, cos, sin;
-    int32_t num_tokens = 0, num_decode = 0;
+    int32_t num_tokens = 0, num_decode = 0, num_decode_rows = 0;
     const int64_t width = (shape_.heads + 2 * shape_.kv_heads) * shape_.head_dim;
     for (const PagedPiece& piece : pieces) {
       StepRow row;
@@ -70,7 +70,10 @@ class PagedRun {
       row.block_table = piece.sequence * blocks_per_sequence_;
       rows.push_back(row);
       num_tokens += piece.num_tokens;
-      if (!piece.prefill) num_decode += piece.num_tokens;
+      if (!piece.prefill) {
+        num_decode += piece.num_tokens;
+        ++num_decode_rows;
+      }
       const auto begin = Tokens(piece.sequence).qkv.begin() + piece.position * width;
       qkv.insert(qkv.end(), begin, begin + piece.num_tokens * width);
       for (int64_t t = piece.position; t < piece.position + piece.num_tokens; ++t) {
@@ -101,6 +104,7 @@ class PagedRun {
     args.block_tables = tables_;
     args.rows = arena.UploadArray(rows);
     args.num_rows = static_cast<int32_t>(rows.size());
+    args.num_decode_rows = num_decode_rows;
     args.num_decode_tokens = num_decode;
     args.o = arena.Output(DType::kF32, {num_tokens, int64_t{shape_.heads} * shape_.head_dim});
     const OpStatus status = arena_.backend().PagedAttention(args);

@@ -323,16 +323,16 @@ TEST_P(CpuSampleTest, BannedTokensAreNeverDrawn) {
   }
 }
 
-TEST_P(CpuSampleTest, LogitsWithNanOrPlusInfinityAreRefusedByRow) {
+TEST_P(CpuSampleTest, LogitsWithNanOrPlusInfinityDrawNothing) {
   for (const float bad : {NAN, kInfinity}) {
     std::vector<float> logits(3 * 50, 1.0f);
     logits[2 * 50 + 49] = bad;
     std::vector<SampleRow> rows(3);
     for (int r = 0; r < 3; ++r) rows[static_cast<size_t>(r)].logit_row = 2 - r;
     const Result result = Sample(logits, 50, rows);
-    EXPECT_EQ(result.status.code, OpCode::kInternal);
-    EXPECT_NE(std::string(result.status.text).find("row 0 (logit row 2)"), std::string::npos)
-        << result.status.text;
+    EXPECT_EQ(result.token(0), -1);
+    EXPECT_GE(result.token(1), 0);
+    EXPECT_GE(result.token(2), 0);
   }
 }
 
