@@ -1,5 +1,6 @@
 #pragma once
-// The engine as the scheduler sees it: rows in, tokens out, at most kMaxStepsInFlight steps between.
+// The engine as the scheduler sees it: rows in, tokens out, at most kMaxStepsInFlight steps
+// between.
 
 #include <cstdint>
 #include <span>
@@ -12,31 +13,35 @@
 
 namespace godwit {
 
-// One sequence that draws from a row's logits. outputs[0] is the row's own lease; further outputs (n > 1, last prefill chunk
-// only) are forks: the engine copies the row's state to their leases before anything else uses them.
+// One sequence that draws from a row's logits. outputs[0] is the row's own lease; further outputs
+// (n > 1, last prefill chunk only) are forks: the engine copies the row's state to their leases
+// before anything else uses them.
 struct RowOutput {
   CacheLease* lease = nullptr;
   const SamplingParams* sampling = nullptr;
-  uint64_t seed = 0;             // random key (seed, output_index, position): never the batch slot
+  uint64_t seed = 0;  // random key (seed, output_index, position): never the batch slot
   int32_t output_index = 0;
 };
 
 // Pointers and spans must stay valid until the step is collected.
 struct BatchRow {
-  std::span<const int32_t> token_ids;  // prompt tokens to compute; empty = continue: the row's input token and position are
-                                       // what the device committed last for this lease
-  int64_t first_position = 0;          // of token_ids[0]; ignored when token_ids is empty
-  int64_t confirmed_position = 0;      // what the scheduler has seen committed; bases may be folded up to here
-  int64_t prompt_length = 0;           // output index of a drawn token = its position - prompt_length
-  CacheLease* lease = nullptr;         // room for the tokens of this step + max_draft_tokens is reserved
+  std::span<const int32_t>
+      token_ids;  // prompt tokens to compute; empty = continue: the row's input token and position
+                  // are what the device committed last for this lease
+  int64_t first_position = 0;  // of token_ids[0]; ignored when token_ids is empty
+  int64_t confirmed_position =
+      0;  // what the scheduler has seen committed; bases may be folded up to here
+  int64_t prompt_length = 0;    // output index of a drawn token = its position - prompt_length
+  CacheLease* lease = nullptr;  // room for the tokens of this step + max_draft_tokens is reserved
   std::span<const RowOutput> outputs;  // empty for every prefill chunk but the last
   int max_draft_tokens = 0;            // 0 turns speculation off for this row
 
-  // Scoring of given tokens (prompt log-probabilities): target i is the token whose log-probability row token_ids[i]
-  // predicts (the next prompt token), -1 for none. Same length as token_ids, or empty.
+  // Scoring of given tokens (prompt log-probabilities): target i is the token whose log-probability
+  // row token_ids[i] predicts (the next prompt token), -1 for none. Same length as token_ids, or
+  // empty.
   std::span<const int32_t> score_targets;
-  int32_t num_score_top = 0;           // also the n most likely per scored token
-  float* logits = nullptr;             // offline score: receives [token_ids.size(), vocab] f32, or null
+  int32_t num_score_top = 0;  // also the n most likely per scored token
+  float* logits = nullptr;    // offline score: receives [token_ids.size(), vocab] f32, or null
 };
 
 struct TopLogprob {
@@ -46,21 +51,23 @@ struct TopLogprob {
 
 struct SampledToken {
   int32_t token_id = 0;
-  float logprob = 0;              // natural log of the raw distribution; 0 when not asked for
-  std::vector<TopLogprob> top;    // num_logprobs entries
+  float logprob = 0;            // natural log of the raw distribution; 0 when not asked for
+  std::vector<TopLogprob> top;  // num_logprobs entries
 };
 
 struct RowResult {
-  absl::Status status;           // not OK: this row's outputs are no numbers; its sequence must end, others are as they were
-  std::vector<std::vector<SampledToken>> outputs;  // per RowOutput: 1, or 1..K+1 tokens when speculating
-  std::vector<SampledToken> scores;                // per score target that is not -1
-  int64_t num_computed = 0;                        // tokens of this row now in the state
+  absl::Status status;  // not OK: this row's outputs are no numbers; its sequence must end, others
+                        // are as they were
+  std::vector<std::vector<SampledToken>>
+      outputs;                       // per RowOutput: 1, or 1..K+1 tokens when speculating
+  std::vector<SampledToken> scores;  // per score target that is not -1
+  int64_t num_computed = 0;          // tokens of this row now in the state
 };
 
 struct StepResult {
-  std::vector<RowResult> rows;   // as submitted
-  int64_t num_tokens = 0;        // computed in this step
-  double forward_seconds = 0;    // device time of the step
+  std::vector<RowResult> rows;  // as submitted
+  int64_t num_tokens = 0;       // computed in this step
+  double forward_seconds = 0;   // device time of the step
 };
 
 using StepId = int64_t;
@@ -69,14 +76,16 @@ class StepExecutor {  // Engine in production, a fake in scheduler tests
  public:
   virtual ~StepExecutor() = default;
 
-  // Steps run in order; at most kMaxStepsInFlight between Submit and Collect. The CPU engine computes in Submit. On error
-  // nothing was committed. kUnavailable: the device is lost, drain and exit.
+  // Steps run in order; at most kMaxStepsInFlight between Submit and Collect. The CPU engine
+  // computes in Submit. On error nothing was committed. kUnavailable: the device is lost, drain and
+  // exit.
   virtual absl::StatusOr<StepId> Submit(std::span<const BatchRow> rows) = 0;
   virtual absl::StatusOr<StepResult> Collect(StepId id) = 0;
 
   // Copies whole sequence states, in order with the steps (fork, preempt, restore).
   virtual absl::Status Copy(std::span<const CacheCopy> copies) = 0;
 };
-// Invariant at every Collect: kv length == state position == num_computed_tokens of each confirmed row.
+// Invariant at every Collect: kv length == state position == num_computed_tokens of each confirmed
+// row.
 
 }  // namespace godwit

@@ -1,5 +1,6 @@
 #pragma once
-// Memory of a back end that frees itself: on the device, and on the host where copies are queued from and to.
+// Memory of a back end that frees itself: on the device, and on the host where copies are queued
+// from and to.
 
 #include <cstdint>
 #include <utility>

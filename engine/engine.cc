@@ -59,7 +59,11 @@ int64_t ContextLength(const EngineOptions& options, const ModelConfig& config) {
 // Decode steps are padded to few numbers of rows, so that few recordings serve all. At most an
 // eighth of the rows is padding beyond 32 rows.
 int64_t PaddedRows(int64_t num_rows, int64_t most) {
-  const int64_t step = num_rows <= 4 ? 1 : num_rows <= 16 ? 4 : num_rows <= 64 ? 8 : num_rows <= 256 ? 16 : 64;
+  const int64_t step = num_rows <= 4     ? 1
+                       : num_rows <= 16  ? 4
+                       : num_rows <= 64  ? 8
+                       : num_rows <= 256 ? 16
+                                         : 64;
   return std::min((num_rows + step - 1) / step * step, most);
 }
 
@@ -76,14 +80,16 @@ int64_t ArenaBytes(const EngineOptions& options, int64_t num_blocks) {
 
 BackendLimits Limits(const EngineOptions& options, const ModelConfig& config, int64_t num_blocks) {
   const int64_t width = config.num_heads * config.head_dim;
-  const bool has_lrpe =
-      std::find(config.lrpe_layers.begin(), config.lrpe_layers.end(), true) != config.lrpe_layers.end();
+  const bool has_lrpe = std::find(config.lrpe_layers.begin(), config.lrpe_layers.end(), true) !=
+                        config.lrpe_layers.end();
   const bool has_softmax = config.rope.has_value();
   return {.max_tokens = options.max_tokens_per_step,
           .max_rows = options.max_sequences,
           .max_input_columns = std::max({config.d_model, width, config.d_ff}),
           .max_gated_columns = config.d_ff,
-          .max_key_columns = config.decay_rule == DecayRule::kNone ? 0 : has_lrpe ? 2 * width : width,
+          .max_key_columns = config.decay_rule == DecayRule::kNone ? 0
+                             : has_lrpe                            ? 2 * width
+                                                                   : width,
           .num_heads = has_softmax ? config.num_heads : 0,
           .head_dim = has_softmax ? config.head_dim : 0,
           .num_blocks = num_blocks,
@@ -185,9 +191,8 @@ absl::Status Engine::Impl::PlanCaches(const EngineOptions& options) {
   plan.geometry.window_rows = WindowRows(options.max_steps_in_flight, kMaxDraftTokens);
   plan.geometry.num_slots = options.max_sequences;
   plan.geometry.swap_bytes = options.swap_bytes;
-  plan.step_bytes =
-      ArenaBytes(options, 0) + Sampler::DeviceBytes(MakeSamplerOptions(options)) +
-      StepOutputs::DeviceBytes(options.max_sequences, options.max_tokens_per_step);
+  plan.step_bytes = ArenaBytes(options, 0) + Sampler::DeviceBytes(MakeSamplerOptions(options)) +
+                    StepOutputs::DeviceBytes(options.max_sequences, options.max_tokens_per_step);
   ASSIGN_OR_RETURN(plan, PlanMemory(std::move(plan), options.kv_bytes));
   RETURN_IF_ERROR(backend->Reserve(Limits(options, config, plan.geometry.num_blocks)));
   ASSIGN_OR_RETURN(caches, CacheManager::Create(plan.geometry));
@@ -221,9 +226,8 @@ absl::Status Engine::Impl::Init(const EngineOptions& options) {
   ASSIGN_OR_RETURN(StepArena made_arena,
                    StepArena::Create(*backend, ArenaBytes(options, card.geometry.num_blocks)));
   arena = std::make_unique<StepArena>(std::move(made_arena));
-  ASSIGN_OR_RETURN(
-      StepOutputs made_outputs,
-      StepOutputs::Create(*backend, options.max_sequences, options.max_tokens_per_step));
+  ASSIGN_OR_RETURN(StepOutputs made_outputs, StepOutputs::Create(*backend, options.max_sequences,
+                                                                 options.max_tokens_per_step));
   outputs = std::make_unique<StepOutputs>(std::move(made_outputs));
   planner = std::make_unique<StepPlanner>(StepLimits{.max_tokens = options.max_tokens_per_step,
                                                      .num_slots = options.max_sequences,

@@ -1,5 +1,6 @@
 #pragma once
-// Engine: model + cache pool + sampler behind StepExecutor. No threads, no queues: one owner thread calls it.
+// Engine: model + cache pool + sampler behind StepExecutor. No threads, no queues: one owner thread
+// calls it.
 
 #include <memory>
 #include <string>
@@ -14,15 +15,16 @@ namespace godwit {
 
 struct EngineOptions {
   std::string model_folder;
-  std::string rope_override;           // --rope JSON, or ""
+  std::string rope_override;  // --rope JSON, or ""
   DType dtype = DType::kBF16;
   int64_t max_sequences = 64;          // state slots
   int64_t max_tokens_per_step = 2048;  // prefill budget + decode rows
-  int64_t kv_bytes = 0;                // memory for KV blocks of softmax layers; 0: 1 GiB or what is free, the smaller
-  int64_t swap_bytes = 0;              // host memory for preempted sequences
-  int64_t context_length = 0;          // limit of prompt + output; 0: the model's (recurrent: 2^31 - 1)
-  int max_steps_in_flight = 1;         // 1 or 2
-  bool deterministic = false;          // BackendLimits; the CPU always is
+  int64_t kv_bytes =
+      0;  // memory for KV blocks of softmax layers; 0: 1 GiB or what is free, the smaller
+  int64_t swap_bytes = 0;       // host memory for preempted sequences
+  int64_t context_length = 0;   // limit of prompt + output; 0: the model's (recurrent: 2^31 - 1)
+  int max_steps_in_flight = 1;  // 1 or 2
+  bool deterministic = false;   // BackendLimits; the CPU always is
 };
 
 // What a user, `inspect` and GetModel need to know.
@@ -32,20 +34,21 @@ struct ModelCard {
   int64_t weight_bytes = 0, workspace_bytes = 0;
   int64_t context_length = 0;
   int64_t max_tokens_per_step = 0;
-  CacheGeometry geometry;              // components, slots, blocks
-  std::string memory_plan;             // one line
+  CacheGeometry geometry;   // components, slots, blocks
+  std::string memory_plan;  // one line
   std::string dtype, backend;
 };
 
 class Engine final : public StepExecutor {
  public:
-  // Loads everything and allocates all memory. Errors name file, tensor, expected and found; RESOURCE_EXHAUSTED carries the plan.
-  static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options,
-                                                        std::unique_ptr<Backend, BackendDeleter> backend);
+  // Loads everything and allocates all memory. Errors name file, tensor, expected and found;
+  // RESOURCE_EXHAUSTED carries the plan.
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(
+      const EngineOptions& options, std::unique_ptr<Backend, BackendDeleter> backend);
   ~Engine() override;
 
   const ModelCard& card() const;
-  CacheManager& caches();              // for the scheduler, on the same thread
+  CacheManager& caches();  // for the scheduler, on the same thread
 
   absl::StatusOr<StepId> Submit(std::span<const BatchRow> rows) override;
   absl::StatusOr<StepResult> Collect(StepId id) override;

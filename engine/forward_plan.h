@@ -1,8 +1,9 @@
 #pragma once
 // One step as flat arrays, made from the batch rows once per step and read by every layer.
 //
-// Example: a decode row at position 70 and a 3-token prefill at 0 -> token_ids [t70, p0, p1, p2], positions [70, 0, 1, 2],
-// rows [{first_token 0, num_tokens 1}, {first_token 1, num_tokens 3, is_prefill}], num_decode_tokens 1.
+// Example: a decode row at position 70 and a 3-token prefill at 0 -> token_ids [t70, p0, p1, p2],
+// positions [70, 0, 1, 2], rows [{first_token 0, num_tokens 1}, {first_token 1, num_tokens 3,
+// is_prefill}], num_decode_tokens 1.
 
 #include <cstdint>
 #include <span>
@@ -15,40 +16,41 @@
 
 namespace godwit {
 
-struct ForwardPlan {           // device data
-  TensorView token_ids;        // i32 [T]; decode tokens first; ~index into drawn where only the device knows the token
-  TensorView drawn;            // i32: what the last step drew
-  TensorView positions;        // i64 [T]
+struct ForwardPlan {     // device data
+  TensorView token_ids;  // i32 [T]; decode tokens first; ~index into drawn where only the device
+                         // knows the token
+  TensorView drawn;      // i32: what the last step drew
+  TensorView positions;  // i64 [T]
   const StepRow* rows = nullptr;  // [num_rows]
   int32_t num_rows = 0;
   int32_t num_decode_rows = 0;
   const int32_t* block_tables = nullptr;
-  int64_t num_tokens = 0;      // T
+  int64_t num_tokens = 0;  // T
   int64_t num_decode_tokens = 0;
 };
 
 // What a slot holds after the last submitted step; the next step starts from it.
 struct SlotState {
-  int64_t position = 0;        // tokens in the state
-  int64_t base = 0;            // where the stored lightning bases stand, a multiple of kWindow
-  int32_t last_token = 0;      // drawn but not computed: the input of the next decode step
-  StepId pending_step = -1;    // the step that drew it, while only the device knows it
-  int32_t pending_draw = -1;   // its index among that step's draws
+  int64_t position = 0;       // tokens in the state
+  int64_t base = 0;           // where the stored lightning bases stand, a multiple of kWindow
+  int32_t last_token = 0;     // drawn but not computed: the input of the next decode step
+  StepId pending_step = -1;   // the step that drew it, while only the device knows it
+  int32_t pending_draw = -1;  // its index among that step's draws
 };
 
 struct StepLimits {
-  int64_t max_tokens = 0;      // of a step
-  int64_t num_slots = 0;       // also the most rows, and the most draws
+  int64_t max_tokens = 0;  // of a step
+  int64_t num_slots = 0;   // also the most rows, and the most draws
   int64_t window_rows = 0;
   int64_t vocab_size = 0;
 };
 
 // Host arrays of one step; their memory is kept from step to step.
 struct StepArrays {
-  std::vector<int32_t> token_ids;      // [T]; ~draw where only the last step's draw says
-  std::vector<int64_t> positions;      // [T]
-  std::vector<StepRow> rows;           // decode rows, then prefill rows, each in the order of the batch
-  std::vector<int32_t> row_of_batch;   // index into rows, by batch row
+  std::vector<int32_t> token_ids;  // [T]; ~draw where only the last step's draw says
+  std::vector<int64_t> positions;  // [T]
+  std::vector<StepRow> rows;       // decode rows, then prefill rows, each in the order of the batch
+  std::vector<int32_t> row_of_batch;  // index into rows, by batch row
   std::vector<int32_t> block_tables;
   int64_t num_decode_tokens = 0;
   int32_t num_decode_rows = 0;
@@ -59,8 +61,9 @@ class StepPlanner {
  public:
   explicit StepPlanner(const StepLimits& limits);
 
-  // INVALID_ARGUMENT: a token id outside the vocabulary (names row, index and id). Everything else that is wrong with a batch
-  // is our own bug and ends the process: position, room, residence, a slot used twice, limits.
+  // INVALID_ARGUMENT: a token id outside the vocabulary (names row, index and id). Everything else
+  // that is wrong with a batch is our own bug and ends the process: position, room, residence, a
+  // slot used twice, limits.
   absl::Status Check(std::span<const BatchRow> rows, std::span<const SlotState> slots);
 
   // Of rows that passed Check. Valid until the next call.
@@ -80,10 +83,12 @@ class StepPlanner {
   int64_t num_checks_ = 0;
 };
 
-// The state that the row starts from: what the slot holds, or the beginning for a lease that was never used.
+// The state that the row starts from: what the slot holds, or the beginning for a lease that was
+// never used.
 SlotState StartState(const CacheLease& lease, std::span<const SlotState> slots);
 
-// What a step does to a slot's position and base; computes StepRow's fields from the state and the batch row.
+// What a step does to a slot's position and base; computes StepRow's fields from the state and the
+// batch row.
 StepRow MakeStepRow(const BatchRow& row, const SlotState& state);
 
 }  // namespace godwit

@@ -67,7 +67,9 @@ absl::StatusOr<MemoryPlan> PlanMemory(MemoryPlan plan, int64_t kv_bytes) {
   const int64_t left = plan.free_bytes - plan.state_bytes() - plan.step_bytes;
   plan.geometry.num_blocks = 0;
   if (plan.geometry.has_paged()) {
-    const int64_t wanted = kv_bytes > 0 ? kv_bytes : plan.owns_memory ? left : std::min(kDefaultKvBytes, left / 2);
+    const int64_t wanted = kv_bytes > 0       ? kv_bytes
+                           : plan.owns_memory ? left
+                                              : std::min(kDefaultKvBytes, left / 2);
     if (kv_bytes > 0 && kv_bytes < block_bytes) {
       return absl::InvalidArgumentError(
           absl::StrCat("KV memory ", kv_bytes, " bytes is less than one block of ", kPagedBlock,

@@ -24,8 +24,9 @@ struct MemoryPlan {
 };
 
 // Fills geometry.num_blocks: kv_bytes / block, or with kv_bytes 0 all that states and step leave
-// free where the memory is ours alone, else the smaller of kDefaultKvBytes and half of it. RESOURCE_EXHAUSTED with the plan in words when it
-// exceeds free_bytes; INVALID_ARGUMENT when kv_bytes is less than one block.
+// free where the memory is ours alone, else the smaller of kDefaultKvBytes and half of it.
+// RESOURCE_EXHAUSTED with the plan in words when it exceeds free_bytes; INVALID_ARGUMENT when
+// kv_bytes is less than one block.
 absl::StatusOr<MemoryPlan> PlanMemory(MemoryPlan plan, int64_t kv_bytes);
 
 // "weights 13.7 GiB, workspace 210.0 MiB, 64 state slots of 62.0 MiB = 3.9 GiB, ...", one line.

@@ -1,6 +1,7 @@
 #pragma once
-// The host arrays of a step, gathered in one buffer and uploaded by one copy. What has the same size in two steps and is pushed
-// before anything that has not lies at the same device address in both, which is what replays need.
+// The host arrays of a step, gathered in one buffer and uploaded by one copy. What has the same
+// size in two steps and is pushed before anything that has not lies at the same device address in
+// both, which is what replays need.
 
 #include <cstdint>
 #include <cstring>
@@ -18,8 +19,9 @@
 
 namespace godwit {
 
-// Not thread-safe. Capacity is fixed: the engine computes it from its limits. One device buffer, because steps run in order;
-// one host buffer for each step in flight, because the copy of a step runs after its Submit.
+// Not thread-safe. Capacity is fixed: the engine computes it from its limits. One device buffer,
+// because steps run in order; one host buffer for each step in flight, because the copy of a step
+// runs after its Submit.
 class StepArena {
  public:
   static constexpr int64_t kAlignment = 64;

@@ -1,6 +1,6 @@
 #pragma once
-// Where the draws and scores of steps land: on the device, where the next step finds the tokens it continues with, and on
-// the host once the queue has run.
+// Where the draws and scores of steps land: on the device, where the next step finds the tokens it
+// continues with, and on the host once the queue has run.
 
 #include <cstdint>
 
@@ -31,7 +31,8 @@ class StepOutputs {
                                             int64_t max_scores);
   static int64_t DeviceBytes(int64_t max_draws, int64_t max_scores);
 
-  // One set for all steps: they run in order, and what the host needs is copied before the next step draws.
+  // One set for all steps: they run in order, and what the host needs is copied before the next
+  // step draws.
   const OutputArrays& device_draws() const { return device_draws_; }
   const OutputArrays& device_scores() const { return device_scores_; }
 

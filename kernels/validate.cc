@@ -118,8 +118,8 @@ class Checker {
 
   void Steps(const StepRow* rows, int32_t num_rows, int32_t num_decode_rows,
              int64_t num_decode_tokens, int64_t num_tokens) {
-    Between("num_decode_rows", num_decode_rows, 0, num_rows);
     AtLeast("num_rows", num_rows, 0);
+    Between("num_decode_rows", num_decode_rows, 0, num_rows);
     Expect(num_rows <= 0 || rows != nullptr, "rows are absent, num_rows is %d", num_rows);
     Between("num_decode_tokens", num_decode_tokens, 0, num_tokens);
   }
@@ -136,7 +136,8 @@ void CheckActivation(Checker& check, const char* name, Activation activation) {
 
 // f32, or the activation type.
 void Output(Checker& check, const char* name, const TensorView& x, DType act) {
-  check.Expect(x.dtype == DType::kF32 || x.dtype == act, "%s has neither dtype f32 nor that of the activations", name);
+  check.Expect(x.dtype == DType::kF32 || x.dtype == act,
+               "%s has neither dtype f32 nor that of the activations", name);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// The CUDA back end: one device, one stream, recorded steps, and the function by which the executable finds it.
+// The CUDA back end: one device, one stream, recorded steps, and the function by which the
+// executable finds it.
 
 #include <dlfcn.h>
 
@@ -22,7 +23,8 @@ cudaError_t Scratch::Reserve(int64_t num_bytes, void** data) {
     cudaFree(data_);  // waits for what still uses it
     data_ = nullptr;
     num_bytes_ = 0;
-    if (const cudaError_t error = cudaMalloc(&data_, static_cast<size_t>(num_bytes)); error != cudaSuccess) {
+    if (const cudaError_t error = cudaMalloc(&data_, static_cast<size_t>(num_bytes));
+        error != cudaSuccess) {
       return error;
     }
     num_bytes_ = num_bytes;
@@ -35,12 +37,14 @@ cudaError_t Scratch::Reserve(int64_t num_bytes, void** data) {
 namespace {
 
 constexpr int kMinComputeCapability = 80;
-// Left out of every plan: recorded graphs, modules that load late, scratch that grows with the plan itself.
+// Left out of every plan: recorded graphs, modules that load late, scratch that grows with the plan
+// itself.
 constexpr int64_t kMarginBytes = int64_t{768} << 20;
-constexpr size_t kMaxRecordings = 256;  // beyond it all are dropped: keys are few, or the caller's are not keys
+constexpr size_t kMaxRecordings =
+    256;  // beyond it all are dropped: keys are few, or the caller's are not keys
 
-// The ops of one key. They run once as they come, so that every lazy step of CUDA and cuBLASLt is taken and scratch has its
-// size, are captured the second time, and replayed from then on.
+// The ops of one key. They run once as they come, so that every lazy step of CUDA and cuBLASLt is
+// taken and scratch has its size, are captured the second time, and replayed from then on.
 struct Recording {
   cudaGraphExec_t graph = nullptr;
   bool ran = false;
@@ -54,7 +58,8 @@ class CudaBackend final : public Backend {
   DeviceInfo Info() const override {
     size_t free_bytes = 0, total_bytes = 0;
     cudaMemGetInfo(&free_bytes, &total_bytes);
-    return {.name = "cuda", .description = description_,
+    return {.name = "cuda",
+            .description = description_,
             .memory_bytes = static_cast<int64_t>(total_bytes),
             .free_bytes = std::max<int64_t>(static_cast<int64_t>(free_bytes) - kMarginBytes, 0),
             .owns_memory = true,
@@ -85,12 +90,14 @@ class CudaBackend final : public Backend {
 
   OpStatus CopyFromHost(void* device_to, const void* host_from, int64_t num_bytes) override {
     // Pageable memory is staged before the call returns, so the source may be reused.
-    return Result("CopyFromHost", cudaMemcpyAsync(device_to, host_from, static_cast<size_t>(num_bytes),
-                                                  cudaMemcpyHostToDevice, stream_));
+    return Result("CopyFromHost",
+                  cudaMemcpyAsync(device_to, host_from, static_cast<size_t>(num_bytes),
+                                  cudaMemcpyHostToDevice, stream_));
   }
   OpStatus CopyToHost(void* host_to, const void* device_from, int64_t num_bytes) override {
-    return Result("CopyToHost", cudaMemcpyAsync(host_to, device_from, static_cast<size_t>(num_bytes),
-                                                cudaMemcpyDeviceToHost, stream_));
+    return Result("CopyToHost",
+                  cudaMemcpyAsync(host_to, device_from, static_cast<size_t>(num_bytes),
+                                  cudaMemcpyDeviceToHost, stream_));
   }
   OpStatus CopyOnDevice(void* to, const void* from, int64_t num_bytes) override {
     return Result("CopyOnDevice", cudaMemcpyAsync(to, from, static_cast<size_t>(num_bytes),
@@ -101,13 +108,15 @@ class CudaBackend final : public Backend {
   }
 
   // The layout is row-major [num_rows, num_columns].
-  OpStatus AllocateMatrix(int64_t num_rows, int64_t num_columns, DType dtype, MatrixView* matrix) override {
+  OpStatus AllocateMatrix(int64_t num_rows, int64_t num_columns, DType dtype,
+                          MatrixView* matrix) override {
     void* data = nullptr;
     const OpStatus status = Allocate(num_rows * num_columns * DTypeBytes(dtype), &data);
     if (status.ok()) *matrix = {data, dtype, num_rows, num_columns};
     return status;
   }
-  OpStatus PackMatrixRows(const MatrixView& matrix, int64_t first_row, const TensorView& source) override;
+  OpStatus PackMatrixRows(const MatrixView& matrix, int64_t first_row,
+                          const TensorView& source) override;
   OpStatus FillRandom(const MatrixView& matrix, uint64_t seed, float scale) override {
     return Result("FillRandom", LaunchFillRandom(matrix, seed, scale, stream_));
   }
@@ -152,8 +161,12 @@ class CudaBackend final : public Backend {
   OpStatus AllReduce(const TensorView&) override { return {}; }  // world = 1
   OpStatus BeginReplay(uint64_t key, bool* replayed) override;
   OpStatus EndReplay() override;
-  OpStatus SetMark(int mark) override { return Result("SetMark", cudaEventRecord(marks_[mark], stream_)); }
-  OpStatus WaitMark(int mark) override { return Result("WaitMark", cudaEventSynchronize(marks_[mark])); }
+  OpStatus SetMark(int mark) override {
+    return Result("SetMark", cudaEventRecord(marks_[mark], stream_));
+  }
+  OpStatus WaitMark(int mark) override {
+    return Result("WaitMark", cudaEventSynchronize(marks_[mark]));
+  }
   OpStatus SecondsBetween(int from, int to, double* seconds) override {
     float milliseconds = 0;
     const cudaError_t error = cudaEventElapsedTime(&milliseconds, marks_[from], marks_[to]);
@@ -197,8 +210,8 @@ class CudaBackend final : public Backend {
   Context context_{.scratch = scratch_};
   cudaEvent_t marks_[kNumMarks] = {};
   std::unordered_map<uint64_t, Recording> recordings_;
-  int64_t recorded_growths_ = 0;    // of scratch_ when they were made: they hold its address
-  Recording* open_ = nullptr;       // between BeginReplay and EndReplay
+  int64_t recorded_growths_ = 0;  // of scratch_ when they were made: they hold its address
+  Recording* open_ = nullptr;     // between BeginReplay and EndReplay
   bool capturing_ = false;
   char description_[320] = "";
   char text_[256] = "";
@@ -250,13 +263,16 @@ void CudaBackend::DropRecordings() {
   recordings_.clear();
 }
 
-OpStatus CudaBackend::PackMatrixRows(const MatrixView& matrix, int64_t first_row, const TensorView& source) {
+OpStatus CudaBackend::PackMatrixRows(const MatrixView& matrix, int64_t first_row,
+                                     const TensorView& source) {
   // Row by row through a host buffer: sources have any alignment, and loading is bound by the disk.
   const int64_t columns = matrix.num_columns, size = DTypeBytes(matrix.dtype);
-  const std::unique_ptr<char[]> buffer(new (std::nothrow) char[static_cast<size_t>(source.rows() * columns * size)]);
+  const std::unique_ptr<char[]> buffer(
+      new (std::nothrow) char[static_cast<size_t>(source.rows() * columns * size)]);
   if (buffer == nullptr) return {OpCode::kResourceExhausted, "PackMatrixRows: out of host memory"};
   for (int64_t row = 0; row < source.rows(); ++row) {
-    const char* from = static_cast<const char*>(source.data) + row * source.row_stride * DTypeBytes(source.dtype);
+    const char* from =
+        static_cast<const char*>(source.data) + row * source.row_stride * DTypeBytes(source.dtype);
     char* to = buffer.get() + row * columns * size;
     for (int64_t i = 0; i < columns; ++i) {
       float value = 0;
@@ -298,16 +314,17 @@ CudaBackend* CudaBackend::Create(char* error, size_t error_bytes) {
     return nullptr;
   }
   if (properties.major * 10 + properties.minor < kMinComputeCapability) {
-    std::snprintf(error, error_bytes, "GPU %s has compute capability %d.%d, at least 8.0 is needed", properties.name,
-                  properties.major, properties.minor);
+    std::snprintf(error, error_bytes, "GPU %s has compute capability %d.%d, at least 8.0 is needed",
+                  properties.name, properties.major, properties.minor);
     return nullptr;
   }
   auto* backend = new (std::nothrow) CudaBackend;
   if (backend == nullptr) return nullptr;
-  std::snprintf(backend->description_, sizeof(backend->description_), "%s, %d multiprocessors", properties.name,
-                properties.multiProcessorCount);
+  std::snprintf(backend->description_, sizeof(backend->description_), "%s, %d multiprocessors",
+                properties.name, properties.multiProcessorCount);
   status = cudaSetDevice(0);
-  if (status == cudaSuccess) status = cudaStreamCreateWithFlags(&backend->stream_, cudaStreamNonBlocking);
+  if (status == cudaSuccess)
+    status = cudaStreamCreateWithFlags(&backend->stream_, cudaStreamNonBlocking);
   for (cudaEvent_t& mark : backend->marks_) {
     if (status == cudaSuccess) status = cudaEventCreate(&mark);
   }
@@ -323,10 +340,11 @@ CudaBackend* CudaBackend::Create(char* error, size_t error_bytes) {
 }  // namespace
 }  // namespace godwit::cuda
 
-extern "C" __attribute__((visibility("default"))) godwit::Backend* godwit_backend_v1(uint64_t abi, char* error,
-                                                                                     size_t error_bytes) {
+extern "C" __attribute__((visibility("default"))) godwit::Backend* godwit_backend_v1(
+    uint64_t abi, char* error, size_t error_bytes) {
   if (abi != godwit::kBackendAbi) {
-    std::snprintf(error, error_bytes, "the plugin was built from other headers than the executable");
+    std::snprintf(error, error_bytes,
+                  "the plugin was built from other headers than the executable");
     return nullptr;
   }
   return godwit::cuda::CudaBackend::Create(error, error_bytes);

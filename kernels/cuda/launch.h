@@ -1,7 +1,8 @@
 #pragma once
-// What cuda_backend.cu launches: one function per op, arguments already validated. Asynchronous on `stream`; the returned
-// error is that of the launch. Correct and portable (sm_80 and later) first: each output has one fixed order of summation,
-// so that the bits of a row depend neither on the batch nor on the cuts.
+// What cuda_backend.cu launches: one function per op, arguments already validated. Asynchronous on
+// `stream`; the returned error is that of the launch. Correct and portable (sm_80 and later) first:
+// each output has one fixed order of summation, so that the bits of a row depend neither on the
+// batch nor on the cuts.
 
 #include <cuda_runtime.h>
 
@@ -9,11 +10,13 @@
 
 namespace godwit::cuda {
 
-// Grows on demand; within the limits that the back end reserved for, a step allocates nothing. Freed with the back end.
+// Grows on demand; within the limits that the back end reserved for, a step allocates nothing.
+// Freed with the back end.
 class Scratch {
  public:
   ~Scratch() { cudaFree(data_); }
-  // At least num_bytes of device memory, aligned to 256 bytes, valid until the next call. Earlier contents are lost.
+  // At least num_bytes of device memory, aligned to 256 bytes, valid until the next call. Earlier
+  // contents are lost.
   cudaError_t Reserve(int64_t num_bytes, void** data);
 
   int64_t num_growths() const { return num_growths_; }
@@ -29,19 +32,20 @@ struct Context {
   cudaStream_t stream = nullptr;
   Scratch& scratch;
   int num_multiprocessors = 0;
-  int compute_capability = 0;   // 90 for Hopper
-  bool deterministic = false;   // BackendLimits
+  int compute_capability = 0;  // 90 for Hopper
+  bool deterministic = false;  // BackendLimits
 };
 
 cudaError_t LaunchEmbedTokens(const EmbedTokensArgs& args, cudaStream_t stream);
 cudaError_t LaunchGatherRows(const GatherRowsArgs& args, cudaStream_t stream);
 cudaError_t LaunchRope(const RopeArgs& args, cudaStream_t stream);
 cudaError_t LaunchCountTokens(const CountTokensArgs& args, cudaStream_t stream);
-cudaError_t LaunchFillRandom(const MatrixView& matrix, uint64_t seed, float scale, cudaStream_t stream);
+cudaError_t LaunchFillRandom(const MatrixView& matrix, uint64_t seed, float scale,
+                             cudaStream_t stream);
 cudaError_t LaunchLinear(const LinearArgs& args, Context& context);
 cudaError_t LaunchGatedLinear(const GatedLinearArgs& args, Context& context);
-// Decode rows and prefill rows have kernels of their own (lightning_step.cu, lightning_prefill.cu); each launches nothing when
-// the step has none of its rows.
+// Decode rows and prefill rows have kernels of their own (lightning_step.cu, lightning_prefill.cu);
+// each launches nothing when the step has none of its rows.
 cudaError_t LaunchLightningStep(const LightningAttentionArgs& args, Context& context);
 cudaError_t LaunchLightningPrefill(const LightningAttentionArgs& args, Context& context);
 cudaError_t LaunchPagedDecode(const PagedAttentionArgs& args, Context& context);

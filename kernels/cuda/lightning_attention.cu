@@ -1,10 +1,12 @@
-// Lightning attention with a windowed state. Three launches: form q and k of the step (activation, LRPE, rounding); one block
-// per (sequence, head, kColumns columns of the state) walks the blocks of W or P positions; the rows that stay open go to
-// the window last, because a row may take the place of one that another block still reads.
+// Lightning attention with a windowed state. Three launches: form q and k of the step (activation,
+// LRPE, rounding); one block per (sequence, head, kColumns columns of the state) walks the blocks
+// of W or P positions; the rows that stay open go to the window last, because a row may take the
+// place of one that another block still reads.
 //
-// In a walk a sub-block is kWindow rows; P-form is four of them against the same S, folded as one. A thread owns one column
-// and every kGroups-th row (of q, or of d_k): sums over d_k and over j ascend, whatever the cuts.
-// Shared memory: 2 d_k x 32 state tiles + 2 x 16 x d_k rows of q and k, f32: 98 KiB at d_k 256.
+// In a walk a sub-block is kWindow rows; P-form is four of them against the same S, folded as one.
+// A thread owns one column and every kGroups-th row (of q, or of d_k): sums over d_k and over j
+// ascend, whatever the cuts. Shared memory: 2 d_k x 32 state tiles + 2 x 16 x d_k rows of q and k,
+// f32: 98 KiB at d_k 256.
 
 #include <algorithm>
 
@@ -15,8 +17,8 @@ namespace godwit::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kColumns = kWarp;                 // of a state tile
-constexpr int kGroups = kThreads / kColumns;    // threads that share a column
+constexpr int kColumns = kWarp;               // of a state tile
+constexpr int kGroups = kThreads / kColumns;  // threads that share a column
 constexpr int kRowsPerThread = kWindow / kGroups;
 static_assert(kWindow % kGroups == 0 && kWindow * kWindow == kThreads);
 constexpr double kTwoPi = 6.283185307179586476925286766559;
@@ -36,7 +38,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t width = int64_t{args.num_heads} * args.head_dim;
   const bool has_theta = args.theta.data != nullptr;
   for (int64_t column = threadIdx.x; column < width; column += kThreads) {
-    float x[2] = {Load(Row<const Act>(args.q, token) + column), Load(Row<const Act>(args.k, token) + column)};
+    float x[2] = {Load(Row<const Act>(args.q, token) + column),
+                  Load(Row<const Act>(args.k, token) + column)};
     float sine = 0, cosine = 1;
     if (has_theta) {
       double exact_sine, exact_cosine;
@@ -71,8 +74,9 @@ struct Tiles {
 };
 
 inline int64_t TileBytes(const Shape& shape) {
-  const int64_t floats = 2 * int64_t{shape.key_dim} * kColumns + 2 * int64_t{kWindow} * shape.key_dim +
-                         kWindow * kColumns + kWindow * kWindow;
+  const int64_t floats = 2 * int64_t{shape.key_dim} * kColumns +
+                         2 * int64_t{kWindow} * shape.key_dim + kWindow * kColumns +
+                         kWindow * kWindow;
   return floats * static_cast<int64_t>(sizeof(float));
 }
 
@@ -88,14 +92,18 @@ struct Walk {
   int64_t column;        // of d_v, this thread's; may be >= d_v in the last tile
   int64_t first_column;  // of the tile
 
-  __device__ int64_t Token(int64_t position) const { return row.first_token + position - row.position; }
+  __device__ int64_t Token(int64_t position) const {
+    return row.first_token + position - row.position;
+  }
   __device__ const float* Decay() const { return Row<const float>(args.decay.decay, head); }
 
   __device__ void LoadQ(int64_t start, int64_t end) const {
     for (int i = threadIdx.x; i < kWindow * shape.key_dim; i += kThreads) {
       const int64_t position = start + i / shape.key_dim;
       const bool present = position >= row.position && position < end;
-      tiles.q[i] = present ? q[(Token(position) * args.num_heads + head) * shape.key_dim + i % shape.key_dim] : 0;
+      tiles.q[i] =
+          present ? q[(Token(position) * args.num_heads + head) * shape.key_dim + i % shape.key_dim]
+                  : 0;
     }
   }
 
@@ -126,7 +134,8 @@ struct Walk {
     }
   }
 
-  // scores[i][j] = lambda^(i - j) q_i . k_j where position j <= position i, else 0; one entry a thread.
+  // scores[i][j] = lambda^(i - j) q_i . k_j where position j <= position i, else 0; one entry a
+  // thread.
   __device__ void Score(int64_t q_offset, int64_t k_offset) const {
     const int i = threadIdx.x / kWindow, j = threadIdx.x % kWindow;
     const int64_t distance = q_offset + i - (k_offset + j);
@@ -202,7 +211,8 @@ struct Walk {
 
   __device__ void Run() const {
     const int local = threadIdx.x % kColumns, group = threadIdx.x / kColumns;
-    float* stored = Row<float>(args.state, row.slot) + head * shape.key_dim * int64_t{shape.value_dim};
+    float* stored =
+        Row<float>(args.state, row.slot) + head * shape.key_dim * int64_t{shape.value_dim};
     for (int d = group; d < shape.key_dim; d += kGroups) {
       tiles.state[d * kColumns + local] =
           column < shape.value_dim ? stored[int64_t{d} * shape.value_dim + column] : 0;
@@ -237,8 +247,15 @@ __global__ void __launch_bounds__(kThreads)
   tiles.v = tiles.k + kWindow * shape.key_dim;
   tiles.scores = tiles.v + kWindow * kColumns;
   const int64_t first_column = int64_t{blockIdx.z} * kColumns;
-  const Walk<Act> walk = {args, args.rows[blockIdx.x], q, k, shape, tiles, int64_t{blockIdx.y},
-                          first_column + threadIdx.x % kColumns, first_column};
+  const Walk<Act> walk = {args,
+                          args.rows[blockIdx.x],
+                          q,
+                          k,
+                          shape,
+                          tiles,
+                          int64_t{blockIdx.y},
+                          first_column + threadIdx.x % kColumns,
+                          first_column};
   walk.Run();
 }
 
@@ -251,7 +268,8 @@ __global__ void __launch_bounds__(kThreads)
   if (position >= row.position + row.num_tokens) return;
   const int64_t token = row.first_token + position - row.position;
   const int64_t key_width = int64_t{args.num_heads} * shape.key_dim;
-  Act* open = Row<Act>(args.window, row.slot) + position % args.window.shape[1] * args.window.shape[2];
+  Act* open =
+      Row<Act>(args.window, row.slot) + position % args.window.shape[1] * args.window.shape[2];
   for (int64_t i = threadIdx.x; i < args.window.shape[2]; i += kThreads) {
     if (i < key_width) {
       Store(open + i, k[token * key_width + i]);
@@ -273,12 +291,14 @@ cudaError_t Launch(const LightningAttentionArgs& args, Scratch& scratch, cudaStr
   float* k = q + formed;
   FormKernel<Act><<<static_cast<unsigned>(num_tokens), kThreads, 0, stream>>>(args, shape, q, k);
   const auto tile_bytes = static_cast<int>(TileBytes(shape));
-  error = cudaFuncSetAttribute(WalkKernel<Act>, cudaFuncAttributeMaxDynamicSharedMemorySize, tile_bytes);
+  error = cudaFuncSetAttribute(WalkKernel<Act>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               tile_bytes);
   if (error != cudaSuccess) return error;  // d_k beyond what a block of this device can hold
   const dim3 grid(static_cast<unsigned>(args.num_rows), static_cast<unsigned>(args.num_heads),
                   static_cast<unsigned>(DivideUp(shape.value_dim, kColumns)));
   WalkKernel<Act><<<grid, kThreads, tile_bytes, stream>>>(args, shape, q, k);
-  const dim3 window_grid(static_cast<unsigned>(args.num_rows), static_cast<unsigned>(args.window.shape[1]));
+  const dim3 window_grid(static_cast<unsigned>(args.num_rows),
+                         static_cast<unsigned>(args.window.shape[1]));
   WindowKernel<Act><<<window_grid, kThreads, 0, stream>>>(args, shape, k);
   return cudaGetLastError();
 }

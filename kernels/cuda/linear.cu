@@ -1,7 +1,8 @@
-// Linear, GatedLinear: rows are formed once into scratch (norm, gate, rounding), then a warp computes one output feature for
-// kRowTile rows. Lane l sums k = l, l + 32, ... in ascending order, then the lanes are added in a fixed tree: the bits of a
-// row depend on k alone, so decode and prefill are the same sum.
-// Bytes: weights once per kRowTile rows, coalesced; bound by memory up to kRowTile rows, by FMA beyond (no tensor cores).
+// Linear, GatedLinear: rows are formed once into scratch (norm, gate, rounding), then a warp
+// computes one output feature for kRowTile rows. Lane l sums k = l, l + 32, ... in ascending order,
+// then the lanes are added in a fixed tree: the bits of a row depend on k alone, so decode and
+// prefill are the same sum. Bytes: weights once per kRowTile rows, coalesced; bound by memory up to
+// kRowTile rows, by FMA beyond (no tensor cores).
 
 #include <algorithm>
 
@@ -45,7 +46,7 @@ struct ProductArgs {
   const void* gate;    // [n, k], or null
   int64_t num_rows, n, k;
   TensorView y;
-  int add;             // y += instead of y =
+  int add;  // y += instead of y =
   Activation activation;
 };
 
@@ -91,7 +92,8 @@ cudaError_t LaunchProduct(const RowInput& input, ProductArgs args, Scratch& scra
                           cudaStream_t stream) {
   void* formed = nullptr;
   const int64_t num_bytes = args.num_rows * args.k * static_cast<int64_t>(sizeof(Act));
-  if (const cudaError_t error = scratch.Reserve(num_bytes, &formed); error != cudaSuccess) return error;
+  if (const cudaError_t error = scratch.Reserve(num_bytes, &formed); error != cudaSuccess)
+    return error;
   FormRowsKernel<Act><<<static_cast<unsigned>(args.num_rows), kThreads, 0, stream>>>(
       input, args.k, static_cast<Act*>(formed));
   args.formed = formed;
@@ -115,20 +117,31 @@ cudaError_t LaunchAnyProduct(DType act, const RowInput& input, const ProductArgs
 }  // namespace
 
 cudaError_t LaunchLinear(const LinearArgs& args, Context& context) {
-  const ProductArgs product = {.formed = nullptr, .w = args.w.data, .gate = nullptr,
-                               .num_rows = args.input.x.rows(), .n = args.w.num_rows,
-                               .k = args.w.num_columns, .y = args.y,
+  const ProductArgs product = {.formed = nullptr,
+                               .w = args.w.data,
+                               .gate = nullptr,
+                               .num_rows = args.input.x.rows(),
+                               .n = args.w.num_rows,
+                               .k = args.w.num_columns,
+                               .y = args.y,
                                .add = args.epilogue == Epilogue::kAdd,
                                .activation = Activation::kNone};
-  return LaunchAnyProduct<false>(args.w.dtype, args.input, product, context.scratch, context.stream);
+  return LaunchAnyProduct<false>(args.w.dtype, args.input, product, context.scratch,
+                                 context.stream);
 }
 
 cudaError_t LaunchGatedLinear(const GatedLinearArgs& args, Context& context) {
-  const ProductArgs product = {.formed = nullptr, .w = args.up.data, .gate = args.gate.data,
-                               .num_rows = args.input.x.rows(), .n = args.up.num_rows,
-                               .k = args.up.num_columns, .y = args.y, .add = 0,
+  const ProductArgs product = {.formed = nullptr,
+                               .w = args.up.data,
+                               .gate = args.gate.data,
+                               .num_rows = args.input.x.rows(),
+                               .n = args.up.num_rows,
+                               .k = args.up.num_columns,
+                               .y = args.y,
+                               .add = 0,
                                .activation = args.activation};
-  return LaunchAnyProduct<true>(args.up.dtype, args.input, product, context.scratch, context.stream);
+  return LaunchAnyProduct<true>(args.up.dtype, args.input, product, context.scratch,
+                                context.stream);
 }
 
 int64_t LinearScratchBytes(const BackendLimits&) { return 0; }

@@ -1,6 +1,7 @@
-// Causal softmax attention over paged KV. Two launches: rotate and store the step's keys and values; then one block per (token,
-// query head) goes over its keys in fixed ranges of kAttentionSplit and merges them in ascending order, so that the bits of
-// a token depend on its keys alone. A warp computes a score, a thread a column of the output.
+// Causal softmax attention over paged KV. Two launches: rotate and store the step's keys and
+// values; then one block per (token, query head) goes over its keys in fixed ranges of
+// kAttentionSplit and merges them in ascending order, so that the bits of a token depend on its
+// keys alone. A warp computes a score, a thread a column of the output.
 
 #include <cfloat>
 
@@ -17,8 +18,8 @@ constexpr int kColumnsPerThread = kMaxHeadDim / kThreads;
 
 // Element d of a head of q or k, rotated.
 template <typename Act>
-__device__ float Rotated(const PagedAttentionArgs& args, const TensorView& x, int64_t token, int64_t head,
-                         int d) {
+__device__ float Rotated(const PagedAttentionArgs& args, const TensorView& x, int64_t token,
+                         int64_t head, int d) {
   const Act* values = Row<const Act>(x, token) + head * args.head_dim;
   const int pairs = args.cos.data != nullptr ? static_cast<int>(args.cos.shape[1]) : 0;
   if (d >= 2 * pairs) return Load(values + d);
@@ -27,17 +28,19 @@ __device__ float Rotated(const PagedAttentionArgs& args, const TensorView& x, in
   const bool second = half_split ? d >= pairs : d % 2 == 1;
   const float a = Load(values + (half_split ? pair : 2 * pair));
   const float b = Load(values + (half_split ? pair + pairs : 2 * pair + 1));
-  const float cos = Row<const float>(args.cos, token)[pair], sin = Row<const float>(args.sin, token)[pair];
+  const float cos = Row<const float>(args.cos, token)[pair],
+              sin = Row<const float>(args.sin, token)[pair];
   return second ? b * cos + a * sin : a * cos - b * sin;
 }
 
 // Where a position's key (part 0) or value (part 1) of a kv head lies.
 template <typename Act>
-__device__ Act* CacheRow(const PagedAttentionArgs& args, const StepRow& row, int64_t position, int part,
-                         int64_t kv_head) {
+__device__ Act* CacheRow(const PagedAttentionArgs& args, const StepRow& row, int64_t position,
+                         int part, int64_t kv_head) {
   const int64_t block = args.block_tables[row.block_table + position / kPagedBlock];
   return Row<Act>(args.blocks, block) +
-         ((part * int64_t{args.num_kv_heads} + kv_head) * kPagedBlock + position % kPagedBlock) * args.head_dim;
+         ((part * int64_t{args.num_kv_heads} + kv_head) * kPagedBlock + position % kPagedBlock) *
+             args.head_dim;
 }
 
 template <typename Act>
@@ -63,7 +66,8 @@ __global__ void __launch_bounds__(kThreads) AttendKernel(PagedAttentionArgs args
   const StepRow& row = RowOfToken(args.rows, args.num_rows, token);
   const int64_t num_keys = row.position + token - row.first_token + 1;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  for (int d = threadIdx.x; d < args.head_dim; d += kThreads) q[d] = Rotated<Act>(args, args.q, token, head, d);
+  for (int d = threadIdx.x; d < args.head_dim; d += kThreads)
+    q[d] = Rotated<Act>(args, args.q, token, head, d);
   __syncthreads();
 
   float max = -FLT_MAX, total = 0, o[kColumnsPerThread] = {};
@@ -124,7 +128,8 @@ cudaError_t LaunchPagedDecode(const PagedAttentionArgs&, Context&) { return cuda
 
 cudaError_t LaunchPagedPrefill(const PagedAttentionArgs& args, Context& context) {
   if (args.num_rows == 0 || args.q.rows() == 0) return cudaSuccess;
-  return args.q.dtype == DType::kBF16 ? Launch<Bf16>(args, context.stream) : Launch<float>(args, context.stream);
+  return args.q.dtype == DType::kBF16 ? Launch<Bf16>(args, context.stream)
+                                      : Launch<float>(args, context.stream);
 }
 
 int64_t PagedScratchBytes(const BackendLimits&) { return 0; }

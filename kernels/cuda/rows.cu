@@ -1,4 +1,5 @@
-// Row-wise ops without products: embedding, gather, rotation table, token counts. Bound by memory; one thread an element.
+// Row-wise ops without products: embedding, gather, rotation table, token counts. Bound by memory;
+// one thread an element.
 
 #include "kernels/base/random_rows.h"
 #include "kernels/cuda/device.cuh"
@@ -15,7 +16,8 @@ __global__ void __launch_bounds__(kThreads) EmbedTokensKernel(EmbedTokensArgs ar
   const int64_t d = args.table.num_columns;
   int64_t id = *Row<const int32_t>(args.token_ids, token);
   if (id < 0) id = max(*Row<const int32_t>(args.drawn, ~id), 0);
-  const TensorView table = {args.table.data, args.table.dtype, 2, {args.table.num_rows, d, 0, 0}, d};
+  const TensorView table = {
+      args.table.data, args.table.dtype, 2, {args.table.num_rows, d, 0, 0}, d};
   for (int64_t i = threadIdx.x; i < d; i += kThreads) {
     Row<float>(args.y, token)[i] = args.scale * LoadAny(table, id, i);
   }
@@ -24,7 +26,8 @@ __global__ void __launch_bounds__(kThreads) EmbedTokensKernel(EmbedTokensArgs ar
 __global__ void __launch_bounds__(kThreads) GatherRowsKernel(GatherRowsArgs args) {
   const int64_t row = blockIdx.x;
   const float* from = Row<const float>(args.x, *Row<const int32_t>(args.rows, row));
-  for (int64_t i = threadIdx.x; i < args.x.shape[1]; i += kThreads) Row<float>(args.y, row)[i] = from[i];
+  for (int64_t i = threadIdx.x; i < args.x.shape[1]; i += kThreads)
+    Row<float>(args.y, row)[i] = from[i];
 }
 
 __global__ void __launch_bounds__(kThreads) RopeKernel(RopeArgs args) {
@@ -50,9 +53,11 @@ __global__ void __launch_bounds__(kThreads) CountTokensKernel(CountTokensArgs ar
   }
 }
 
-__global__ void __launch_bounds__(kThreads) FillRandomKernel(MatrixView matrix, uint64_t seed, float scale) {
+__global__ void __launch_bounds__(kThreads)
+    FillRandomKernel(MatrixView matrix, uint64_t seed, float scale) {
   const int64_t size = matrix.num_rows * matrix.num_columns;
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < size; i += int64_t{gridDim.x} * kThreads) {
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < size;
+       i += int64_t{gridDim.x} * kThreads) {
     const float value = RandomEntry(seed, static_cast<uint64_t>(i), scale);
     if (matrix.dtype == DType::kF32) {
       static_cast<float*>(matrix.data)[i] = value;
@@ -64,10 +69,12 @@ __global__ void __launch_bounds__(kThreads) FillRandomKernel(MatrixView matrix, 
 
 }  // namespace
 
-cudaError_t LaunchFillRandom(const MatrixView& matrix, uint64_t seed, float scale, cudaStream_t stream) {
+cudaError_t LaunchFillRandom(const MatrixView& matrix, uint64_t seed, float scale,
+                             cudaStream_t stream) {
   constexpr int64_t kMaxBlocks = 4096;
   const int64_t blocks = DivideUp(matrix.num_rows * matrix.num_columns, kThreads);
-  FillRandomKernel<<<static_cast<unsigned>(min(blocks, kMaxBlocks)), kThreads, 0, stream>>>(matrix, seed, scale);
+  FillRandomKernel<<<static_cast<unsigned>(min(blocks, kMaxBlocks)), kThreads, 0, stream>>>(
+      matrix, seed, scale);
   return cudaGetLastError();
 }
 

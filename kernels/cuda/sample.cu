@@ -1,6 +1,6 @@
-// Sampling and scoring: one block a row, a few passes over the vocabulary, no sort. top_k and top_p look for the least key to
-// keep by radix selection: a key orders ids by value, ties by lower id, and the weights of top_p are integers, so that no sum
-// depends on the order of atomics.
+// Sampling and scoring: one block a row, a few passes over the vocabulary, no sort. top_k and top_p
+// look for the least key to keep by radix selection: a key orders ids by value, ties by lower id,
+// and the weights of top_p are integers, so that no sum depends on the order of atomics.
 
 #include <cmath>
 
@@ -15,7 +15,8 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kRadixBits = 8;
 constexpr int kBins = 1 << kRadixBits;
-constexpr float kWeightOne = 1099511627776.0f;  // 2^40: a vocabulary of 2^24 cannot overflow 64 bits
+constexpr float kWeightOne =
+    1099511627776.0f;  // 2^40: a vocabulary of 2^24 cannot overflow 64 bits
 
 // Greater key: greater value, or the same value and a lower id. -0 counts as 0.
 __device__ uint64_t KeyOf(float value, int32_t id) {
@@ -47,7 +48,8 @@ __device__ uint64_t BlockMaxKey(uint64_t key, Shared& shared) {
 }
 
 // The largest key below `limit`; 0 when there is none.
-__device__ uint64_t LargestBelow(const float* values, int64_t vocab_size, uint64_t limit, Shared& shared) {
+__device__ uint64_t LargestBelow(const float* values, int64_t vocab_size, uint64_t limit,
+                                 Shared& shared) {
   uint64_t best = 0;
   for (int64_t id = threadIdx.x; id < vocab_size; id += kThreads) {
     const uint64_t key = KeyOf(values[id], static_cast<int32_t>(id));
@@ -56,10 +58,11 @@ __device__ uint64_t LargestBelow(const float* values, int64_t vocab_size, uint64
   return BlockMaxKey(best, shared);
 }
 
-// The key of the element at which the weights of keys >= least, added from the largest key down, reach `target` >= 1.
+// The key of the element at which the weights of keys >= least, added from the largest key down,
+// reach `target` >= 1.
 template <typename Weight>
-__device__ uint64_t SelectKey(const float* values, int64_t vocab_size, uint64_t least, uint64_t target,
-                              const Weight& weight, Shared& shared) {
+__device__ uint64_t SelectKey(const float* values, int64_t vocab_size, uint64_t least,
+                              uint64_t target, const Weight& weight, Shared& shared) {
   uint64_t prefix = 0;
   for (int shift = 64 - kRadixBits; shift >= 0; shift -= kRadixBits) {
     for (int bin = threadIdx.x; bin < kBins; bin += kThreads) shared.bins[bin] = 0;
@@ -67,7 +70,8 @@ __device__ uint64_t SelectKey(const float* values, int64_t vocab_size, uint64_t 
     for (int64_t id = threadIdx.x; id < vocab_size; id += kThreads) {
       const uint64_t key = KeyOf(values[id], static_cast<int32_t>(id));
       const bool inside = shift + kRadixBits == 64 || (key >> (shift + kRadixBits)) == prefix;
-      if (key >= least && inside) atomicAdd(&shared.bins[(key >> shift) % kBins], weight(values[id]));
+      if (key >= least && inside)
+        atomicAdd(&shared.bins[(key >> shift) % kBins], weight(values[id]));
     }
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -98,8 +102,8 @@ __device__ double LogSumExp(const float* values, int64_t vocab_size, Shared& sha
   return max + log(BlockSum<kThreads>(sum, shared.sums));
 }
 
-__device__ void WriteTop(const float* logits, int64_t vocab_size, int64_t count, double log_sum, int32_t* ids,
-                         float* logprobs, Shared& shared) {
+__device__ void WriteTop(const float* logits, int64_t vocab_size, int64_t count, double log_sum,
+                         int32_t* ids, float* logprobs, Shared& shared) {
   uint64_t limit = ~uint64_t{0};
   for (int64_t i = 0; i < min(count, vocab_size); ++i) {
     limit = LargestBelow(logits, vocab_size, limit, shared);
@@ -111,8 +115,8 @@ __device__ void WriteTop(const float* logits, int64_t vocab_size, int64_t count,
 }
 
 // Copies logits to `adjusted` with bias and penalties; true when a logit is NaN or +inf.
-__device__ bool Adjust(const SampleArgs& args, const SampleRow& row, const float* logits, float* adjusted,
-                       Shared& shared) {
+__device__ bool Adjust(const SampleArgs& args, const SampleRow& row, const float* logits,
+                       float* adjusted, Shared& shared) {
   if (threadIdx.x == 0) shared.bad = 0;
   __syncthreads();
   const int64_t vocab_size = args.logits.shape[1];
@@ -125,7 +129,8 @@ __device__ bool Adjust(const SampleArgs& args, const SampleRow& row, const float
     adjusted[row.biases[i].token_id] += row.biases[i].bias;
   }
   __syncthreads();
-  const uint32_t* counts = args.counts.data != nullptr ? Row<const uint32_t>(args.counts, row.slot) : nullptr;
+  const uint32_t* counts =
+      args.counts.data != nullptr ? Row<const uint32_t>(args.counts, row.slot) : nullptr;
   for (int64_t id = threadIdx.x; counts != nullptr && id < vocab_size; id += kThreads) {
     const uint32_t count = counts[id];
     if (count == 0) continue;
@@ -140,12 +145,15 @@ __device__ bool Adjust(const SampleArgs& args, const SampleRow& row, const float
   return shared.bad != 0;
 }
 
-// The least key that top_k and top_p keep, of values that are logits over temperature with the largest at 0.
-__device__ uint64_t LeastKept(const SampleRow& row, const float* scaled, int64_t vocab_size, Shared& shared) {
+// The least key that top_k and top_p keep, of values that are logits over temperature with the
+// largest at 0.
+__device__ uint64_t LeastKept(const SampleRow& row, const float* scaled, int64_t vocab_size,
+                              Shared& shared) {
   uint64_t least = 0;
   if (row.top_k > 0 && row.top_k < vocab_size) {
-    least = SelectKey(scaled, vocab_size, 0, static_cast<uint64_t>(row.top_k),
-                      [](float) { return 1ull; }, shared);
+    least = SelectKey(
+        scaled, vocab_size, 0, static_cast<uint64_t>(row.top_k), [](float) { return 1ull; },
+        shared);
   }
   if (row.top_p >= 1) return least;
   if (threadIdx.x == 0) shared.bins[0] = 0;
@@ -158,8 +166,10 @@ __device__ uint64_t LeastKept(const SampleRow& row, const float* scaled, int64_t
   __syncthreads();
   const double total = static_cast<double>(shared.bins[0]);
   __syncthreads();
-  const auto target = static_cast<uint64_t>(fmax(1.0, ceil(static_cast<double>(row.top_p) * total)));
-  return SelectKey(scaled, vocab_size, least, target, [](float x) { return IntegerWeight(x); }, shared);
+  const auto target =
+      static_cast<uint64_t>(fmax(1.0, ceil(static_cast<double>(row.top_p) * total)));
+  return SelectKey(
+      scaled, vocab_size, least, target, [](float x) { return IntegerWeight(x); }, shared);
 }
 
 __device__ int32_t Draw(const SampleRow& row, float* adjusted, int64_t vocab_size, Shared& shared) {
@@ -176,7 +186,9 @@ __device__ int32_t Draw(const SampleRow& row, float* adjusted, int64_t vocab_siz
   uint64_t best = 0;
   for (int64_t id = threadIdx.x; id < vocab_size; id += kThreads) {
     const float value = adjusted[id];
-    if (KeyOf(value, static_cast<int32_t>(id)) < least || expf(value) < least_weight || isinf(value)) continue;
+    if (KeyOf(value, static_cast<int32_t>(id)) < least || expf(value) < least_weight ||
+        isinf(value))
+      continue;
     const PhiloxWords words =
         SampleWords(row.seed, static_cast<uint32_t>(id) / 4, row.output_index, row.position);
     const uint64_t key = KeyOf(value + GumbelOfWord(words.word[id % 4]), static_cast<int32_t>(id));
@@ -205,7 +217,8 @@ __global__ void __launch_bounds__(kThreads) SampleKernel(SampleArgs args, float*
   }
   if (row.num_logprobs < 0) return;
   const double log_sum = LogSumExp(logits, vocab_size, shared);
-  if (threadIdx.x == 0) *Row<float>(args.logprobs, index) = static_cast<float>(logits[token] - log_sum);
+  if (threadIdx.x == 0)
+    *Row<float>(args.logprobs, index) = static_cast<float>(logits[token] - log_sum);
   if (row.num_logprobs == 0) return;
   WriteTop(logits, vocab_size, row.num_logprobs, log_sum, Row<int32_t>(args.top_ids, index),
            Row<float>(args.top_logprobs, index), shared);
@@ -229,7 +242,8 @@ __global__ void __launch_bounds__(kThreads) ScoreKernel(ScoreTokensArgs args) {
   const double log_sum = LogSumExp(logits, vocab_size, shared);
   const int32_t target = *Row<const int32_t>(args.targets, index);
   if (threadIdx.x == 0) {
-    *Row<float>(args.logprobs, index) = target < 0 ? 0 : static_cast<float>(logits[target] - log_sum);
+    *Row<float>(args.logprobs, index) =
+        target < 0 ? 0 : static_cast<float>(logits[target] - log_sum);
   }
   if (args.num_top == 0) return;
   WriteTop(logits, vocab_size, args.num_top, log_sum, Row<int32_t>(args.top_ids, index),
@@ -241,8 +255,10 @@ __global__ void __launch_bounds__(kThreads) ScoreKernel(ScoreTokensArgs args) {
 cudaError_t LaunchSample(const SampleArgs& args, Context& context) {
   if (args.num_rows == 0) return cudaSuccess;
   void* adjusted = nullptr;
-  const int64_t num_bytes = args.num_rows * args.logits.shape[1] * static_cast<int64_t>(sizeof(float));
-  if (const cudaError_t error = context.scratch.Reserve(num_bytes, &adjusted); error != cudaSuccess) return error;
+  const int64_t num_bytes =
+      args.num_rows * args.logits.shape[1] * static_cast<int64_t>(sizeof(float));
+  if (const cudaError_t error = context.scratch.Reserve(num_bytes, &adjusted); error != cudaSuccess)
+    return error;
   SampleKernel<<<static_cast<unsigned>(args.num_rows), kThreads, 0, context.stream>>>(
       args, static_cast<float*>(adjusted));
   return cudaGetLastError();

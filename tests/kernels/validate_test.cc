@@ -185,8 +185,9 @@ TEST(ValidateTest, LightningAttention) {
        {[](auto& a) { a.window.shape[0] = 2; }, "window has size 2 in dimension 0, expected 3"},
        {[](auto& a) { a.num_rows = -1; }, "num_rows is -1"},
        {[](auto& a) { a.rows = nullptr; }, "rows are absent"},
+       {[](auto& a) { a.num_decode_rows = 2; }, "num_decode_rows is 2, not in [0, 1]"},
        {[](auto& a) { a.num_decode_tokens = 6; }, "num_decode_tokens is 6"},
-       {[](auto& a) { a.o.dtype = DType::kBF16; }, "o has dtype bf16"},
+       {[](auto& a) { a.o.dtype = DType::kI32; }, "o has neither dtype f32 nor"},
        {[](auto& a) { a.o.shape[1] = 7; }, "o has size 7"}});
 }
 
@@ -248,9 +249,10 @@ TEST(ValidateTest, PagedAttention) {
        {[](auto& a) { a.blocks.shape[3] = 8; }, "blocks has size 8 in dimension 3, expected 128"},
        {[](auto& a) { a.block_tables = nullptr; }, "block_tables are absent"},
        {[](auto& a) { a.rows = nullptr; }, "rows are absent"},
+       {[](auto& a) { a.num_decode_rows = -1; }, "num_decode_rows is -1"},
        {[](auto& a) { a.num_decode_tokens = 4; }, "num_decode_tokens is 4"},
        {[](auto& a) { a.o.shape[0] = 4; }, "o has size 4"},
-       {[](auto& a) { a.o.dtype = DType::kBF16; }, "o has dtype bf16"}});
+       {[](auto& a) { a.o.dtype = DType::kI32; }, "o has neither dtype f32 nor"}});
 }
 
 TEST(ValidateTest, CountTokens) {

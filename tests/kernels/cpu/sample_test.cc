@@ -223,15 +223,16 @@ TEST_P(CpuSampleTest, MatchesTheSortingReference) {
   const int64_t vocab = 5003;
   std::vector<float> logits = RandomValues(6, 4 * vocab, DType::kF32, 3);
   for (size_t i = 0; i < logits.size(); i += 3) logits[i] = std::round(logits[i]);  // many ties
-  std::vector<uint32_t> counts(static_cast<size_t>(2 * vocab));
+  constexpr int kRows = 96;  // each with a slot of its own: a draw counts its token there
+  std::vector<uint32_t> counts(static_cast<size_t>(kRows * vocab));
   for (size_t i = 0; i < counts.size(); i += 7)
     counts[i] = (i % 2 == 0 ? kPromptBit : 0) + static_cast<uint32_t>(i % 4);
   const std::vector<TokenBias> biases = {{17, 2.5f}, {0, -kInfinity}, {5002, 1}, {17, 1}};
   std::vector<SampleRow> rows;
-  for (int i = 0; i < 96; ++i) {
+  for (int i = 0; i < kRows; ++i) {
     SampleRow row;
     row.logit_row = i % 4;
-    row.slot = i % 2;
+    row.slot = i;
     row.output_index = i;
     row.seed = 99;
     row.num_logprobs = i % 6 - 1;
