@@ -2,7 +2,6 @@
 // The subcommands of `godwit`: each file adds one to the CLI11 app and stores its exit code.
 
 #include <CLI/CLI.hpp>
-
 #include <iostream>
 
 #include "absl/status/status.h"
@@ -21,6 +20,7 @@ void AddHealthCommand(CLI::App& app, int& exit_code);
 // Under `godwit bench`.
 void AddBenchServeCommand(CLI::App& bench, int& exit_code);
 void AddBenchContextCommand(CLI::App& bench, int& exit_code);
+void AddBenchEngineCommand(CLI::App& bench, int& exit_code);
 
 // One line on stderr; returns `code`.
 inline int Report(const absl::Status& status, ExitCode code) {

@@ -14,7 +14,8 @@ int main(int argc, char** argv) {
   app.require_subcommand(0, 1);  // so that an unknown one is named, below
   app.get_formatter()->column_width(44);
   app.option_defaults()->always_capture_default();
-  app.footer("Exit codes: 0 done, 1 failed, 2 usage, 3 the model or the back end cannot be loaded.");
+  app.footer(
+      "Exit codes: 0 done, 1 failed, 2 usage, 3 the model or the back end cannot be loaded.");
   int exit_code = godwit::cli::kDone;
   godwit::cli::AddServeCommand(app, exit_code);
   godwit::cli::AddCompleteCommand(app, exit_code);
@@ -25,6 +26,7 @@ int main(int argc, char** argv) {
   CLI::App* bench = app.add_subcommand("bench", "Benchmarks")->require_subcommand(1);
   godwit::cli::AddBenchServeCommand(*bench, exit_code);
   godwit::cli::AddBenchContextCommand(*bench, exit_code);
+  godwit::cli::AddBenchEngineCommand(*bench, exit_code);
   try {  // CLI11 reports by exception, --help included
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -12,35 +12,61 @@
 
 namespace godwit::cli {
 
-void AddModelFlags(CLI::App& command, ModelFlags& flags) {
-  command.add_option("--model", flags.model, "folder with config.json, safetensors and tokenizer.model")
-      ->required()
+void AddModelOption(CLI::App& command, ModelFlags& flags) {
+  command
+      .add_option("--model", flags.model,
+                  "folder with config.json, safetensors and tokenizer.model")
       ->type_name("DIR");
-  command.add_option("--dtype", flags.dtype, "weights and activations; f32 is for reference checks")
+}
+
+void AddComputeFlags(CLI::App& command, ModelFlags& flags) {
+  command
+      .add_option("--dtype", flags.dtype, "weights and activations; f32 is for reference checks")
       ->check(CLI::IsMember({"bf16", "f32"}));
   command.add_option("--backend", flags.backend, "auto: a GPU when one is usable, else the CPU")
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}));
-  command.add_option("--rope", flags.rope,
-                     "JSON that replaces the checkpoint's RoPE scaling, e.g. {\"type\":\"linear\",\"factor\":16}")
+  command
+      .add_option("--rope", flags.rope,
+                  "JSON that replaces the checkpoint's RoPE scaling, e.g. "
+                  "{\"type\":\"linear\",\"factor\":16}")
       ->type_name("JSON");
   command.add_option("--threads", flags.threads, "CPU threads; 0: one per usable core")
       ->check(CLI::Range(0, 1024));
+  command.add_flag("--deterministic", flags.deterministic,
+                   "GPU: the bits of a sequence do not depend on its batch (the CPU's never do)");
+}
+
+void AddModelFlags(CLI::App& command, ModelFlags& flags) {
+  AddModelOption(command, flags);
+  command.get_option("--model")->required();
+  AddComputeFlags(command, flags);
 }
 
 DType ParseDType(const std::string& dtype) { return dtype == "f32" ? DType::kF32 : DType::kBF16; }
 
-absl::StatusOr<std::unique_ptr<Engine>> LoadOfflineEngine(const ModelFlags& flags, int64_t chunk,
-                                                          int64_t max_sequences) {
+absl::StatusOr<std::unique_ptr<Backend, BackendDeleter>> OpenBackend(const ModelFlags& flags) {
   std::string why_not_gpu;
-  ASSIGN_OR_RETURN(auto backend, CreateBackend({flags.backend, flags.threads}, &why_not_gpu));
-  if (!why_not_gpu.empty()) std::cerr << "godwit: " << why_not_gpu << "\n";
+  auto backend = CreateBackend({flags.backend, flags.threads}, &why_not_gpu);
+  if (!why_not_gpu.empty()) std::cerr << "godwit: on the CPU: " << why_not_gpu << "\n";
+  return backend;
+}
+
+EngineOptions OfflineOptions(const ModelFlags& flags) {
   EngineOptions options;
   options.model_folder = flags.model;
   options.rope_override = flags.rope;
   options.dtype = ParseDType(flags.dtype);
-  options.max_sequences = max_sequences;
   // Whoever runs a model offline decides how far: the checkpoint's length is a limit for serving.
   options.context_length = std::numeric_limits<int32_t>::max();
+  options.deterministic = flags.deterministic;
+  return options;
+}
+
+absl::StatusOr<std::unique_ptr<Engine>> LoadOfflineEngine(const ModelFlags& flags, int64_t chunk,
+                                                          int64_t max_sequences) {
+  ASSIGN_OR_RETURN(auto backend, OpenBackend(flags));
+  EngineOptions options = OfflineOptions(flags);
+  options.max_sequences = max_sequences;
   if (chunk > 0) options.max_tokens_per_step = std::max<int64_t>(chunk, kPrefillBlock);
   return Engine::Create(options, std::move(backend));
 }

@@ -2,7 +2,6 @@
 // The flags that name a model and how it computes, shared by every command that loads one.
 
 #include <CLI/CLI.hpp>
-
 #include <memory>
 #include <string>
 
@@ -18,14 +17,23 @@ struct ModelFlags {
   std::string backend = "auto";
   std::string rope;
   int threads = 0;
+  bool deterministic = false;
 };
 
-void AddModelFlags(CLI::App& command, ModelFlags& flags);
+void AddModelOption(CLI::App& command, ModelFlags& flags);   // --model alone
+void AddComputeFlags(CLI::App& command, ModelFlags& flags);  // the others
+void AddModelFlags(CLI::App& command, ModelFlags& flags);    // both; --model is required
 
 DType ParseDType(const std::string& dtype);  // "bf16", "f32"; CLI11 has checked it
 
-// Back end and engine for offline sequences; `chunk` > 0 is the largest number of prompt tokens computed at once. Why a
-// GPU is not used goes to stderr.
+// The back end that the flags choose. Why a GPU is not used goes to stderr.
+absl::StatusOr<std::unique_ptr<Backend, BackendDeleter>> OpenBackend(const ModelFlags& flags);
+
+// What the flags say of an engine, for one that no server schedules.
+EngineOptions OfflineOptions(const ModelFlags& flags);
+
+// Back end and engine for offline sequences; `chunk` > 0 is the largest number of prompt tokens
+// computed at once. Why a GPU is not used goes to stderr.
 absl::StatusOr<std::unique_ptr<Engine>> LoadOfflineEngine(const ModelFlags& flags, int64_t chunk,
                                                           int64_t max_sequences = 1);
 

@@ -36,12 +36,14 @@ void PrintReady(const Server& server, const ServerOptions& options) {
   std::cerr << absl::StrFormat(
       "godwit: serving %s (%.2f M parameters, %s) on %s; %d sequences of %.2f MiB state",
       server.model_name(), static_cast<double>(server.card().num_parameters) / 1e6,
-      server.card().backend, server.port() == 0 ? options.listen : absl::StrFormat("port %d", server.port()),
+      server.card().backend,
+      server.port() == 0 ? options.listen : absl::StrFormat("port %d", server.port()),
       geometry.num_slots, static_cast<double>(geometry.slot_bytes()) / (1024.0 * 1024.0));
   if (geometry.has_paged()) {
     std::cerr << absl::StrFormat(", %d KV blocks of %d tokens", geometry.num_blocks, kPagedBlock);
   }
-  if (server.metrics_port() != 0) std::cerr << absl::StrFormat("; /metrics on port %d", server.metrics_port());
+  if (server.metrics_port() != 0)
+    std::cerr << absl::StrFormat("; /metrics on port %d", server.metrics_port());
   std::cerr << std::endl;
 }
 
@@ -50,6 +52,7 @@ int RunServe(ServeFlags flags) {
   flags.server.engine.rope_override = flags.model.rope;
   flags.server.engine.dtype = ParseDType(flags.model.dtype);
   flags.server.engine.kv_bytes = Bytes(flags.kv_gib);
+  flags.server.engine.deterministic = flags.model.deterministic;
   flags.server.engine.swap_bytes = Bytes(flags.swap_gib);
   flags.server.backend = {flags.model.backend, flags.model.threads};
   flags.server.max_wait_ms = std::llround(flags.max_wait_s * 1e3);
@@ -69,7 +72,8 @@ int RunServe(ServeFlags flags) {
     std::this_thread::sleep_for(std::chrono::milliseconds(50));
   }
   const bool device_lost = (*server)->device_lost();
-  std::cerr << (device_lost ? "godwit: the device is lost, stopping" : "godwit: draining") << std::endl;
+  std::cerr << (device_lost ? "godwit: the device is lost, stopping" : "godwit: draining")
+            << std::endl;
   (*server)->Shutdown();
   return device_lost ? kFailed : kDone;
 }
@@ -77,16 +81,22 @@ int RunServe(ServeFlags flags) {
 void AddListenFlags(CLI::App& command, ServerOptions& options) {
   command.add_option("--listen", options.listen, "gRPC address; port 0: any free one")
       ->type_name("HOST:PORT");
-  command.add_flag("--insecure", options.insecure, "allow an address that is not loopback without TLS");
+  command.add_flag("--insecure", options.insecure,
+                   "allow an address that is not loopback without TLS");
   command.add_option("--metrics-listen", options.metrics_listen, "Prometheus /metrics; \"\": none")
       ->type_name("HOST:PORT");
   command.add_flag("--reflection", options.reflection, "serve gRPC reflection");
   command.add_option("--tls-cert", options.tls_cert_file, "server certificate")->type_name("PEM");
   command.add_option("--tls-key", options.tls_key_file, "server key")->type_name("PEM");
-  command.add_option("--tls-client-ca", options.tls_client_ca_file, "demand client certificates (mTLS)")
+  command
+      .add_option("--tls-client-ca", options.tls_client_ca_file,
+                  "demand client certificates (mTLS)")
       ->type_name("PEM");
-  command.add_option("--token-file", options.token_file, "bearer tokens, one a line")->type_name("FILE");
-  command.add_option("--max-streams", options.max_streams_per_connection, "concurrent calls per connection")
+  command.add_option("--token-file", options.token_file, "bearer tokens, one a line")
+      ->type_name("FILE");
+  command
+      .add_option("--max-streams", options.max_streams_per_connection,
+                  "concurrent calls per connection")
       ->check(CLI::Range(1, 1 << 20));
   command.add_option("--max-message-bytes", options.limits.max_message_bytes, "of one request")
       ->check(CLI::Range(int64_t{1024}, int64_t{1} << 31));
@@ -94,46 +104,64 @@ void AddListenFlags(CLI::App& command, ServerOptions& options) {
 
 void AddCapacityFlags(CLI::App& command, ServeFlags& flags) {
   EngineOptions& engine = flags.server.engine;
-  command.add_option("--max-sequences", engine.max_sequences, "state slots: sequences that run at once")
+  command
+      .add_option("--max-sequences", engine.max_sequences,
+                  "state slots: sequences that run at once")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 20));
-  command.add_option("--max-tokens-per-step", engine.max_tokens_per_step,
-                     "decode tokens and prompt tokens of one step")
+  command
+      .add_option("--max-tokens-per-step", engine.max_tokens_per_step,
+                  "decode tokens and prompt tokens of one step")
       ->check(CLI::Range(int64_t{kPrefillBlock}, int64_t{1} << 20));
-  command.add_option("--context-length", engine.context_length,
-                     "limit of prompt + output in tokens; 0: the model's")
+  command
+      .add_option("--context-length", engine.context_length,
+                  "limit of prompt + output in tokens; 0: the model's")
       ->check(CLI::Range(int64_t{0}, (int64_t{1} << 31) - 1));
-  command.add_option("--kv-memory", flags.kv_gib,
-                     "GiB for KV blocks of softmax layers; 0: 1, or half of what is free if less")
+  command
+      .add_option("--kv-memory", flags.kv_gib,
+                  "GiB for KV blocks of softmax layers; 0: 1, or half of what is free if less")
       ->check(CLI::Range(0.0, 1e5));
-  command.add_option("--swap-memory", flags.swap_gib, "GiB of host memory for preempted sequences; 0: no preemption")
+  command
+      .add_option("--swap-memory", flags.swap_gib,
+                  "GiB of host memory for preempted sequences; 0: no preemption")
       ->check(CLI::Range(0.0, 1e5));
-  command.add_option("--steps-in-flight", engine.max_steps_in_flight, "1, or 2: plan a step while one runs")
+  command
+      .add_option("--steps-in-flight", engine.max_steps_in_flight,
+                  "1, or 2: plan a step while one runs")
       ->check(CLI::Range(1, kMaxStepsInFlight));
   command.add_option("--max-waiting", flags.server.max_waiting, "requests in the queue")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 20));
-  command.add_option("--max-waiting-tokens", flags.server.max_waiting_tokens, "prompt tokens in the queue")
+  command
+      .add_option("--max-waiting-tokens", flags.server.max_waiting_tokens,
+                  "prompt tokens in the queue")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 40));
-  command.add_option("--max-wait", flags.max_wait_s,
-                     "seconds; a request that waits longer runs before any priority")
+  command
+      .add_option("--max-wait", flags.max_wait_s,
+                  "seconds; a request that waits longer runs before any priority")
       ->check(CLI::Range(0.0, 86'400.0));
-  command.add_option("--drain-timeout", flags.drain_timeout_s,
-                     "seconds that accepted requests may go on after SIGTERM")
+  command
+      .add_option("--drain-timeout", flags.drain_timeout_s,
+                  "seconds that accepted requests may go on after SIGTERM")
       ->check(CLI::Range(0.0, 86'400.0));
   RequestLimits& limits = flags.server.limits;
-  command.add_option("--default-max-tokens", limits.default_max_tokens, "of a request that does not say")
+  command
+      .add_option("--default-max-tokens", limits.default_max_tokens,
+                  "of a request that does not say")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 31));
   command.add_option("--max-tokens", limits.max_tokens, "cap per output; more is INVALID_ARGUMENT")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 31));
-  command.add_option("--max-n", limits.max_n, "cap of outputs per request")->check(CLI::Range(1, 1024));
+  command.add_option("--max-n", limits.max_n, "cap of outputs per request")
+      ->check(CLI::Range(1, 1024));
 }
 
 }  // namespace
 
 void AddServeCommand(CLI::App& app, int& exit_code) {
   auto flags = std::make_shared<ServeFlags>();
-  CLI::App* command = app.add_subcommand("serve", "Serve a model over gRPC until SIGTERM or Ctrl-C");
+  CLI::App* command =
+      app.add_subcommand("serve", "Serve a model over gRPC until SIGTERM or Ctrl-C");
   AddModelFlags(*command, flags->model);
-  command->add_option("--name", flags->server.model_name, "name of the model for clients and metrics; default: the folder's");
+  command->add_option("--name", flags->server.model_name,
+                      "name of the model for clients and metrics; default: the folder's");
   AddListenFlags(*command, flags->server);
   AddCapacityFlags(*command, *flags);
   command->callback([flags, &exit_code] { exit_code = RunServe(*flags); });

@@ -68,6 +68,7 @@ struct StepResult {
   std::vector<RowResult> rows;  // as submitted
   int64_t num_tokens = 0;       // computed in this step
   double forward_seconds = 0;   // device time of the step
+  double wait_seconds = 0;      // that Collect waited for the device
 };
 
 using StepId = int64_t;

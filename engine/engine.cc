@@ -1,6 +1,7 @@
 #include "engine/engine.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <deque>
 #include <map>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "engine/forward_plan.h"
 #include "engine/memory_plan.h"
@@ -22,6 +24,12 @@ namespace {
 
 constexpr int64_t kMaxSequences = 1 << 16;
 constexpr int64_t kMaxTokensPerStep = 1 << 20;
+// What is taken where the options say 0. A GPU's weights are read once for all rows of a step, so
+// both are as large as what they hold stays small beside the weights.
+constexpr int64_t kSequences = 64, kGpuSequences = 256;
+constexpr int64_t kTokensPerStep = 2048, kGpuTokensPerStep = 8192;
+constexpr int kRunsToRecord = 2;  // of a step's ops, until a back end replays them
+
 constexpr int64_t kMaxContext = (int64_t{1} << 31) - 1;  // of a model without a limit of its own
 
 absl::Status CheckRange(absl::string_view name, int64_t value, int64_t low, int64_t high) {
@@ -31,22 +39,40 @@ absl::Status CheckRange(absl::string_view name, int64_t value, int64_t low, int6
 }
 
 absl::Status CheckOptions(const EngineOptions& options) {
-  RETURN_IF_ERROR(CheckRange("max_sequences", options.max_sequences, 1, kMaxSequences));
+  RETURN_IF_ERROR(CheckRange("max_sequences", options.max_sequences, 0, kMaxSequences));
   // One block, so that a prompt cut at multiples of kPrefillBlock advances; and a token of every
   // sequence.
-  RETURN_IF_ERROR(CheckRange("max_tokens_per_step", options.max_tokens_per_step,
-                             std::max<int64_t>(kPrefillBlock, options.max_sequences),
-                             kMaxTokensPerStep));
+  if (options.max_tokens_per_step != 0) {
+    RETURN_IF_ERROR(CheckRange("max_tokens_per_step", options.max_tokens_per_step,
+                               std::max<int64_t>(kPrefillBlock, options.max_sequences),
+                               kMaxTokensPerStep));
+  }
   RETURN_IF_ERROR(CheckRange("kv_bytes", options.kv_bytes, 0, std::numeric_limits<int64_t>::max()));
   RETURN_IF_ERROR(
       CheckRange("swap_bytes", options.swap_bytes, 0, std::numeric_limits<int64_t>::max()));
   RETURN_IF_ERROR(CheckRange("context_length", options.context_length, 0, kMaxContext));
   RETURN_IF_ERROR(
-      CheckRange("max_steps_in_flight", options.max_steps_in_flight, 1, kMaxStepsInFlight));
+      CheckRange("max_steps_in_flight", options.max_steps_in_flight, 0, kMaxStepsInFlight));
   if (options.dtype != DType::kBF16 && options.dtype != DType::kF32) {
     return absl::InvalidArgumentError("dtype is neither bf16 nor f32");
   }
   return absl::OkStatus();
+}
+
+// What 0 stands for, as far as no model is needed to know it.
+EngineOptions WithDefaults(EngineOptions options, const DeviceInfo& device) {
+  if (options.max_tokens_per_step == 0) {
+    options.max_tokens_per_step =
+        std::max(device.replays ? kGpuTokensPerStep : kTokensPerStep, options.max_sequences);
+  }
+  if (options.max_steps_in_flight == 0) options.max_steps_in_flight = device.replays ? 2 : 1;
+  return options;
+}
+
+int64_t DefaultSequences(const DeviceInfo& device, int64_t slot_bytes) {
+  if (!device.owns_memory) return kSequences;
+  return std::clamp<int64_t>(device.free_bytes / 2 / std::max<int64_t>(slot_bytes, 1), 1,
+                             kGpuSequences);
 }
 
 // An operator's own length wins, also over the checkpoint's: a file that states 4096 with factor 8
@@ -98,6 +124,16 @@ BackendLimits Limits(const EngineOptions& options, const ModelConfig& config, in
           .deterministic = options.deterministic};
 }
 
+// What an allocation that fails at start tells an operator; PlanMemory says it for itself.
+absl::Status WithPlan(const absl::Status& status, const std::string& plan, int64_t free_bytes) {
+  if (!absl::IsResourceExhausted(status) || absl::StrContains(status.message(), "memory plan")) {
+    return status;
+  }
+  return absl::ResourceExhaustedError(absl::StrCat(
+      status.message(), "; memory plan: ", plan.empty() ? "not reached, weights do not fit" : plan,
+      "; ", FormatBytes(free_bytes), " were free at start"));
+}
+
 SampledToken MakeToken(int32_t token_id, float logprob, const int32_t* top_ids,
                        const float* top_logprobs, int32_t num_top) {
   SampledToken token = {.token_id = token_id, .logprob = logprob};
@@ -120,9 +156,14 @@ struct Engine::Impl {
     bool replayable = false;  // every row decodes one token, on a back end that records
   };
 
-  absl::Status Init(const EngineOptions& options);
-  absl::Status PlanCaches(const EngineOptions& options);
+  absl::Status Init(EngineOptions options);
+  absl::Status MakeModel(const EngineOptions& options);
+  CacheGeometry MakeGeometry(const EngineOptions& options) const;
+  absl::Status PlanCaches(const EngineOptions& options, CacheGeometry geometry);
+  absl::Status MakeStepBuffers(const EngineOptions& options);
   SamplerOptions MakeSamplerOptions(const EngineOptions& options) const;
+
+  absl::Status RunPadding(int64_t num_rows);
 
   absl::StatusOr<ForwardPlan> Upload(std::span<const BatchRow> rows, const StepArrays& arrays,
                                      Step& step);
@@ -177,47 +218,60 @@ SamplerOptions Engine::Impl::MakeSamplerOptions(const EngineOptions& options) co
           .d_model = model->config().d_model};
 }
 
-absl::Status Engine::Impl::PlanCaches(const EngineOptions& options) {
+// Without blocks.
+CacheGeometry Engine::Impl::MakeGeometry(const EngineOptions& options) const {
+  CacheGeometry geometry = {.components = model->state_components(),
+                            .window_rows = WindowRows(options.max_steps_in_flight, kMaxDraftTokens),
+                            .num_slots = options.max_sequences,
+                            .swap_bytes = options.swap_bytes};
+  geometry.components.push_back(
+      {.name = "penalties", .base_bytes = model->config().vocab_size * DTypeBytes(DType::kU32)});
+  return geometry;
+}
+
+absl::Status Engine::Impl::PlanCaches(const EngineOptions& options, CacheGeometry geometry) {
   const ModelConfig& config = model->config();
   MemoryPlan plan;
+  plan.geometry = std::move(geometry);
   plan.weight_bytes = model->weight_bytes();
   plan.workspace_bytes = model->workspace_bytes();
   RETURN_IF_ERROR(backend->Reserve(Limits(options, config, 0)));  // before what is free is read
   plan.free_bytes = backend->Info().free_bytes;
   plan.owns_memory = backend->Info().owns_memory;
-  plan.geometry.components = model->state_components();
-  plan.geometry.components.push_back(
-      {.name = "penalties", .base_bytes = config.vocab_size * DTypeBytes(DType::kU32)});
-  plan.geometry.window_rows = WindowRows(options.max_steps_in_flight, kMaxDraftTokens);
-  plan.geometry.num_slots = options.max_sequences;
-  plan.geometry.swap_bytes = options.swap_bytes;
   plan.step_bytes = ArenaBytes(options, 0) + Sampler::DeviceBytes(MakeSamplerOptions(options)) +
                     StepOutputs::DeviceBytes(options.max_sequences, options.max_tokens_per_step);
   ASSIGN_OR_RETURN(plan, PlanMemory(std::move(plan), options.kv_bytes));
-  RETURN_IF_ERROR(backend->Reserve(Limits(options, config, plan.geometry.num_blocks)));
-  ASSIGN_OR_RETURN(caches, CacheManager::Create(plan.geometry));
-  ASSIGN_OR_RETURN(pool, CachePool::Create(*backend, plan.geometry));
   card.weight_bytes = plan.weight_bytes;
   card.workspace_bytes = plan.workspace_bytes + plan.step_bytes;
   card.memory_plan = Describe(plan);
+  RETURN_IF_ERROR(backend->Reserve(Limits(options, config, plan.geometry.num_blocks)));
+  ASSIGN_OR_RETURN(caches, CacheManager::Create(plan.geometry));
+  ASSIGN_OR_RETURN(pool, CachePool::Create(*backend, plan.geometry));
   card.geometry = std::move(plan.geometry);
   return absl::OkStatus();
 }
 
-absl::Status Engine::Impl::Init(const EngineOptions& options) {
-  RETURN_IF_ERROR(CheckOptions(options));
-  ASSIGN_OR_RETURN(
-      model, LoadModel(options.model_folder,
-                       {.dtype = options.dtype, .max_tokens_per_step = options.max_tokens_per_step},
-                       options.rope_override, *backend));
+absl::Status Engine::Impl::MakeModel(const EngineOptions& options) {
+  const ModelOptions model_options = {.dtype = options.dtype,
+                                      .max_tokens_per_step = options.max_tokens_per_step};
+  if (options.config_json.empty()) {
+    ASSIGN_OR_RETURN(
+        model, LoadModel(options.model_folder, model_options, options.rope_override, *backend));
+  } else {
+    ASSIGN_OR_RETURN(model, MakeRandomModel(options.config_json, model_options,
+                                            options.rope_override, *backend));
+  }
   card.config = model->config();
   card.num_parameters = model->num_parameters();
   card.dtype = options.dtype == DType::kF32 ? "f32" : "bf16";
   card.backend = backend->Info().name;
   card.max_tokens_per_step = options.max_tokens_per_step;
+  card.max_steps_in_flight = options.max_steps_in_flight;
   card.context_length = ContextLength(options, card.config);
-  RETURN_IF_ERROR(PlanCaches(options));
+  return absl::OkStatus();
+}
 
+absl::Status Engine::Impl::MakeStepBuffers(const EngineOptions& options) {
   const int penalties = static_cast<int>(card.geometry.components.size()) - 1;
   SamplerOptions sampler_options = MakeSamplerOptions(options);
   sampler_options.counts = static_cast<uint32_t*>(pool->bases(penalties));
@@ -235,16 +289,76 @@ absl::Status Engine::Impl::Init(const EngineOptions& options) {
                                                      .vocab_size = card.config.vocab_size});
   slots.resize(static_cast<size_t>(options.max_sequences));
   max_steps_in_flight = options.max_steps_in_flight;
-  replays = backend->Info().replays;
   return absl::OkStatus();
+}
+
+absl::Status Engine::Impl::Init(EngineOptions options) {
+  RETURN_IF_ERROR(CheckOptions(options));
+  const DeviceInfo device = backend->Info();
+  replays = device.replays;
+  options = WithDefaults(std::move(options), device);
+  RETURN_IF_ERROR(MakeModel(options));
+  CacheGeometry geometry = MakeGeometry(options);
+  if (options.max_sequences == 0) {
+    options.max_sequences = geometry.num_slots = std::min(
+        DefaultSequences(backend->Info(), geometry.slot_bytes()), options.max_tokens_per_step);
+  }
+  RETURN_IF_ERROR(PlanCaches(options, std::move(geometry)));
+  return MakeStepBuffers(options);
+}
+
+// What a first request would wait for: the recordings of all numbers of rows, and whatever a back
+// end loads or chooses when it sees a prompt of full length. Padding alone makes a decode step, so
+// only the prompt needs a slot, which is zeroed again when it is handed out.
+absl::Status Engine::WarmUp() {
+  Impl& impl = *impl_;
+  const ModelCard& card = impl.card;
+  const int64_t num_blocks = card.geometry.num_blocks;
+  int64_t length = std::min(card.max_tokens_per_step, card.context_length);
+  if (card.geometry.has_paged()) length = std::min(length, num_blocks * kPagedBlock);
+  {
+    const std::vector<int32_t> prompt(static_cast<size_t>(length), 0);
+    const SamplingParams sampling = {.temperature = 0};
+    ASSIGN_OR_RETURN(CacheLease lease, caches().Reserve(length));
+    const RowOutput output = {.lease = &lease, .sampling = &sampling};
+    const BatchRow row = {.token_ids = prompt,
+                          .prompt_length = length,
+                          .lease = &lease,
+                          .outputs = std::span(&output, 1)};
+    ASSIGN_OR_RETURN(const StepId id, Submit(std::span(&row, 1)));
+    RETURN_IF_ERROR(Collect(id).status());
+  }
+  const int64_t most = card.geometry.num_slots;
+  for (int64_t num_rows = 0; num_rows < most;) {
+    num_rows = PaddedRows(num_rows + 1, most);
+    for (int run = 0; run < kRunsToRecord; ++run) RETURN_IF_ERROR(impl.RunPadding(num_rows));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Engine::Impl::RunPadding(int64_t num_rows) {
+  const StepArrays& arrays = planner->Plan({}, slots);
+  planner->Pad(num_rows);
+  Step step = {.id = next_step, .replayable = true};
+  RETURN_IF_ERROR(Run({}, arrays, step));
+  return ToStatus(backend->Synchronize());
 }
 
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(
     const EngineOptions& options, std::unique_ptr<Backend, BackendDeleter> backend) {
   auto impl = std::make_unique<Impl>();
   impl->backend = std::move(backend);
-  RETURN_IF_ERROR(impl->Init(options));
-  return std::unique_ptr<Engine>(new Engine(std::move(impl)));
+  const int64_t free_bytes = impl->backend->Info().free_bytes;
+  if (const absl::Status status = impl->Init(options); !status.ok()) {
+    return WithPlan(status, impl->card.memory_plan, free_bytes);
+  }
+  std::unique_ptr<Engine> engine(new Engine(std::move(impl)));
+  if (options.warm_up && engine->impl_->replays) {
+    if (const absl::Status status = engine->WarmUp(); !status.ok()) {
+      return WithPlan(status, engine->card().memory_plan, free_bytes);
+    }
+  }
+  return engine;
 }
 
 Engine::Engine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -271,6 +385,7 @@ absl::StatusOr<ForwardPlan> Engine::Impl::Upload(std::span<const BatchRow> rows,
       sampler->Plan(rows, arrays, step.replayable ? plan.num_rows : 0, *arena);
   step.outputs.assign(row_outputs.begin(), row_outputs.end());
   plan.block_tables = arena->Push(arrays.block_tables);
+  sampler->PushBiases(*arena);
   RETURN_IF_ERROR(arena->Upload());
   return plan;
 }
@@ -313,12 +428,14 @@ absl::Status Engine::Impl::ForwardAndDraw(std::span<const BatchRow> rows, const 
   return sampler->Score(hidden, *outputs);
 }
 
-// A step of decode rows is a function of its number of rows: everything else is in the arena.
+// A step of decode rows is a function of its numbers of rows and tokens: everything else is in the
+// arena.
 absl::Status Engine::Impl::Replay(std::span<const BatchRow> rows, const StepArrays& arrays,
                                   const ForwardPlan& plan) {
   bool replayed = false;
-  absl::Status status =
-      ToStatus(backend->BeginReplay(static_cast<uint64_t>(plan.num_rows), &replayed));
+  const uint64_t key =
+      static_cast<uint64_t>(plan.num_rows) << 32 | static_cast<uint64_t>(plan.num_tokens);
+  absl::Status status = ToStatus(backend->BeginReplay(key, &replayed));
   if (status.ok() && !replayed) status = ForwardAndDraw(rows, arrays, plan);
   const absl::Status ended = ToStatus(backend->EndReplay());
   return status.ok() ? ended : status;
@@ -449,8 +566,11 @@ absl::StatusOr<StepResult> Engine::Collect(StepId id) {
   GODWIT_CHECK(impl.in_flight.front().id == id);
   const Impl::Step step = std::move(impl.in_flight.front());
   impl.in_flight.pop_front();
-  RETURN_IF_ERROR(impl.backend->WaitMark(Impl::EndMark(id)));
   StepResult result;
+  const auto before = std::chrono::steady_clock::now();
+  RETURN_IF_ERROR(impl.backend->WaitMark(Impl::EndMark(id)));
+  result.wait_seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - before).count();
   result.num_tokens = step.num_tokens;
   RETURN_IF_ERROR(impl.backend->SecondsBetween(Impl::BeginMark(id), Impl::EndMark(id),
                                                &result.forward_seconds));

@@ -15,16 +15,21 @@ namespace godwit {
 
 struct EngineOptions {
   std::string model_folder;
+  std::string config_json;    // instead of a folder: text of a config.json, random weights
   std::string rope_override;  // --rope JSON, or ""
   DType dtype = DType::kBF16;
-  int64_t max_sequences = 64;          // state slots
-  int64_t max_tokens_per_step = 2048;  // prefill budget + decode rows
-  int64_t kv_bytes =
-      0;  // memory for KV blocks of softmax layers; 0: 1 GiB or what is free, the smaller
+  // State slots. 0: 64; where the device's memory is ours, 256 or as many as half of what the
+  // weights leave holds.
+  int64_t max_sequences = 0;
+  int64_t max_tokens_per_step = 0;  // prefill budget + decode rows; 0: 2048, on a GPU 8192
+  // Memory for KV blocks of softmax layers. 0: 1 GiB or half of what is free; where the device's
+  // memory is ours, all that is free.
+  int64_t kv_bytes = 0;
   int64_t swap_bytes = 0;       // host memory for preempted sequences
   int64_t context_length = 0;   // limit of prompt + output; 0: the model's (recurrent: 2^31 - 1)
-  int max_steps_in_flight = 1;  // 1 or 2
+  int max_steps_in_flight = 0;  // 1, or 2: plan a step while one runs; 0: 2 on a GPU
   bool deterministic = false;   // BackendLimits; the CPU always is
+  bool warm_up = true;          // where steps are recorded: before Create returns, not in requests
 };
 
 // What a user, `inspect` and GetModel need to know.
@@ -34,6 +39,7 @@ struct ModelCard {
   int64_t weight_bytes = 0, workspace_bytes = 0;
   int64_t context_length = 0;
   int64_t max_tokens_per_step = 0;
+  int max_steps_in_flight = 1;
   CacheGeometry geometry;   // components, slots, blocks
   std::string memory_plan;  // one line
   std::string dtype, backend;
@@ -57,6 +63,7 @@ class Engine final : public StepExecutor {
  private:
   struct Impl;
   explicit Engine(std::unique_ptr<Impl> impl);
+  absl::Status WarmUp();
   std::unique_ptr<Impl> impl_;
 };
 

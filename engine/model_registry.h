@@ -18,7 +18,7 @@ struct ModelFamily {
   absl::string_view name;  // model_type
   absl::StatusOr<ModelConfig> (*parse_config)(JsonObject& json, absl::string_view rope_override);
   absl::StatusOr<std::unique_ptr<Model>> (*load)(const ModelConfig& config,
-                                                 const SafetensorsReader& reader,
+                                                 const WeightSource& source,
                                                  const ModelOptions& options, Backend& backend);
 };
 

@@ -129,18 +129,21 @@ void Sampler::PadDraws(int64_t num_draws) {
   }
 }
 
-// What keeps its size from step to step first (StepArena). Biases are found through the rows.
 void Sampler::Push(StepArena& arena) {
   device_logit_tokens_ = arena.Push(logit_tokens_);
-  const std::span<SampleRow> rows = arena.Reserve(std::ssize(sample_rows_), &device_sample_rows_);
+  uploaded_rows_ = arena.Reserve(std::ssize(sample_rows_), &device_sample_rows_);
   device_score_tokens_ = arena.Push(score_tokens_);
   device_score_targets_ = arena.Push(score_targets_);
+}
+
+// The rows say where theirs lie.
+void Sampler::PushBiases(StepArena& arena) {
   const TokenBias* biases = arena.Push(biases_);
   for (size_t draw = 0; draw < sample_rows_.size(); ++draw) {
     SampleRow& row = sample_rows_[draw];
     row.biases = row.num_biases > 0 ? biases : nullptr;
     biases += row.num_biases;
-    rows[draw] = row;
+    uploaded_rows_[draw] = row;
   }
 }
 

@@ -43,9 +43,12 @@ class Sampler {
   static int64_t ArenaBytes(int64_t max_tokens_per_step, int64_t num_slots);
 
   // Step 1, before the arena is uploaded: which rows need logits and how each token is drawn; then
-  // padding up to num_draws draws. The span is as long as `rows` and valid until the next call.
+  // padding up to num_draws draws. Pushes what keeps its size from step to step (StepArena). The
+  // span is as long as `rows` and valid until the next call.
   std::span<const RowOutputs> Plan(std::span<const BatchRow> rows, const StepArrays& arrays,
                                    int64_t num_draws, StepArena& arena);
+  // Pushes what does not, after everything whose address a replay knows.
+  void PushBiases(StepArena& arena);
 
   // Step 2: counts prompt tokens. Forks copy the counts afterwards.
   absl::Status CountPrompts(const StepArrays& arrays, const TensorView& token_ids);
@@ -97,6 +100,7 @@ class Sampler {
   std::vector<ScoreRun> score_runs_;
   std::vector<TokenBias> biases_;  // of all draws, in order
   StepOutputs::Wanted wanted_;
+  std::span<SampleRow> uploaded_rows_;  // sample_rows_ in the arena; their biases come last
   int32_t* device_logit_tokens_ = nullptr;
   SampleRow* device_sample_rows_ = nullptr;
   int32_t* device_score_tokens_ = nullptr;

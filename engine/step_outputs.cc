@@ -32,6 +32,8 @@ absl::StatusOr<StepOutputs> StepOutputs::Create(Backend& backend, int64_t max_dr
   const int64_t num_bytes = DeviceBytes(max_draws, max_scores);
   const int64_t draw_bytes = DeviceBytes(max_draws, 0);
   StepOutputs outputs(backend);
+  outputs.max_draws_ = max_draws;
+  outputs.max_scores_ = max_scores;
   ASSIGN_OR_RETURN(outputs.device_, DeviceBuffer::Allocate(backend, num_bytes));
   outputs.device_draws_ = Carve(outputs.device_.bytes(), max_draws);
   outputs.device_scores_ = Carve(outputs.device_.bytes() + draw_bytes, max_scores);
@@ -44,22 +46,22 @@ absl::StatusOr<StepOutputs> StepOutputs::Create(Backend& backend, int64_t max_dr
 }
 
 absl::Status StepOutputs::Copy(const OutputArrays& to, const OutputArrays& from, int64_t count,
-                               bool logprobs, bool tops) {
+                               int64_t capacity, bool logprobs, bool tops) {
   if (count == 0) return absl::OkStatus();
-  RETURN_IF_ERROR(backend_->CopyToHost(to.tokens, from.tokens, count * kElementBytes));
-  if (!logprobs) return absl::OkStatus();
-  RETURN_IF_ERROR(backend_->CopyToHost(to.logprobs, from.logprobs, count * kElementBytes));
-  if (!tops) return absl::OkStatus();
-  const int64_t top_bytes = count * kMaxTopLogprobs * kElementBytes;
-  RETURN_IF_ERROR(backend_->CopyToHost(to.top_ids, from.top_ids, top_bytes));
-  return ToStatus(backend_->CopyToHost(to.top_logprobs, from.top_logprobs, top_bytes));
+  // The arrays lie behind one another, so what is wanted is a prefix: a second copy would cost a
+  // step more than the few kilobytes of unused entries do.
+  const int64_t elements = tops       ? (2 + kMaxTopLogprobs) * capacity + kMaxTopLogprobs * count
+                           : logprobs ? capacity + count
+                                      : count;
+  return ToStatus(backend_->CopyToHost(to.tokens, from.tokens, elements * kElementBytes));
 }
 
 absl::Status StepOutputs::ReadBack(StepId step, const Wanted& wanted) {
   const int64_t index = step % kMaxStepsInFlight;
-  RETURN_IF_ERROR(Copy(host_draws_[index], device_draws_, wanted.num_draws, wanted.draw_logprobs,
-                       wanted.draw_tops));
-  return Copy(host_scores_[index], device_scores_, wanted.num_scores, true, wanted.score_tops);
+  RETURN_IF_ERROR(Copy(host_draws_[index], device_draws_, wanted.num_draws, max_draws_,
+                       wanted.draw_logprobs, wanted.draw_tops));
+  return Copy(host_scores_[index], device_scores_, wanted.num_scores, max_scores_, true,
+              wanted.score_tops);
 }
 
 }  // namespace godwit

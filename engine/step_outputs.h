@@ -43,7 +43,7 @@ class StepOutputs {
     int64_t num_scores = 0;
     bool score_tops = false;
   };
-  // Queues the copies.
+  // Queues one copy for the draws and one for the scores, where there are any.
   absl::Status ReadBack(StepId step, const Wanted& wanted);
 
   // Once the queue has passed them.
@@ -58,10 +58,12 @@ class StepOutputs {
 
  private:
   explicit StepOutputs(Backend& backend) : backend_(&backend) {}
-  absl::Status Copy(const OutputArrays& to, const OutputArrays& from, int64_t count, bool logprobs,
-                    bool tops);
+  // Of `count` entries of arrays made for `capacity`: tokens, and as asked for what follows them.
+  absl::Status Copy(const OutputArrays& to, const OutputArrays& from, int64_t count,
+                    int64_t capacity, bool logprobs, bool tops);
 
   Backend* backend_;
+  int64_t max_draws_ = 0, max_scores_ = 0;
   DeviceBuffer device_;
   HostBuffer hosts_[kMaxStepsInFlight];
   OutputArrays device_draws_, device_scores_;

@@ -16,6 +16,8 @@ struct DeviceInfo {
   const char* description = "";  // instruction set or GPU, threads; one line
   int64_t memory_bytes = 0;      // total
   int64_t free_bytes = 0;        // what a plan may use now
+  int64_t used_bytes = 0;  // now: of the whole device where it serves this process alone, else of
+                           // this process
   bool owns_memory =
       false;             // the memory serves this process alone: a plan may take nearly all of it
   bool replays = false;  // BeginReplay records: steps of one shape are worth padding to

@@ -41,11 +41,11 @@ absl::Status AtLeast(const char* option, int64_t value, int64_t min) {
 }
 
 SchedulerOptions MakeSchedulerOptions(const ServerOptions& options, const ModelCard& card) {
-  return {.max_tokens_per_step = options.engine.max_tokens_per_step,
+  return {.max_tokens_per_step = card.max_tokens_per_step,
           .max_waiting = options.max_waiting,
           .max_waiting_tokens = options.max_waiting_tokens,
           .max_wait = options.max_wait_ms * 1'000'000,
-          .max_steps_in_flight = options.engine.max_steps_in_flight,
+          .max_steps_in_flight = card.max_steps_in_flight,
           .context_length = card.context_length};
 }
 
@@ -67,8 +67,10 @@ absl::Status ValidateServerOptions(const ServerOptions& options) {
   RETURN_IF_ERROR(AtLeast("grpc_memory_bytes", options.grpc_memory_bytes, 16 << 20));
   RETURN_IF_ERROR(AtLeast("drain_timeout_ms", options.drain_timeout_ms, 0));
   RETURN_IF_ERROR(AtLeast("liveness_timeout_ms", options.liveness_timeout_ms, 2000));
-  RETURN_IF_ERROR(
-      AtLeast("max_tokens_per_step", options.engine.max_tokens_per_step, kMinTokensPerStep));
+  if (options.engine.max_tokens_per_step != 0) {
+    RETURN_IF_ERROR(
+        AtLeast("max_tokens_per_step", options.engine.max_tokens_per_step, kMinTokensPerStep));
+  }
   if (limits.default_max_tokens > limits.max_tokens) {
     return absl::InvalidArgumentError(absl::StrCat("default_max_tokens ", limits.default_max_tokens,
                                                    " is more than max_tokens ", limits.max_tokens));

@@ -13,7 +13,7 @@ namespace godwit {
 absl::StatusOr<ModelConfig> ParseLlamaConfig(JsonObject& json, absl::string_view rope_override);
 
 absl::StatusOr<std::unique_ptr<Model>> LoadLlama(const ModelConfig& config,
-                                                 const SafetensorsReader& reader,
+                                                 const WeightSource& source,
                                                  const ModelOptions& options, Backend& backend);
 
 }  // namespace godwit

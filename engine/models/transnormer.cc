@@ -35,8 +35,8 @@ class Transnormer final : public Model {
         workspace_(backend),
         srms_norm_{.kind = NormKind::kRms, .epsilon = config.norm_epsilon} {}
 
-  absl::Status Load(const SafetensorsReader& reader) {
-    WeightLoader loader(reader, options_.dtype, weights_);
+  absl::Status Load(const WeightSource& source) {
+    WeightLoader loader(source, options_.dtype, weights_);
     ASSIGN_OR_RETURN(embedding_, loader.Matrix({{"model.embed_tokens.weight", config_.vocab_size}},
                                                config_.d_model));
     for (int64_t layer = 0; layer < config_.num_layers; ++layer)
@@ -208,11 +208,11 @@ class Transnormer final : public Model {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Model>> LoadTransnormer(const ModelConfig& config,
-                                                       const SafetensorsReader& reader,
+                                                       const WeightSource& source,
                                                        const ModelOptions& options,
                                                        Backend& backend) {
   auto model = std::make_unique<Transnormer>(config, options, backend);
-  RETURN_IF_ERROR(model->Load(reader));
+  RETURN_IF_ERROR(model->Load(source));
   return model;
 }
 

@@ -15,7 +15,7 @@ absl::StatusOr<ModelConfig> ParseTransnormerConfig(JsonObject& json,
                                                    absl::string_view rope_override);
 
 absl::StatusOr<std::unique_ptr<Model>> LoadTransnormer(const ModelConfig& config,
-                                                       const SafetensorsReader& reader,
+                                                       const WeightSource& source,
                                                        const ModelOptions& options,
                                                        Backend& backend);
 

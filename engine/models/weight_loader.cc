@@ -1,6 +1,7 @@
 #include "engine/models/weight_loader.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "absl/strings/match.h"
@@ -20,25 +21,34 @@ absl::Status Named(const std::string& name, const absl::Status& status) {
 
 }  // namespace
 
-WeightLoader::WeightLoader(const SafetensorsReader& reader, DType dtype, DeviceMemory& memory)
-    : reader_(reader), dtype_(dtype), memory_(memory) {}
+WeightLoader::WeightLoader(const WeightSource& source, DType dtype, DeviceMemory& memory)
+    : stored_(source.stored), seed_(source.seed), dtype_(dtype), memory_(memory) {}
+
+// The stored tensors of the parts; none where nothing is stored.
+absl::StatusOr<std::vector<const StoredTensor*>> WeightLoader::Find(const std::vector<Rows>& parts,
+                                                                    int64_t num_columns) {
+  std::vector<const StoredTensor*> tensors;
+  if (stored_ == nullptr) return tensors;
+  for (const Rows& part : parts) {
+    ASSIGN_OR_RETURN(const StoredTensor* tensor,
+                     stored_->Expect(part.name, {part.num_rows, num_columns}));
+    tensors.push_back(tensor);
+    used_.insert(part.name);
+  }
+  return tensors;
+}
 
 absl::StatusOr<MatrixView> WeightLoader::Matrix(const std::vector<Rows>& parts,
                                                 int64_t num_columns) {
   GODWIT_CHECK(!parts.empty());
-  std::vector<const StoredTensor*> tensors;
+  ASSIGN_OR_RETURN(const std::vector<const StoredTensor*> tensors, Find(parts, num_columns));
   int64_t num_rows = 0;
-  for (const Rows& part : parts) {
-    ASSIGN_OR_RETURN(const StoredTensor* tensor,
-                     reader_.Expect(part.name, {part.num_rows, num_columns}));
-    tensors.push_back(tensor);
-    used_.insert(part.name);
-    num_rows += part.num_rows;
-  }
+  for (const Rows& part : parts) num_rows += part.num_rows;
   absl::StatusOr<MatrixView> matrix = memory_.Matrix(num_rows, num_columns, dtype_);
   if (!matrix.ok()) return Named(parts[0].name, matrix.status());
+  if (stored_ == nullptr) RETURN_IF_ERROR(Fill(*matrix));
   int64_t first_row = 0;
-  for (size_t part = 0; part < parts.size(); ++part) {
+  for (size_t part = 0; part < tensors.size(); ++part) {
     if (const absl::Status status = Pack(*matrix, first_row, *tensors[part]); !status.ok()) {
       return Named(parts[part].name, status);
     }
@@ -46,6 +56,12 @@ absl::StatusOr<MatrixView> WeightLoader::Matrix(const std::vector<Rows>& parts,
   }
   num_parameters_ += num_rows * num_columns;
   return matrix;
+}
+
+// A product of an input of unit scale has unit scale again.
+absl::Status WeightLoader::Fill(const MatrixView& matrix) {
+  const double scale = 1 / std::sqrt(static_cast<double>(matrix.num_columns));
+  return ToStatus(memory_.backend().FillRandom(matrix, seed_++, static_cast<float>(scale)));
 }
 
 absl::Status WeightLoader::Pack(const MatrixView& matrix, int64_t first_row,
@@ -71,17 +87,19 @@ absl::Status WeightLoader::Pack(const MatrixView& matrix, int64_t first_row,
     }
   }
   RETURN_IF_ERROR(backend.Synchronize());
-  reader_.ReleasePages(tensor);
+  stored_->ReleasePages(tensor);
   return absl::OkStatus();
 }
 
 absl::StatusOr<TensorView> WeightLoader::Table(const std::string& name,
                                                const std::vector<int64_t>& shape, int64_t num_rows,
                                                int64_t num_columns) {
-  ASSIGN_OR_RETURN(const StoredTensor* tensor, reader_.Expect(name, shape));
-  used_.insert(name);
-  std::vector<float> values(static_cast<size_t>(num_rows * num_columns));
-  ToF32(*tensor, 0, num_rows * num_columns, values.data());
+  std::vector<float> values(static_cast<size_t>(num_rows * num_columns), 1.0f);
+  if (stored_ != nullptr) {
+    ASSIGN_OR_RETURN(const StoredTensor* tensor, stored_->Expect(name, shape));
+    used_.insert(name);
+    ToF32(*tensor, 0, num_rows * num_columns, values.data());
+  }
   absl::StatusOr<TensorView> table = memory_.Upload(values, num_rows, num_columns);
   if (!table.ok()) return Named(name, table.status());
   num_parameters_ += num_rows * num_columns;
@@ -89,17 +107,19 @@ absl::StatusOr<TensorView> WeightLoader::Table(const std::string& name,
 }
 
 bool WeightLoader::Same(const std::string& name, const std::string& other) const {
-  const StoredTensor* a = reader_.Find(name);
-  const StoredTensor* b = reader_.Find(other);
+  if (stored_ == nullptr) return false;
+  const StoredTensor* a = stored_->Find(name);
+  const StoredTensor* b = stored_->Find(other);
   if (a == nullptr || b == nullptr || a->dtype != b->dtype || a->shape != b->shape) return false;
   const bool same = std::memcmp(a->data, b->data, static_cast<size_t>(a->num_bytes)) == 0;
-  reader_.ReleasePages(*a);
-  reader_.ReleasePages(*b);
+  stored_->ReleasePages(*a);
+  stored_->ReleasePages(*b);
   return same;
 }
 
 absl::Status WeightLoader::Finish() const {
-  for (const auto& [name, tensor] : reader_.tensors()) {
+  if (stored_ == nullptr) return absl::OkStatus();
+  for (const auto& [name, tensor] : stored_->tensors()) {
     if (used_.count(name) > 0 || absl::EndsWith(name, "rotary_emb.inv_freq")) continue;
     return absl::UnimplementedError(
         absl::StrCat(tensor.file, ": tensor '", name.substr(0, 120),

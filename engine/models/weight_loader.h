@@ -1,6 +1,8 @@
 #pragma once
 // Carries the tensors of a checkpoint into a back end, one at a time: besides the packed weights,
-// memory holds the pages of one tensor and one conversion buffer.
+// memory holds the pages of one tensor and one conversion buffer. Without a checkpoint every matrix
+// is filled on the device with random entries that keep activations near unit scale, and every
+// table with ones: the shape of a model, for measurements.
 
 #include <set>
 #include <string>
@@ -8,6 +10,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "engine/model.h"
 #include "engine/models/device_memory.h"
 #include "engine/safetensors.h"
 
@@ -16,7 +19,7 @@ namespace godwit {
 class WeightLoader {
  public:
   // `dtype` of matrices; vectors and tables are always f32. Everything loaded belongs to `memory`.
-  WeightLoader(const SafetensorsReader& reader, DType dtype, DeviceMemory& memory);
+  WeightLoader(const WeightSource& source, DType dtype, DeviceMemory& memory);
 
   struct Rows {
     std::string name;  // of a stored [num_rows, num_columns]
@@ -32,7 +35,9 @@ class WeightLoader {
   absl::StatusOr<TensorView> Table(const std::string& name, const std::vector<int64_t>& shape,
                                    int64_t num_rows, int64_t num_columns);
 
-  bool Has(const std::string& name) const { return reader_.Find(name) != nullptr; }
+  bool Has(const std::string& name) const {
+    return stored_ != nullptr && stored_->Find(name) != nullptr;
+  }
 
   // Two stored tensors with the same dtype, shape and bytes.
   bool Same(const std::string& name, const std::string& other) const;
@@ -47,9 +52,13 @@ class WeightLoader {
   int64_t num_parameters() const { return num_parameters_; }
 
  private:
+  absl::StatusOr<std::vector<const StoredTensor*>> Find(const std::vector<Rows>& parts,
+                                                        int64_t num_columns);
+  absl::Status Fill(const MatrixView& matrix);
   absl::Status Pack(const MatrixView& matrix, int64_t first_row, const StoredTensor& tensor);
 
-  const SafetensorsReader& reader_;
+  const SafetensorsReader* const stored_;  // null: random
+  uint64_t seed_;                          // of the next random matrix
   const DType dtype_;
   DeviceMemory& memory_;
   std::set<std::string> used_;

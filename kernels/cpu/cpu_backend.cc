@@ -50,7 +50,7 @@ class CpuBackend final : public Backend {
 
   DeviceInfo Info() const override {
     const MemoryInfo memory = ReadMemoryInfo();
-    return {"cpu", description_.c_str(), memory.total_bytes, memory.free_bytes};
+    return {"cpu", description_.c_str(), memory.total_bytes, memory.free_bytes, memory.used_bytes};
   }
 
   OpStatus Allocate(int64_t num_bytes, void** data) override;

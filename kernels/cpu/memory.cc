@@ -1,6 +1,7 @@
 #include "kernels/cpu/memory.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -75,6 +76,11 @@ MemoryInfo ReadMemoryInfo() {
   while (file >> name >> kibibytes && std::getline(file, unit)) {
     if (name == "MemTotal:") info.total_bytes = kibibytes * 1024;
     if (name == "MemAvailable:") info.free_bytes = kibibytes * 1024;
+  }
+  std::ifstream statm("/proc/self/statm");
+  int64_t total_pages = 0, resident_pages = 0;
+  if (statm >> total_pages >> resident_pages) {
+    info.used_bytes = resident_pages * sysconf(_SC_PAGESIZE);
   }
   LimitByGroup("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", info);
   LimitByGroup("/sys/fs/cgroup/memory/memory.limit_in_bytes",

@@ -14,6 +14,7 @@ void ReleaseMemory(void* data, int64_t num_bytes);
 struct MemoryInfo {
   int64_t total_bytes = 0;  // of this machine, or the limit of this control group
   int64_t free_bytes = 0;   // what can be acquired without swapping
+  int64_t used_bytes = 0;   // resident, of this process
 };
 MemoryInfo ReadMemoryInfo();
 

@@ -62,6 +62,7 @@ class CudaBackend final : public Backend {
             .description = description_,
             .memory_bytes = static_cast<int64_t>(total_bytes),
             .free_bytes = std::max<int64_t>(static_cast<int64_t>(free_bytes) - kMarginBytes, 0),
+            .used_bytes = static_cast<int64_t>(total_bytes - free_bytes),
             .owns_memory = true,
             .replays = true};
   }
@@ -191,18 +192,22 @@ class CudaBackend final : public Backend {
   OpStatus Result(const char* op, cudaError_t error) {
     if (error == cudaSuccess) return {};
     std::snprintf(text_, sizeof(text_), "%s: CUDA: %s", op, cudaGetErrorString(error));
-    // What a launch refuses leaves the device usable; everything else is sticky.
-    const bool refused = error == cudaErrorInvalidValue || error == cudaErrorInvalidConfiguration ||
-                         error == cudaErrorMemoryAllocation;
-    if (refused) cudaGetLastError();
-    if (error == cudaErrorMemoryAllocation) return {OpCode::kResourceExhausted, text_};
-    return {refused ? OpCode::kInternal : OpCode::kUnavailable, text_};
+    // Memory that cannot be had leaves the device usable. Nothing else is worth another try: most
+    // errors of CUDA stay, and a launch that is refused would be refused in the next step too.
+    if (error != cudaErrorMemoryAllocation) return {OpCode::kUnavailable, text_};
+    cudaGetLastError();
+    return {OpCode::kResourceExhausted, text_};
   }
 
+  // An op of a step. What it cannot allocate it lacks in every step, so that is no better than a
+  // lost device; the limits of Reserve are there to prevent it.
   template <typename Args, typename Launch>
   OpStatus Run(const char* op, const Args& args, const Launch& launch) {
-    if (const OpStatus status = Validate(args); !status.ok()) return status;
-    return Result(op, launch());
+    OpStatus status = Validate(args);
+    if (status.ok()) status = Result(op, launch());
+    if (status.code == OpCode::kResourceExhausted) status.code = OpCode::kUnavailable;
+    open_failed_ |= !status.ok();
+    return status;
   }
 
   cudaStream_t stream_ = nullptr;
@@ -212,6 +217,8 @@ class CudaBackend final : public Backend {
   std::unordered_map<uint64_t, Recording> recordings_;
   int64_t recorded_growths_ = 0;  // of scratch_ when they were made: they hold its address
   Recording* open_ = nullptr;     // between BeginReplay and EndReplay
+  uint64_t open_key_ = 0;
+  bool open_failed_ = false;  // an op between them did
   bool capturing_ = false;
   char description_[320] = "";
   char text_[256] = "";
@@ -232,6 +239,8 @@ OpStatus CudaBackend::BeginReplay(uint64_t key, bool* replayed) {
     recorded_growths_ = scratch_.num_growths();
   }
   open_ = &recordings_[key];
+  open_key_ = key;
+  open_failed_ = false;
   if (open_->graph != nullptr) {
     *replayed = true;
     return Result("BeginReplay", cudaGraphLaunch(open_->graph, stream_));
@@ -244,12 +253,19 @@ OpStatus CudaBackend::BeginReplay(uint64_t key, bool* replayed) {
 
 OpStatus CudaBackend::EndReplay() {
   Recording* recording = std::exchange(open_, nullptr);
-  if (!std::exchange(capturing_, false)) {
+  cudaGraph_t graph = nullptr;
+  cudaError_t error = cudaSuccess;
+  const bool captured = std::exchange(capturing_, false);
+  if (captured) error = cudaStreamEndCapture(stream_, &graph);
+  if (open_failed_) {
+    if (graph != nullptr) cudaGraphDestroy(graph);
+    recordings_.erase(open_key_);
+    return {};
+  }
+  if (!captured) {
     if (recording != nullptr) recording->ran = true;
     return {};
   }
-  cudaGraph_t graph = nullptr;
-  cudaError_t error = cudaStreamEndCapture(stream_, &graph);
   if (error == cudaSuccess) error = cudaGraphInstantiate(&recording->graph, graph, 0);
   if (graph != nullptr) cudaGraphDestroy(graph);
   if (error == cudaSuccess) error = cudaGraphLaunch(recording->graph, stream_);

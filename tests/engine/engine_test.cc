@@ -73,8 +73,8 @@ TEST_F(EngineTest, OptionsOutOfRangeAreNamed) {
     EXPECT_THAT(std::string(status.message()), HasSubstr(words));
   };
   EngineOptions options = Options();
-  options.max_sequences = 0;
-  expect(options, "max_sequences 0 not in [1, 65536]");
+  options.max_sequences = -1;
+  expect(options, "max_sequences -1 not in [0, 65536]");
   options = Options();
   options.max_tokens_per_step = 63;
   expect(options, "max_tokens_per_step 63 not in [64, ");
@@ -83,7 +83,7 @@ TEST_F(EngineTest, OptionsOutOfRangeAreNamed) {
   expect(options, "max_tokens_per_step 512 not in [513, ");
   options = Options();
   options.max_steps_in_flight = 3;
-  expect(options, "max_steps_in_flight 3 not in [1, 2]");
+  expect(options, "max_steps_in_flight 3 not in [0, 2]");
   options = Options();
   options.kv_bytes = -1;
   expect(options, "kv_bytes -1");

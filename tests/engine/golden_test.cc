@@ -18,6 +18,7 @@
 #include "kernels/ref/ref_backend.h"
 #include "nlohmann/json.hpp"
 #include "tests/engine/golden_data.h"
+#include "tests/engine/gpu.h"
 
 namespace godwit {
 namespace {
@@ -44,6 +45,11 @@ std::unique_ptr<Engine> MakeEngine(const GoldenCase& golden, const std::string& 
   std::unique_ptr<Backend, BackendDeleter> backend;
   if (backend_name == "ref") {
     backend = CreateRefBackend();
+  } else if (backend_name == "cuda") {
+    auto gpu = OpenGpu();
+    EXPECT_TRUE(gpu.ok()) << gpu.status();
+    if (!gpu.ok()) return nullptr;
+    backend = std::move(*gpu);
   } else {
     auto cpu = CreateCpuBackend({.num_threads = 2});
     EXPECT_TRUE(cpu.ok()) << cpu.status();
@@ -122,6 +128,9 @@ class GoldenTest : public testing::TestWithParam<Param> {
  protected:
   void SetUp() override {
     if (TestDataFolder().empty()) GTEST_SKIP() << "GODWIT_TEST_DATA names no folder with golden/";
+    if (GetParam().backend == std::string("cuda")) {
+      if (const absl::Status gpu = OpenGpu().status(); !gpu.ok()) GTEST_SKIP() << gpu.message();
+    }
     auto golden = ReadGoldenCase(GetParam().golden);
     ASSERT_TRUE(golden.ok()) << golden.status();
     golden_ = *std::move(golden);
@@ -180,7 +189,7 @@ std::vector<Param> AllParams() {
   std::vector<Param> params;
   for (const char* golden :
        {"tnl-small", "tnl-untied-heads6", "llama-default", "llama-gqa-tied", "llama-linear-8"}) {
-    for (const char* backend : {"cpu", "ref"}) params.push_back({golden, backend});
+    for (const char* backend : {"cpu", "ref", "cuda"}) params.push_back({golden, backend});
   }
   return params;
 }

@@ -50,6 +50,7 @@ ModelCard FakeEngine::card() const {
   card.config.add_bos = options_.add_bos;
   card.num_parameters = 1234;
   card.context_length = options_.context_length;
+  card.max_tokens_per_step = 2048;
   card.geometry.components = {
       {.name = "layers.0.lightning", .base_bytes = 1024, .row_bytes = 32, .block = 16}};
   card.geometry.window_rows = WindowRows(1, 0);
