@@ -241,8 +241,13 @@ bool DriverOutput::SameBits(const DriverOutput& other) const {
 }
 
 std::unique_ptr<Engine> MakeEngine(const TinyModel& model, EngineOptions options) {
+  return MakeEngine(model, std::move(options), Must(CreateCpuBackend({.num_threads = 2})));
+}
+
+std::unique_ptr<Engine> MakeEngine(const TinyModel& model, EngineOptions options,
+                                   std::unique_ptr<Backend, BackendDeleter> backend) {
   options.model_folder = model.folder();
-  return Must(Engine::Create(options, Must(CreateCpuBackend({.num_threads = 2}))));
+  return Must(Engine::Create(options, std::move(backend)));
 }
 
 std::vector<DriverOutput> Drive(Engine& engine, int steps_in_flight,

@@ -40,6 +40,8 @@ struct DriverOutput {
 // One engine on the CPU. Fails the test (ASSERT in the constructor's place: check `engine()`) when
 // it cannot be made.
 std::unique_ptr<Engine> MakeEngine(const TinyModel& model, EngineOptions options);
+std::unique_ptr<Engine> MakeEngine(const TinyModel& model, EngineOptions options,
+                                   std::unique_ptr<Backend, BackendDeleter> backend);
 
 // Outputs of all requests, request by request, output by output.
 std::vector<DriverOutput> Drive(Engine& engine, int steps_in_flight,

@@ -1,0 +1,177 @@
+// Recorded decode steps: nothing of a step may live in the arguments of its ops, and padding
+// changes nothing. On the CPU with a back end around it that records; on a GPU against the same
+// engine without recordings.
+
+#include <memory>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "tests/engine/engine_driver.h"
+#include "tests/engine/gpu.h"
+#include "tests/engine/wrapped_backend.h"
+
+namespace godwit {
+namespace {
+
+using BackendPointer = std::unique_ptr<Backend, BackendDeleter>;
+using Case = std::tuple<TinyFamily, std::string>;
+
+class ReplayTest : public testing::TestWithParam<Case> {
+ protected:
+  ReplayTest() : model_({.family = std::get<0>(GetParam())}) {}
+
+  void SetUp() override {
+    if (!OnGpu()) return;
+    if (const absl::Status gpu = OpenGpu().status(); !gpu.ok()) GTEST_SKIP() << gpu.message();
+  }
+
+  static bool OnGpu() { return std::get<1>(GetParam()) == "cuda"; }
+
+  static BackendPointer Device() {
+    return OnGpu() ? std::move(*OpenGpu()) : std::move(*CreateCpuBackend({.num_threads = 2}));
+  }
+
+  EngineOptions Options(bool warm_up) const {
+    return {.dtype = DType::kBF16,
+            .max_sequences = 24,
+            .max_tokens_per_step = 512,
+            .kv_bytes = 8 << 20,
+            .swap_bytes = 64 << 20,
+            .max_steps_in_flight = 2,
+            .deterministic = true,
+            .warm_up = warm_up};
+  }
+
+  std::unique_ptr<Engine> Plain() const {
+    return MakeEngine(model_, Options(false), BackendPointer(new WrappedBackend(Device(), {})));
+  }
+  // *backend is the engine's. On a GPU the device records by itself.
+  std::unique_ptr<Engine> Recording(bool warm_up, WrappedBackend** backend) const {
+    if (OnGpu()) return MakeEngine(model_, Options(warm_up), Device());
+    *backend = new WrappedBackend(Device(), {.replays = true});
+    return MakeEngine(model_, Options(warm_up), BackendPointer(*backend));
+  }
+
+  // Of every kind that shares a step: greedy, sampled, penalised, biased, with log-probabilities,
+  // forked, moved to host memory, beginning and ending at other times.
+  std::vector<DriverRequest> Requests() const {
+    std::vector<DriverRequest> requests;
+    for (uint64_t index = 0; index < 11; ++index) {
+      DriverRequest& request = requests.emplace_back();
+      request.prompt = RandomTokens(700 + index, 1 + 37 * static_cast<int64_t>(index) % 200,
+                                    model_.options().vocab_size);
+      request.seed = index;
+      request.max_tokens = 20 + 5 * static_cast<int64_t>(index % 4);
+      request.start_step = static_cast<int64_t>(index * 5 % 17);
+      request.sampling.temperature = index % 2 == 0 ? 0.0f : 0.9f;
+      request.sampling.num_logprobs = static_cast<int32_t>(index % 3) - 1;
+      if (index % 3 == 1) request.sampling.frequency_penalty = 0.5f;
+      if (index % 4 == 2) {
+        for (int32_t id = 0; id < 40; ++id) {
+          request.sampling.logit_bias.push_back({id + static_cast<int32_t>(index), -3});
+        }
+      }
+      if (index == 5) {
+        request.sampling.end_token_ids = {7, 8, 9};
+        request.sampling.min_tokens = 12;
+      }
+      if (index == 6) request.swap_after = 4;
+      if (index == 7) request.num_outputs = 3;
+    }
+    return requests;
+  }
+
+  TinyModel model_;
+};
+
+TEST_P(ReplayTest, ReplayedStepsEqualUnrecordedOnes) {
+  const std::vector<DriverOutput> expected = Drive(*Plain(), 2, Requests());
+  for (const bool warm_up : {false, true}) {
+    SCOPED_TRACE(warm_up);
+    WrappedBackend* backend = nullptr;
+    const auto engine = Recording(warm_up, &backend);
+    // Twice: the second time every number of rows has its recording.
+    for (int run = 0; run < 2; ++run) {
+      const std::vector<DriverOutput> outputs = Drive(*engine, 2, Requests());
+      ASSERT_EQ(outputs.size(), expected.size());
+      for (size_t index = 0; index < outputs.size(); ++index) {
+        EXPECT_TRUE(outputs[index].SameBits(expected[index])) << "output " << index;
+      }
+    }
+    if (backend != nullptr) {
+      EXPECT_GT(backend->num_replays(), 30);
+    }
+  }
+}
+
+TEST_P(ReplayTest, WarmUpRecordsEveryNumberOfRows) {
+  WrappedBackend* backend = nullptr;
+  const auto engine = Recording(true, &backend);
+  if (backend == nullptr) GTEST_SKIP() << "a GPU keeps no count";
+  EXPECT_EQ(backend->num_recordings(), 8);  // 1, 2, 3, 4, 8, 12, 16, 24
+  Drive(*engine, 2, Requests());
+  EXPECT_EQ(backend->num_recordings(), 8);
+  EXPECT_EQ(engine->caches().free_slots(), 24);
+}
+
+TEST_P(ReplayTest, ADecodeStepIsOneUploadAndOneDownload) {
+  WrappedBackend* backend = nullptr;
+  const auto engine = Recording(true, &backend);
+  if (backend == nullptr) GTEST_SKIP() << "a GPU keeps no count";
+  for (const int32_t num_logprobs : {-1, 0, 5}) {
+    const SamplingParams sampling = {.num_logprobs = num_logprobs};
+    const std::vector<int32_t> prompt = {5, 6, 7};
+    CacheLease lease = *engine->caches().Reserve(64);
+    const RowOutput output = {.lease = &lease, .sampling = &sampling};
+    BatchRow row = {
+        .token_ids = prompt, .prompt_length = 3, .lease = &lease, .outputs = {&output, 1}};
+    ASSERT_TRUE(engine->Collect(*engine->Submit({&row, 1})).ok());
+    row.token_ids = {};
+    const int64_t before = backend->num_host_copies();
+    ASSERT_TRUE(engine->Collect(*engine->Submit({&row, 1})).ok());
+    EXPECT_EQ(backend->num_host_copies() - before, 2) << num_logprobs;
+  }
+}
+
+// A step that fails is not what is replayed later.
+TEST_P(ReplayTest, AFailedStepSaysWhy) {
+  if (OnGpu()) GTEST_SKIP() << "needs a back end that fails";
+  bool fails = false;
+  auto* backend = new WrappedBackend(
+      Device(), {.replays = true, .fault = [&](const char* op) {
+                   const bool now = fails && op[0] == 'S';
+                   return now ? OpStatus{OpCode::kUnavailable, "planted in Sample"} : OpStatus();
+                 }});
+  const auto engine = MakeEngine(model_, Options(true), BackendPointer(backend));
+  const SamplingParams sampling;
+  const std::vector<int32_t> prompt = {5, 6, 7};
+  CacheLease lease = *engine->caches().Reserve(64);
+  const RowOutput output = {.lease = &lease, .sampling = &sampling};
+  BatchRow row = {
+      .token_ids = prompt, .prompt_length = 3, .lease = &lease, .outputs = {&output, 1}};
+  ASSERT_TRUE(engine->Collect(*engine->Submit({&row, 1})).ok());
+  row.token_ids = {};
+  fails = true;
+  const auto step = engine->Submit({&row, 1});
+  EXPECT_EQ(step.status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(step.status().message(), "planted in Sample");
+}
+
+std::string CaseName(const testing::TestParamInfo<Case>& info) {
+  return std::string(std::get<0>(info.param) == TinyFamily::kTransnormer ? "Transnormer"
+                                                                         : "Llama") +
+         "_" + std::get<1>(info.param);
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, ReplayTest,
+                         testing::Combine(testing::Values(TinyFamily::kTransnormer,
+                                                          TinyFamily::kLlama),
+                                          testing::Values("cpu", "cuda")),
+                         CaseName);
+
+}  // namespace
+}  // namespace godwit
