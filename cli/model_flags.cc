@@ -19,19 +19,23 @@ void AddModelOption(CLI::App& command, ModelFlags& flags) {
       ->type_name("DIR");
 }
 
+void AddBackendFlags(CLI::App& command, ModelFlags& flags) {
+  command.add_option("--backend", flags.backend, "auto: a GPU when one is usable, else the CPU")
+      ->check(CLI::IsMember({"auto", "cpu", "cuda"}));
+  command.add_option("--threads", flags.threads, "CPU threads; 0: one per usable core")
+      ->check(CLI::Range(0, 1024));
+}
+
 void AddComputeFlags(CLI::App& command, ModelFlags& flags) {
   command
       .add_option("--dtype", flags.dtype, "weights and activations; f32 is for reference checks")
       ->check(CLI::IsMember({"bf16", "f32"}));
-  command.add_option("--backend", flags.backend, "auto: a GPU when one is usable, else the CPU")
-      ->check(CLI::IsMember({"auto", "cpu", "cuda"}));
+  AddBackendFlags(command, flags);
   command
       .add_option("--rope", flags.rope,
                   "JSON that replaces the checkpoint's RoPE scaling, e.g. "
                   "{\"type\":\"linear\",\"factor\":16}")
       ->type_name("JSON");
-  command.add_option("--threads", flags.threads, "CPU threads; 0: one per usable core")
-      ->check(CLI::Range(0, 1024));
   command.add_flag("--deterministic", flags.deterministic,
                    "GPU: the bits of a sequence do not depend on its batch (the CPU's never do)");
 }

@@ -21,7 +21,8 @@ struct ModelFlags {
 };
 
 void AddModelOption(CLI::App& command, ModelFlags& flags);   // --model alone
-void AddComputeFlags(CLI::App& command, ModelFlags& flags);  // the others
+void AddBackendFlags(CLI::App& command, ModelFlags& flags);  // --backend, --threads
+void AddComputeFlags(CLI::App& command, ModelFlags& flags);  // all but --model
 void AddModelFlags(CLI::App& command, ModelFlags& flags);    // both; --model is required
 
 DType ParseDType(const std::string& dtype);  // "bf16", "f32"; CLI11 has checked it

@@ -33,4 +33,9 @@ done
 run engine --shape llama-tiny --phase decode --contexts 64,1M --steps 8 --kv-memory 0.01
 expect 1 'no room for one'
 expect 2 'decode  llama-tiny'
+run kernels --size tiny --json
+expect 68 '"percent_of_ceiling"'
+run kernels --size tiny --filter paged
+expect 6 paged_decode
+expect 6 paged_prefill
 exit "$failures"
