@@ -47,6 +47,14 @@ void PrintReady(const Server& server, const ServerOptions& options) {
   std::cerr << std::endl;
 }
 
+// Signals only set a flag; 50 ms is nothing beside a drain.
+template <typename Condition>
+void WaitForSignal(const Condition& or_until) {
+  while (g_num_signals == 0 && !or_until()) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  }
+}
+
 int RunServe(ServeFlags flags) {
   flags.server.engine.model_folder = flags.model.model;
   flags.server.engine.rope_override = flags.model.rope;
@@ -67,13 +75,18 @@ int RunServe(ServeFlags flags) {
     return Report(server.status(), absl::IsUnavailable(server.status()) ? kFailed : kCannotLoad);
   }
   PrintReady(**server, flags.server);
-  // Signals only set a flag; 50 ms is nothing beside a drain.
-  while (g_num_signals == 0 && !(*server)->device_lost()) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(50));
-  }
+  WaitForSignal([&] { return (*server)->device_lost(); });
   const bool device_lost = (*server)->device_lost();
-  std::cerr << (device_lost ? "godwit: the device is lost, stopping" : "godwit: draining")
-            << std::endl;
+  if (device_lost) {
+    // Clients and load balancers still learn the reason from it, rather than from a closed port.
+    std::cerr << absl::StrFormat("godwit: the device is lost, answering UNAVAILABLE for %g s: %s\n",
+                                 flags.drain_timeout_s, (*server)->device_lost_cause());
+    const auto end =
+        std::chrono::steady_clock::now() + std::chrono::milliseconds(flags.server.drain_timeout_ms);
+    WaitForSignal([end] { return std::chrono::steady_clock::now() >= end; });
+  } else {
+    std::cerr << "godwit: draining" << std::endl;
+  }
   (*server)->Shutdown();
   return device_lost ? kFailed : kDone;
 }

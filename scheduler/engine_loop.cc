@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/cord.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
 
@@ -26,6 +27,15 @@ TimeNs Now() {
 // An idle loop wakes this often for the heartbeat.
 constexpr TimeNs kHeartbeatPeriod = 1'000'000'000;
 
+constexpr char kDeviceLostMark[] = "godwit.device_lost";
+
+// What clients are told; the cause is the operator's.
+absl::Status DeviceLost() {
+  absl::Status status = absl::UnavailableError("the device was lost");
+  status.SetPayload(kDeviceLostMark, absl::Cord());
+  return status;
+}
+
 struct Mail {
   GenerateRequest request;
   TimeNs submitted = 0;
@@ -38,6 +48,15 @@ struct InFlight {
 };
 
 }  // namespace
+
+bool IsDeviceLost(const absl::Status& status) {
+  return status.GetPayload(kDeviceLostMark).has_value();
+}
+
+absl::Status WithoutDeviceLostMark(absl::Status status) {
+  status.ErasePayload(kDeviceLostMark);
+  return status;
+}
 
 struct EngineLoop::Impl {
   Impl(EngineLoopOptions options, StepExecutor& executor, CacheManager& caches)
@@ -59,7 +78,7 @@ struct EngineLoop::Impl {
   bool FillSteps();  // plans and submits; true if there was something to do
   bool SubmitStep(StepPlan plan, TimeNs planned);
   void FinishOldestStep();
-  void FailStep(StepPlan plan, const absl::Status& status);
+  void FailStep(StepPlan plan, const absl::Status& cause);
   void AbortAll(const absl::Status& status);
   void Publish();
   void Sleep();
@@ -82,6 +101,7 @@ struct EngineLoop::Impl {
   // admitted meanwhile, so what it lets in always fits the scheduler's queue.
   int64_t num_queued = 0, num_queued_tokens = 0;
   SchedulerStats published;
+  std::string device_lost_cause;
   bool woken = false, draining = false, abort = false, stopping = false, idle = true;
 
   std::atomic<TimeNs> heartbeat;
@@ -96,7 +116,7 @@ absl::Status EngineLoop::Impl::Submit(GenerateRequest request) {
   }
   const int64_t num_tokens = std::ssize(request.token_ids);
   std::lock_guard<std::mutex> lock(mutex);
-  if (device_lost.load()) return absl::UnavailableError("the device was lost");
+  if (device_lost.load()) return DeviceLost();
   if (stopping || draining) return absl::UnavailableError("the server is shutting down");
   if (std::ssize(mailbox) >= options.max_mailbox) {
     return absl::ResourceExhaustedError(absl::StrCat("the mailbox is full: ", mailbox.size(),
@@ -180,7 +200,7 @@ bool EngineLoop::Impl::TakeMail() {
   }
   taken.clear();
   if (device_lost.load()) {
-    AbortAll(absl::UnavailableError("the device was lost"));
+    AbortAll(DeviceLost());
   } else if (end_all || stop) {
     AbortAll(absl::UnavailableError("the server is shutting down"));
   }
@@ -236,11 +256,14 @@ void EngineLoop::Impl::FinishOldestStep() {
   if (options.on_step) options.on_step(report);
 }
 
-void EngineLoop::Impl::FailStep(StepPlan plan, const absl::Status& status) {
+void EngineLoop::Impl::FailStep(StepPlan plan, const absl::Status& cause) {
+  const bool lost = absl::IsUnavailable(cause);
+  const absl::Status status = lost ? DeviceLost() : cause;
   scheduler.Fail(std::move(plan), status, Now());
-  if (!absl::IsUnavailable(status)) return;
+  if (!lost) return;
   {
     std::lock_guard<std::mutex> lock(mutex);
+    device_lost_cause = std::string(cause.message());
     device_lost.store(true);
   }
   AbortAll(status);
@@ -290,6 +313,10 @@ SchedulerStats EngineLoop::stats() const {
 }
 TimeNs EngineLoop::last_heartbeat() const {
   return impl_->heartbeat.load(std::memory_order_relaxed);
+}
+std::string EngineLoop::device_lost_cause() const {
+  std::lock_guard<std::mutex> lock(impl_->mutex);
+  return impl_->device_lost_cause;
 }
 bool EngineLoop::device_lost() const { return impl_->device_lost.load(); }
 

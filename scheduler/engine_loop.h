@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <memory>
+#include <string>
 
 #include "absl/status/status.h"
 #include "engine/batch.h"
@@ -27,6 +28,11 @@ struct EngineLoopOptions {
   int64_t max_mailbox = 1024;                      // requests not yet seen by the engine thread
   std::function<void(const StepReport&)> on_step;  // may be empty
 };
+
+// The status of a request that a lost device ended or refused, as against a server that drains.
+bool IsDeviceLost(const absl::Status& status);
+// The same status without the mark that IsDeviceLost reads.
+absl::Status WithoutDeviceLostMark(absl::Status status);
 
 class EngineLoop {
  public:
@@ -52,7 +58,10 @@ class EngineLoop {
   SchedulerStats stats() const;  // any thread; of the last step
   TimeNs last_heartbeat()
       const;  // any thread; the thread is alive if this is younger than a few seconds
-  bool device_lost() const;  // an executor call returned UNAVAILABLE
+  // An executor call returned UNAVAILABLE: every request, running or new, ends with UNAVAILABLE
+  // (IsDeviceLost).
+  bool device_lost() const;
+  std::string device_lost_cause() const;  // any thread; the executor's words, "" while all is well
 
  private:
   struct Impl;

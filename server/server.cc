@@ -202,6 +202,7 @@ int Server::port() const { return impl_->port; }
 int Server::metrics_port() const { return impl_->metrics_port; }
 const std::string& Server::model_name() const { return impl_->model.name(); }
 const ModelCard& Server::card() const { return impl_->model.card(); }
+std::string Server::device_lost_cause() const { return impl_->loop.device_lost_cause(); }
 bool Server::device_lost() const { return impl_->loop.device_lost(); }
 
 }  // namespace godwit

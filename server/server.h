@@ -87,6 +87,7 @@ class Server {
   // The device is lost: health is NOT_SERVING and every request ends with UNAVAILABLE. Shut down
   // and exit with an error.
   bool device_lost() const;
+  std::string device_lost_cause() const;  // for the operator; "" while it is not
 
  private:
   struct Impl;

@@ -13,6 +13,7 @@
 #include "absl/strings/str_cat.h"
 #include "google/rpc/error_details.pb.h"
 #include "google/rpc/status.pb.h"
+#include "scheduler/engine_loop.h"
 
 namespace godwit {
 namespace {
@@ -115,7 +116,18 @@ absl::Status WithResource(absl::Status status, std::string_view type, std::strin
   return status;
 }
 
+namespace {
+
+// Another server may have a device.
+absl::Status DeviceLostError(const absl::Status& status, const ErrorMetadata& metadata) {
+  return WithRetryDelay(WithErrorInfo(WithoutDeviceLostMark(status), "DEVICE_LOST", metadata),
+                        kDrainingRetryDelay);
+}
+
+}  // namespace
+
 absl::Status SubmitError(const absl::Status& status) {
+  if (IsDeviceLost(status)) return DeviceLostError(status, {});
   switch (status.code()) {
     case absl::StatusCode::kResourceExhausted:
       return WithRetryDelay(WithErrorInfo(status, "QUEUE_FULL"), kQueueFullRetryDelay);
@@ -130,6 +142,7 @@ absl::Status SubmitError(const absl::Status& status) {
 
 absl::Status RunError(const absl::Status& status, Phase phase) {
   const ErrorMetadata metadata = {{"phase", std::string(PhaseName(phase))}};
+  if (IsDeviceLost(status)) return DeviceLostError(status, metadata);
   switch (status.code()) {
     case absl::StatusCode::kDeadlineExceeded:
       return WithErrorInfo(status, "DEADLINE_EXCEEDED", metadata);

@@ -21,7 +21,7 @@ check_edges() {
       if (folder == "scheduler")
         return path ~ /^engine\/(batch|cache_manager)\.h$/ || to == "kernels/base"
       if (folder == "server") return to ~ /^(scheduler|tokenizer|proto|engine)$/
-      if (folder == "cli") return to ~ /^(server|proto|tokenizer|engine)$/
+      if (folder == "cli") return to ~ /^(server|proto|tokenizer|engine|kernels(\/base)?)$/
       return 0
     }
     # The file that may use the third-party header, or "" when it is none of those.

@@ -262,8 +262,10 @@ TEST(EngineLoopTest, ALostDeviceEndsEverythingWithUnavailable) {
       for (WaitingClient& waiting : clients) {
         waiting.ReadAll();
         EXPECT_TRUE(absl::IsUnavailable(waiting.client.status));
+        EXPECT_TRUE(IsDeviceLost(waiting.client.status));
       }
       EXPECT_TRUE(server.loop->device_lost());
+      EXPECT_EQ(server.loop->device_lost_cause(), "device gone");
       Client late;
       EXPECT_TRUE(absl::IsUnavailable(server.Submit(Harness::Request(4, 4), late)));
       server.StopAndExpectClean();

@@ -323,9 +323,16 @@ TEST(LifecycleTest, ALostDeviceEndsAllWithUnavailableAndTurnsHealthOff) {
   EXPECT_FALSE(server.server().device_lost());
   server.engine().FailNextStep(absl::UnavailableError("the device is gone"));
   v1::GenerateResponse response;
-  EXPECT_EQ(server.Generate(SimpleRequest(5), &response).error_code(), StatusCode::UNAVAILABLE);
-  EXPECT_EQ(server.Generate(SimpleRequest(5), &response).error_code(), StatusCode::UNAVAILABLE);
+  for (const bool running : {true, false}) {  // ended by it, and refused after it
+    const grpc::Status status = server.Generate(SimpleRequest(5), &response);
+    EXPECT_EQ(status.error_code(), StatusCode::UNAVAILABLE) << running;
+    EXPECT_EQ(status.error_message(), "the device was lost") << running;
+    EXPECT_EQ(ReasonOfStatus(status), "DEVICE_LOST") << running;
+    google::rpc::RetryInfo retry;
+    EXPECT_TRUE(GetDetail(status, &retry)) << running;
+  }
   EXPECT_TRUE(server.server().device_lost());
+  EXPECT_EQ(server.server().device_lost_cause(), "the device is gone");
   EXPECT_TRUE(Eventually([&] { return server.Health("") == kNotServing; }));
   EXPECT_TRUE(Eventually([&] { return server.Health("liveness") == kNotServing; }));
 }
