@@ -31,20 +31,22 @@ void OnSignal(int) {
 
 int64_t Bytes(double gib) { return static_cast<int64_t>(gib * 1024.0 * 1024.0 * 1024.0); }
 
+// In one write: who waits for the line finds all of it.
 void PrintReady(const Server& server, const ServerOptions& options) {
   const CacheGeometry& geometry = server.card().geometry;
-  std::cerr << absl::StrFormat(
-      "godwit: serving %s (%.2f M parameters, %s) on %s; %d sequences of %.2f MiB state",
+  std::string line = absl::StrFormat(
+      "godwit: serving %s (%.2f M parameters, %s: %s) on %s; %d sequences of %.2f MiB state",
       server.model_name(), static_cast<double>(server.card().num_parameters) / 1e6,
-      server.card().backend,
+      server.card().backend, server.card().device,
       server.port() == 0 ? options.listen : absl::StrFormat("port %d", server.port()),
       geometry.num_slots, static_cast<double>(geometry.slot_bytes()) / (1024.0 * 1024.0));
   if (geometry.has_paged()) {
-    std::cerr << absl::StrFormat(", %d KV blocks of %d tokens", geometry.num_blocks, kPagedBlock);
+    absl::StrAppendFormat(&line, ", %d KV blocks of %d tokens", geometry.num_blocks, kPagedBlock);
   }
-  if (server.metrics_port() != 0)
-    std::cerr << absl::StrFormat("; /metrics on port %d", server.metrics_port());
-  std::cerr << std::endl;
+  if (server.metrics_port() != 0) {
+    absl::StrAppendFormat(&line, "; /metrics on port %d", server.metrics_port());
+  }
+  std::cerr << line + "\n" << std::flush;
 }
 
 // Signals only set a flag; 50 ms is nothing beside a drain.
@@ -119,19 +121,22 @@ void AddCapacityFlags(CLI::App& command, ServeFlags& flags) {
   EngineOptions& engine = flags.server.engine;
   command
       .add_option("--max-sequences", engine.max_sequences,
-                  "state slots: sequences that run at once")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 20));
+                  "state slots: sequences that run at once; 0: 64, on a GPU up to 256, as many as "
+                  "half of what the weights leave holds")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 20));
   command
       .add_option("--max-tokens-per-step", engine.max_tokens_per_step,
-                  "decode tokens and prompt tokens of one step")
-      ->check(CLI::Range(int64_t{kPrefillBlock}, int64_t{1} << 20));
+                  "decode tokens and prompt tokens of one step; 0: 2048, on a GPU 8192")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 20));
   command
       .add_option("--context-length", engine.context_length,
                   "limit of prompt + output in tokens; 0: the model's")
       ->check(CLI::Range(int64_t{0}, (int64_t{1} << 31) - 1));
   command
-      .add_option("--kv-memory", flags.kv_gib,
-                  "GiB for KV blocks of softmax layers; 0: 1, or half of what is free if less")
+      .add_option(
+          "--kv-memory", flags.kv_gib,
+          "GiB for KV blocks of softmax layers; 0: 1, or half of what is free if less; on a "
+          "GPU all that is free")
       ->check(CLI::Range(0.0, 1e5));
   command
       .add_option("--swap-memory", flags.swap_gib,
@@ -139,8 +144,8 @@ void AddCapacityFlags(CLI::App& command, ServeFlags& flags) {
       ->check(CLI::Range(0.0, 1e5));
   command
       .add_option("--steps-in-flight", engine.max_steps_in_flight,
-                  "1, or 2: plan a step while one runs")
-      ->check(CLI::Range(1, kMaxStepsInFlight));
+                  "1, or 2: plan a step while one runs; 0: 2 on a GPU, else 1")
+      ->check(CLI::Range(0, kMaxStepsInFlight));
   command.add_option("--max-waiting", flags.server.max_waiting, "requests in the queue")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 20));
   command

@@ -265,6 +265,7 @@ absl::Status Engine::Impl::MakeModel(const EngineOptions& options) {
   card.num_parameters = model->num_parameters();
   card.dtype = options.dtype == DType::kF32 ? "f32" : "bf16";
   card.backend = backend->Info().name;
+  card.device = backend->Info().description;
   card.max_tokens_per_step = options.max_tokens_per_step;
   card.max_steps_in_flight = options.max_steps_in_flight;
   card.context_length = ContextLength(options, card.config);

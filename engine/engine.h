@@ -43,6 +43,7 @@ struct ModelCard {
   CacheGeometry geometry;   // components, slots, blocks
   std::string memory_plan;  // one line
   std::string dtype, backend;
+  std::string device;  // DeviceInfo's description
 };
 
 class Engine final : public StepExecutor {

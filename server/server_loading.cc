@@ -39,7 +39,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Create(const ServerOptions& opti
   if (named.model_name.empty()) named.model_name = NameOfFolder(options.engine.model_folder);
   std::string why_not_gpu;
   ASSIGN_OR_RETURN(auto backend, CreateBackend(options.backend, &why_not_gpu));
-  if (!why_not_gpu.empty()) absl::StrAppend(notes, why_not_gpu, "\n");
+  if (!why_not_gpu.empty()) absl::StrAppend(notes, "godwit: on the CPU: ", why_not_gpu, "\n");
   ASSIGN_OR_RETURN(std::unique_ptr<Engine> engine,
                    Engine::Create(options.engine, std::move(backend)));
   ServerParts parts = {
