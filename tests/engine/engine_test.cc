@@ -3,13 +3,16 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
+#include "engine/model_shapes.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "tests/engine/engine_driver.h"
+#include "tests/engine/wrapped_backend.h"
 
 namespace godwit {
 namespace {
@@ -298,6 +301,69 @@ TEST_F(EngineTest, ScheduledForkContinuesLikeItsSource) {
                      forked = Step(fork_row).rows[0].outputs[0][0];
   EXPECT_EQ(source.token_id, forked.token_id);
   EXPECT_EQ(source.logprob, forked.logprob);
+}
+
+// A GPU's: two steps in flight, large steps, as many slots as half of the memory holds.
+TEST_F(EngineTest, DefaultsDependOnTheDevice) {
+  const auto make = [&](bool is_gpu) {
+    auto backend = new WrappedBackend(*CreateCpuBackend({.num_threads = 1}),
+                                      {.replays = is_gpu, .owns_memory = is_gpu});
+    return MakeEngine(model_, {.warm_up = false},
+                      std::unique_ptr<Backend, BackendDeleter>(backend));
+  };
+  const auto cpu = make(false), gpu = make(true);
+  EXPECT_EQ(cpu->card().max_steps_in_flight, 1);
+  EXPECT_EQ(cpu->card().max_tokens_per_step, 2048);
+  EXPECT_EQ(cpu->card().geometry.num_slots, 64);
+  EXPECT_EQ(gpu->card().max_steps_in_flight, 2);
+  EXPECT_EQ(gpu->card().max_tokens_per_step, 8192);
+  EXPECT_EQ(gpu->card().geometry.num_slots, 256);
+  EXPECT_EQ(gpu->card().geometry.window_rows, WindowRows(2, kMaxDraftTokens));
+}
+
+// Whichever allocation it is, and whatever its name.
+TEST_F(EngineTest, AnAllocationThatFailsAtStartShowsThePlan) {
+  int64_t num_allocations = 0, failing = -1;
+  const auto create = [&] {
+    num_allocations = 0;
+    const auto fault = [&](const char* op) {
+      const bool allocates = std::string(op).starts_with("Allocate");
+      if (allocates && num_allocations++ == failing) {
+        return OpStatus{OpCode::kResourceExhausted, "planted"};
+      }
+      return OpStatus();
+    };
+    EngineOptions options = Options();
+    options.model_folder = model_.folder();
+    return Engine::Create(options, std::unique_ptr<Backend, BackendDeleter>(new WrappedBackend(
+                                       *CreateCpuBackend({.num_threads = 1}), {.fault = fault})))
+        .status();
+  };
+  ASSERT_TRUE(create().ok());
+  const int64_t count = num_allocations;
+  for (failing = 0; failing < count; ++failing) {
+    const absl::Status status = create();
+    EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << failing;
+    EXPECT_THAT(std::string(status.message()),
+                testing::AllOf(HasSubstr("memory plan"), HasSubstr("planted")))
+        << failing;
+  }
+}
+
+TEST_F(EngineTest, AShapeWithoutWeightsGenerates) {
+  for (const char* shape : {"tnl-tiny", "llama-tiny"}) {
+    EngineOptions options = Options();
+    options.config_json = *ConfigOfShape(shape);
+    const auto engine = Engine::Create(options, *CreateCpuBackend({.num_threads = 1}));
+    ASSERT_TRUE(engine.ok()) << engine.status();
+    const DriverRequest request = {.prompt = RandomTokens(1, 50, 320), .max_tokens = 20};
+    const DriverOutput output = Drive(**engine, 1, {request})[0];
+    const std::vector<int32_t> ids = output.ids();
+    EXPECT_GT(std::set<int32_t>(ids.begin(), ids.end()).size(), 5u) << shape;
+    double square = 0;
+    for (const float logit : output.probe) square += static_cast<double>(logit) * logit;
+    EXPECT_NEAR(std::sqrt(square / static_cast<double>(output.probe.size())), 1, 0.3) << shape;
+  }
 }
 
 using EngineDeathTest = EngineTest;

@@ -137,6 +137,15 @@ TEST_P(ReplayTest, ADecodeStepIsOneUploadAndOneDownload) {
   }
 }
 
+TEST_P(ReplayTest, NothingIsAllocatedOnTheStepPath) {
+  WrappedBackend* backend = nullptr;
+  const auto engine = Recording(true, &backend);
+  if (backend == nullptr) GTEST_SKIP() << "a GPU keeps no count";
+  const int64_t at_start = backend->num_allocations();
+  Drive(*engine, 2, Requests());
+  EXPECT_EQ(backend->num_allocations(), at_start);
+}
+
 // A step that fails is not what is replayed later.
 TEST_P(ReplayTest, AFailedStepSaysWhy) {
   if (OnGpu()) GTEST_SKIP() << "needs a back end that fails";

@@ -18,7 +18,9 @@ struct WrapOptions {
   // Steps are recorded: the ops of a key run as they come, are only noted down the second time and
   // run at EndReplay, and from then on run with the arguments of that second time.
   bool replays = false;
-  // Asked before each op by name ("Linear"); what is not ok is the op's result. May be empty.
+  bool owns_memory = false;
+  // Asked before each op, and each allocation, by name ("Linear", "Allocate", "AllocateHost",
+  // "AllocateMatrix"); what is not ok is the result. May be empty.
   std::function<OpStatus(const char* op)> fault;
 };
 
@@ -29,19 +31,23 @@ class WrappedBackend final : public Backend {
 
   int64_t num_replays() const { return num_replays_; }
   int64_t num_recordings() const { return static_cast<int64_t>(recordings_.size()); }
+  int64_t num_allocations() const { return num_allocations_; }
   int64_t num_host_copies() const { return num_host_copies_; }  // in either direction
 
   DeviceInfo Info() const override {
     DeviceInfo info = inner_->Info();
     info.replays = options_.replays;
+    info.owns_memory = options_.owns_memory;
     return info;
   }
   OpStatus Allocate(int64_t num_bytes, void** data) override {
-    return inner_->Allocate(num_bytes, data);
+    const OpStatus status = CountAllocation("Allocate");
+    return status.ok() ? inner_->Allocate(num_bytes, data) : status;
   }
   void Free(void* data) override { inner_->Free(data); }
   OpStatus AllocateHost(int64_t num_bytes, void** data) override {
-    return inner_->AllocateHost(num_bytes, data);
+    const OpStatus status = CountAllocation("AllocateHost");
+    return status.ok() ? inner_->AllocateHost(num_bytes, data) : status;
   }
   void FreeHost(void* data) override { inner_->FreeHost(data); }
   OpStatus Reserve(const BackendLimits& limits) override { return inner_->Reserve(limits); }
@@ -61,7 +67,8 @@ class WrappedBackend final : public Backend {
   }
   OpStatus AllocateMatrix(int64_t num_rows, int64_t num_columns, DType dtype,
                           MatrixView* matrix) override {
-    return inner_->AllocateMatrix(num_rows, num_columns, dtype, matrix);
+    const OpStatus status = CountAllocation("AllocateMatrix");
+    return status.ok() ? inner_->AllocateMatrix(num_rows, num_columns, dtype, matrix) : status;
   }
   OpStatus PackMatrixRows(const MatrixView& matrix, int64_t first_row,
                           const TensorView& source) override {
@@ -131,6 +138,11 @@ class WrappedBackend final : public Backend {
 
   ~WrappedBackend() = default;
 
+  OpStatus CountAllocation(const char* name) {
+    ++num_allocations_;
+    return options_.fault ? options_.fault(name) : OpStatus();
+  }
+
   template <typename Args>
   OpStatus Op(const char* name, OpStatus (Backend::*op)(const Args&), const Args& args) {
     const auto run = [this, name, op, args] {
@@ -154,7 +166,7 @@ class WrappedBackend final : public Backend {
   std::map<uint64_t, Recording> recordings_;
   Recording* open_ = nullptr;  // between BeginReplay and EndReplay
   bool recording_ = false;
-  int64_t num_replays_ = 0, num_host_copies_ = 0;
+  int64_t num_replays_ = 0, num_host_copies_ = 0, num_allocations_ = 0;
 };
 
 }  // namespace godwit
