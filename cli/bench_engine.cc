@@ -16,14 +16,11 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "absl/strings/str_join.h"
 #include "cli/bench_device.h"
 #include "cli/bench_report.h"
 #include "cli/command.h"
 #include "cli/model_flags.h"
-#include "engine/backend_loader.h"
 #include "engine/engine.h"
-#include "engine/model_shapes.h"
 #include "kernels/base/status.h"
 
 namespace godwit::cli {
@@ -33,7 +30,7 @@ using Clock = std::chrono::steady_clock;
 
 struct BenchEngineFlags {
   ModelFlags model;
-  std::string shape, phase = "all";
+  std::string phase = "all";
   std::string contexts = "1k", batches = "1", lengths = "4k";
   int num_steps = 128, num_repeats = 5;
   int64_t max_tokens_per_step = 0;
@@ -403,11 +400,8 @@ absl::StatusOr<Plan> ParsePlan(const BenchEngineFlags& flags) {
   return plan;
 }
 
-absl::StatusOr<EngineOptions> MakeOptions(const BenchEngineFlags& flags, const Plan& plan) {
+EngineOptions MakeOptions(const BenchEngineFlags& flags, const Plan& plan) {
   EngineOptions options = OfflineOptions(flags.model);
-  if (!flags.shape.empty()) {
-    ASSIGN_OR_RETURN(options.config_json, ConfigOfShape(flags.shape));
-  }
   options.max_sequences = *std::max_element(plan.batches.begin(), plan.batches.end()) + 1;
   options.max_tokens_per_step = flags.max_tokens_per_step;
   options.kv_bytes = static_cast<int64_t>(flags.kv_gib * 1024 * kMiB);
@@ -417,7 +411,7 @@ absl::StatusOr<EngineOptions> MakeOptions(const BenchEngineFlags& flags, const P
 absl::Status Report(const BenchEngineFlags& flags, const ModelCard& card, const DeviceInfo& device,
                     const DeviceCeilings& ceilings, nlohmann::ordered_json lines) {
   const nlohmann::ordered_json config = {{"model", flags.model.model},
-                                         {"shape", flags.shape},
+                                         {"shape", flags.model.shape},
                                          {"device", device.description},
                                          {"backend", card.backend},
                                          {"dtype", card.dtype},
@@ -437,7 +431,7 @@ absl::Status Report(const BenchEngineFlags& flags, const ModelCard& card, const 
 absl::Status Run(const BenchEngineFlags& flags, const Plan& plan, const Backend& backend,
                  const DeviceCeilings& ceilings, Engine& engine) {
   const ModelCard& card = engine.card();
-  const std::string shape = flags.shape.empty() ? card.config.family : flags.shape;
+  const std::string shape = flags.model.shape.empty() ? card.config.family : flags.model.shape;
   if (!flags.json) {
     std::cout << Describe(backend.Info(), ceilings, ParseDType(flags.model.dtype)) << "\n"
               << absl::StrFormat("%s, %.2f M parameters, %d steps in flight; %s\n", shape,
@@ -458,14 +452,13 @@ absl::Status Run(const BenchEngineFlags& flags, const Plan& plan, const Backend&
 int RunBenchEngine(const BenchEngineFlags& flags) {
   const absl::StatusOr<Plan> plan = ParsePlan(flags);
   if (!plan.ok()) return Report(plan.status(), kUsage);
-  const auto options = MakeOptions(flags, *plan);
-  if (!options.ok()) return Report(options.status(), kUsage);
+  const EngineOptions options = MakeOptions(flags, *plan);
   auto backend = OpenBackend(flags.model);
   if (!backend.ok()) return Report(backend.status(), kCannotLoad);
   const Backend& device = **backend;  // the engine's from here on
-  const auto ceilings = MeasureCeilings(**backend, options->dtype);
+  const auto ceilings = MeasureCeilings(**backend, options.dtype);
   if (!ceilings.ok()) return Report(ceilings.status(), kFailed);
-  const auto engine = Engine::Create(*options, *std::move(backend));
+  const auto engine = Engine::Create(options, *std::move(backend));
   if (!engine.ok()) return Report(engine.status(), kCannotLoad);
   const absl::Status status = Run(flags, *plan, device, *ceilings, **engine);
   return status.ok() ? kDone : Report(status, kFailed);
@@ -477,10 +470,7 @@ void AddBenchEngineCommand(CLI::App& bench, int& exit_code) {
   auto flags = std::make_shared<BenchEngineFlags>();
   CLI::App* command = bench.add_subcommand(
       "engine", "Decode and prefill of a model, or of a known shape with random weights");
-  auto* source = command->add_option_group("source")->require_option(1);
-  AddModelOption(*source, flags->model);
-  source->add_option("--shape", flags->shape, "random weights in the shape of a known model")
-      ->check(CLI::IsMember(ShapeNames()));
+  AddModelOrShape(*command, flags->model);
   AddComputeFlags(*command, flags->model);
   command->add_option("--phase", flags->phase, "what is measured")
       ->check(CLI::IsMember({"all", "decode", "prefill"}));

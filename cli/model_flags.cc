@@ -8,15 +8,29 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "engine/backend_loader.h"
+#include "engine/model_shapes.h"
 #include "kernels/base/status.h"
 
 namespace godwit::cli {
 
-void AddModelOption(CLI::App& command, ModelFlags& flags) {
-  command
+namespace {
+
+CLI::Option* AddModel(CLI::App& command, ModelFlags& flags) {
+  return command
       .add_option("--model", flags.model,
                   "folder with config.json, safetensors and tokenizer.model")
       ->type_name("DIR");
+}
+
+}  // namespace
+
+void AddModelOrShape(CLI::App& command, ModelFlags& flags) {
+  CLI::App* source = command.add_option_group("source")->require_option(1);
+  AddModel(*source, flags);
+  source
+      ->add_option("--shape", flags.shape,
+                   "random weights in the shape of a known model, for measurements")
+      ->check(CLI::IsMember(ShapeNames()));
 }
 
 void AddBackendFlags(CLI::App& command, ModelFlags& flags) {
@@ -41,9 +55,12 @@ void AddComputeFlags(CLI::App& command, ModelFlags& flags) {
 }
 
 void AddModelFlags(CLI::App& command, ModelFlags& flags) {
-  AddModelOption(command, flags);
-  command.get_option("--model")->required();
+  AddModel(command, flags)->required();
   AddComputeFlags(command, flags);
+}
+
+std::string ConfigOf(const ModelFlags& flags) {
+  return flags.shape.empty() ? "" : ConfigOfShape(flags.shape).value();  // CLI11 has checked it
 }
 
 DType ParseDType(const std::string& dtype) { return dtype == "f32" ? DType::kF32 : DType::kBF16; }
@@ -58,6 +75,7 @@ absl::StatusOr<std::unique_ptr<Backend, BackendDeleter>> OpenBackend(const Model
 EngineOptions OfflineOptions(const ModelFlags& flags) {
   EngineOptions options;
   options.model_folder = flags.model;
+  options.config_json = ConfigOf(flags);
   options.rope_override = flags.rope;
   options.dtype = ParseDType(flags.dtype);
   // Whoever runs a model offline decides how far: the checkpoint's length is a limit for serving.

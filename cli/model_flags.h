@@ -13,6 +13,7 @@ namespace godwit::cli {
 
 struct ModelFlags {
   std::string model;
+  std::string shape;  // of a known model, with random weights, instead of `model`
   std::string dtype = "bf16";
   std::string backend = "auto";
   std::string rope;
@@ -20,10 +21,13 @@ struct ModelFlags {
   bool deterministic = false;
 };
 
-void AddModelOption(CLI::App& command, ModelFlags& flags);   // --model alone
+void AddModelOrShape(CLI::App& command, ModelFlags& flags);  // --model or --shape, one of them
 void AddBackendFlags(CLI::App& command, ModelFlags& flags);  // --backend, --threads
 void AddComputeFlags(CLI::App& command, ModelFlags& flags);  // all but --model
-void AddModelFlags(CLI::App& command, ModelFlags& flags);    // both; --model is required
+void AddModelFlags(CLI::App& command, ModelFlags& flags);    // those and --model, required
+
+// config.json of --shape; "" without it.
+std::string ConfigOf(const ModelFlags& flags);
 
 DType ParseDType(const std::string& dtype);  // "bf16", "f32"; CLI11 has checked it
 

@@ -59,6 +59,8 @@ void WaitForSignal(const Condition& or_until) {
 
 int RunServe(ServeFlags flags) {
   flags.server.engine.model_folder = flags.model.model;
+  flags.server.engine.config_json = ConfigOf(flags.model);
+  if (flags.server.model_name.empty()) flags.server.model_name = flags.model.shape;
   flags.server.engine.rope_override = flags.model.rope;
   flags.server.engine.dtype = ParseDType(flags.model.dtype);
   flags.server.engine.kv_bytes = Bytes(flags.kv_gib);
@@ -177,7 +179,8 @@ void AddServeCommand(CLI::App& app, int& exit_code) {
   auto flags = std::make_shared<ServeFlags>();
   CLI::App* command =
       app.add_subcommand("serve", "Serve a model over gRPC until SIGTERM or Ctrl-C");
-  AddModelFlags(*command, flags->model);
+  AddModelOrShape(*command, flags->model);
+  AddComputeFlags(*command, flags->model);
   command->add_option("--name", flags->server.model_name,
                       "name of the model for clients and metrics; default: the folder's");
   AddListenFlags(*command, flags->server);

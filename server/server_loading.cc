@@ -19,6 +19,7 @@ std::string NameOfFolder(const std::string& folder) {
 // Null when the folder has none; an error when it has one that cannot be read.
 absl::StatusOr<std::shared_ptr<const Tokenizer>> TokenizerOf(const std::string& folder,
                                                              std::string* notes) {
+  if (folder.empty()) return std::shared_ptr<const Tokenizer>();  // a shape without weights
   std::error_code error;
   if (!std::filesystem::exists(std::filesystem::path(folder) / "tokenizer.model", error)) {
     absl::StrAppend(notes, folder, " has no tokenizer.model: token ids only\n");
