@@ -484,7 +484,6 @@ std::vector<std::pair<std::string, MakeCase>> AllCases() {
   }
   for (const int num_tokens : {1, 4, 16}) {
     for (const int64_t batch : {1, 32, 256}) {
-      if (num_tokens > 1 && batch == 256) continue;  // nobody drafts at such a batch
       for (const bool staggered : {true, false}) {
         add("lightning_step", [=](Arena& arena, const Scale& scale) {
           return LightningStep(arena, scale, batch, num_tokens, staggered);
