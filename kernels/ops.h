@@ -132,7 +132,8 @@ struct LightningDecay {
 // P-form, blocks of P tokens: the same with P for W (fold_epsilon[h][1]), as matrix products:
 //   O = [(Q K^T) . M] V + diag(lambda^(i+1)) Q S,  M_ij = lambda^(i-j) for i >= j else 0.
 // Rows not folded into the stored base by this step are written to the window; row of position p is
-// p % window_rows.
+// p % window_rows. A decode row ends at most window_rows after its base: what is written never lies
+// over what is read.
 struct LightningAttentionArgs {
   TensorView q, k, v;  // [T, H * head_dim] act each (columns of the fused projection)
   Activation qk_activation = Activation::kSilu;

@@ -356,6 +356,7 @@ void HeadTask::Fold(int64_t length, float epsilon, float* to, int64_t to_stride)
 
 // What the engine promises of a row.
 void CheckRow(const StepRow& row, int64_t window_rows) {
+  if (row.num_tokens == 0) return;
   const int64_t end = row.position + row.num_tokens;
   GODWIT_CHECK(row.base % kWindow == 0 && row.base_after % kWindow == 0);
   GODWIT_CHECK(row.base <= row.position && row.base <= row.base_after && row.base_after <= end);
@@ -374,6 +375,7 @@ int64_t ColumnParts(const LightningAttentionArgs& args, int num_threads) {
   const int64_t wanted = (num_threads + tasks - 1) / tasks;
   for (int32_t r = 0; r < args.num_rows; ++r) {
     const StepRow& row = args.rows[r];
+    if (row.num_tokens == 0) continue;
     const int64_t end = row.position + row.num_tokens;
     if (row.position > row.base && end - row.base > args.window.shape[1]) return 1;
   }
@@ -406,7 +408,7 @@ OpStatus CpuLightningAttention(CpuContext& context, const LightningAttentionArgs
       const int64_t head = task / parts % args.num_heads;
       const StepRow& row = args.rows[task / parts / args.num_heads];
       const int64_t columns = std::min(part_columns, args.head_dim - first_column);
-      if (columns <= 0) continue;
+      if (columns <= 0 || row.num_tokens == 0) continue;
       HeadTask(args, context.isa, mine, row, head, first_column, columns).Run();
     }
   };

@@ -209,6 +209,7 @@ void Attend(const PagedAttentionArgs& args, const StepRow& row, int64_t t, int64
 
 void RefLightningAttention(const LightningAttentionArgs& args) {
   for (int32_t r = 0; r < args.num_rows; ++r) {
+    if (args.rows[r].num_tokens == 0) continue;
     for (int64_t head = 0; head < args.num_heads; ++head)
       LightningHead(args, args.rows[r], head).Run();
   }

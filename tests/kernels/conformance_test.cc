@@ -3,48 +3,19 @@
 // the reference computes from |inputs|.
 
 #include <cmath>
-#include <cstdlib>
 #include <functional>
-#include <ostream>
 #include <string>
 #include <vector>
 
-#include "engine/backend_loader.h"
 #include "gtest/gtest.h"
 #include "kernels/ref/ref_backend.h"
+#include "tests/kernels/backends.h"
 #include "tests/kernels/device_arena.h"
 #include "tests/kernels/lightning_run.h"
 #include "tests/kernels/paged_run.h"
 
 namespace godwit {
 namespace {
-
-// The plugin of this build, or the one in the folder GODWIT_BIN_DIR names.
-BackendPtr MakeCudaBackend(std::string* reason) {
-  const char* folder = std::getenv("GODWIT_BIN_DIR");
-  std::string why_not_gpu;
-  auto backend = CreateBackend(
-      {.name = "cuda", .num_threads = 0, .plugin_folder = folder == nullptr ? "" : folder},
-      &why_not_gpu);
-  if (backend.ok()) return *std::move(backend);
-  *reason = std::string(backend.status().message());
-  return nullptr;
-}
-
-// One row per back end; null and a reason where this machine has none.
-struct BackendRow {
-  const char* name;
-  BackendPtr (*make)(std::string* reason);
-};
-void PrintTo(const BackendRow& row, std::ostream* out) { *out << row.name; }
-
-const BackendRow kBackends[] = {
-    {"cpu_portable", [](std::string* reason) { return MakeCpuBackend("portable", 2, reason); }},
-    {"cpu_avx2", [](std::string* reason) { return MakeCpuBackend("avx2", 2, reason); }},
-    {"cpu_avx512bf16", [](std::string* reason) { return MakeCpuBackend("avx512bf16", 2, reason); }},
-    {"cpu_amx", [](std::string* reason) { return MakeCpuBackend("amx", 2, reason); }},
-    {"cuda", MakeCudaBackend},
-};
 
 constexpr double kF32Unit = 5.9604644775390625e-8;  // 2^-24: half the distance of neighbours at 1
 constexpr double kBF16Unit = 0.00390625;            // 2^-8
@@ -295,6 +266,67 @@ TEST_P(ConformanceTest, LightningAttention) {
   }
 }
 
+// Decode and verify rows of 1 to 16 tokens, with padding between them, bases that lag by up to a
+// window, and a ring that wraps.
+TEST_P(ConformanceTest, LightningDecode) {
+  struct Case {
+    int heads, head_dim;
+    bool lrpe;
+    DType act, output;
+  };
+  for (const Case& c :
+       {Case{8, 128, false, DType::kBF16, DType::kF32},
+        Case{2, 128, true, DType::kBF16, DType::kBF16},
+        Case{20, 64, false, DType::kBF16, DType::kBF16},
+        Case{40, 64, true, DType::kBF16, DType::kF32}, Case{2, 64, false, DType::kF32, DType::kF32},
+        Case{3, 40, true, DType::kBF16, DType::kBF16}}) {
+    LightningShape shape;
+    shape.heads = c.heads;
+    shape.head_dim = c.head_dim;
+    shape.lrpe = c.lrpe;
+    shape.zero_state = c.lrpe;  // the magnitude run has no bound for a state under rotated queries
+    shape.act = c.act;
+    shape.output = c.output;
+    shape.window_rows = 3 * kWindow - 1 + kWindow;
+    shape.rates = LayerRates(c.heads, 1, 3);
+    const int64_t n = 100;
+    auto run = [&](Backend& backend, bool magnitude) {
+      LightningShape mine = shape;
+      mine.magnitude = magnitude;
+      LightningRun lightning(backend, mine, n);
+      lightning.Step({Prefill(0, 1, 0, 19), Prefill(1, 3, 0, 5)});
+      int64_t position[2] = {19, 5}, base[2] = {16, 0};
+      for (int step = 0; position[0] < n || position[1] < n; ++step) {
+        std::vector<LightningPiece> pieces = {Padding()};
+        for (int sequence = 0; sequence < 2; ++sequence) {
+          int64_t& t = position[sequence];
+          const int64_t count = std::min<int64_t>(1 + (7 * step + 3 * sequence) % kWindow, n - t);
+          if (count == 0) continue;
+          const int64_t confirmed = std::max(t - (step % 3 == 0 ? 0 : kWindow), base[sequence]);
+          pieces.push_back(Decode(sequence, sequence == 0 ? 1 : 3, t, static_cast<int>(count),
+                                  base[sequence], confirmed));
+          pieces.push_back(Padding());
+          base[sequence] = FloorTo(confirmed, kWindow);
+          t += count;
+        }
+        lightning.Step(pieces);
+      }
+      std::vector<float> result = lightning.output(0);
+      std::vector<std::vector<float>> more = {lightning.output(1)};
+      if (!c.lrpe) {  // whose states have no bound either
+        for (const int slot : {0, 1, 3}) more.push_back(lightning.State(slot));
+      }
+      for (const std::vector<float>& values : more) {
+        result.insert(result.end(), values.begin(), values.end());
+      }
+      return result;
+    };
+    const std::vector<double> tolerance = LightningTolerance(shape, run(*ref_, true), n);
+    EXPECT_TRUE(Within(run(*backend_, false), run(*ref_, false), tolerance))
+        << c.heads << " " << c.head_dim << " " << c.lrpe;
+  }
+}
+
 TEST_P(ConformanceTest, LightningAttentionOfNothing) {
   LightningShape shape;
   shape.rates = {0.1, 0.2};
@@ -302,6 +334,7 @@ TEST_P(ConformanceTest, LightningAttentionOfNothing) {
   const std::vector<float> before = run.State(0);
   run.Step({});
   run.Step({Decode(0, 0, 0, 0, 0, 0)});
+  run.Step({Padding()});
   EXPECT_TRUE(SameBits(run.State(0), before));
 }
 

@@ -1,24 +1,27 @@
 // The anchor rule as bits: how a sequence is cut into steps, batched, lagged or rolled back changes
 // nothing. And the arithmetic against the recurrence in double.
 
+#include <algorithm>
 #include <cmath>
-#include <memory>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "gtest/gtest.h"
 #include "kernels/ref/ref_backend.h"
+#include "tests/kernels/backends.h"
 #include "tests/kernels/device_arena.h"
 #include "tests/kernels/lightning_run.h"
 
 namespace godwit {
 namespace {
 
-class CpuLightningAttentionTest : public ::testing::TestWithParam<const char*> {
+class LightningAttentionTest : public ::testing::TestWithParam<BackendRow> {
  protected:
   void SetUp() override {
     std::string reason;
-    backend_ = MakeCpuBackend(GetParam(), 2, &reason);
+    backend_ = GetParam().make(&reason);
     if (backend_ == nullptr) GTEST_SKIP() << reason;
   }
   Backend& backend() { return *backend_; }
@@ -45,6 +48,27 @@ LightningShape SmallShape() {
   return shape;
 }
 
+// SmallShape, and what kernels of fixed widths take.
+std::vector<LightningShape> SomeShapes() {
+  std::vector<LightningShape> shapes = {SmallShape(), SmallShape()};
+  shapes[1].act = DType::kBF16;
+  for (const auto& [heads, head_dim, lrpe] : std::vector<std::tuple<int, int, bool>>{
+           {3, 64, false}, {3, 64, true}, {1, 128, false}, {1, 128, true}}) {
+    LightningShape shape;
+    shape.heads = heads;
+    shape.head_dim = head_dim;
+    shape.lrpe = lrpe;
+    shape.act = DType::kBF16;
+    shape.rates = LayerRates(heads, 1, 4);
+    shapes.push_back(shape);
+  }
+  return shapes;
+}
+std::string Describe(const LightningShape& shape) {
+  return std::to_string(shape.heads) + " heads of " + std::to_string(shape.head_dim) +
+         (shape.lrpe ? ", LRPE" : "") + (shape.act == DType::kBF16 ? ", bf16" : ", f32");
+}
+
 // The recurrence by the reference back end in one piece, and the tolerance of its outputs.
 struct Expected {
   std::vector<float> output;
@@ -61,7 +85,7 @@ Expected RunReference(const LightningShape& shape, int64_t num_tokens) {
   return {run.output(0), LightningTolerance(shape, bound.output(0), num_tokens)};
 }
 
-TEST_P(CpuLightningAttentionTest, AnyCutsMatchTheRecurrence) {
+TEST_P(LightningAttentionTest, AnyCutsMatchTheRecurrence) {
   for (const int layer : {0, 3, 23}) {
     for (const DType act : {DType::kF32, DType::kBF16}) {
       LightningShape shape;
@@ -84,7 +108,7 @@ TEST_P(CpuLightningAttentionTest, AnyCutsMatchTheRecurrence) {
 }
 
 // o_t = sum_j lambda^(t - j) (q_t . k_j) v_j, without a state and without the reference back end.
-TEST_P(CpuLightningAttentionTest, MatchesTheQuadraticForm) {
+TEST_P(LightningAttentionTest, MatchesTheQuadraticForm) {
   LightningShape shape = SmallShape();
   shape.zero_state = true;
   shape.activation = Activation::kNone;
@@ -122,7 +146,7 @@ TEST_P(CpuLightningAttentionTest, MatchesTheQuadraticForm) {
   }
 }
 
-TEST_P(CpuLightningAttentionTest, PrefillThenDecodeMatchesOnePass) {
+TEST_P(LightningAttentionTest, PrefillThenDecodeMatchesOnePass) {
   LightningShape shape = SmallShape();
   const int64_t m = 20;
   for (const int64_t n : {63, 64, 65, 255, 256, 257}) {
@@ -134,7 +158,7 @@ TEST_P(CpuLightningAttentionTest, PrefillThenDecodeMatchesOnePass) {
   }
 }
 
-TEST_P(CpuLightningAttentionTest, SlopesOfAllLayersAndHeadCounts) {
+TEST_P(LightningAttentionTest, SlopesOfAllLayersAndHeadCounts) {
   for (const int heads : {6, 8, 20, 40}) {
     for (const int layer : {0, 12, 23}) {
       LightningShape shape;
@@ -151,7 +175,7 @@ TEST_P(CpuLightningAttentionTest, SlopesOfAllLayersAndHeadCounts) {
   }
 }
 
-TEST_P(CpuLightningAttentionTest, KeysOf256ColumnsByLrpe) {
+TEST_P(LightningAttentionTest, KeysOf256ColumnsByLrpe) {
   for (const DType act : {DType::kF32, DType::kBF16}) {
     LightningShape shape;
     shape.head_dim = 128;
@@ -168,7 +192,8 @@ TEST_P(CpuLightningAttentionTest, KeysOf256ColumnsByLrpe) {
   }
 }
 
-TEST_P(CpuLightningAttentionTest, WindowFormHasTheSameBitsInAnyCuts) {
+TEST_P(LightningAttentionTest, WindowFormHasTheSameBitsInAnyCuts) {
+  if (!GetParam().is_cpu) GTEST_SKIP() << "prompt rows have a kernel of their own";
   for (const DType act : {DType::kF32, DType::kBF16}) {
     for (const bool lrpe : {false, true}) {
       LightningShape shape = SmallShape();
@@ -186,7 +211,7 @@ TEST_P(CpuLightningAttentionTest, WindowFormHasTheSameBitsInAnyCuts) {
   }
 }
 
-TEST_P(CpuLightningAttentionTest, PrefillCutAtMultiplesOfPHasTheSameBits) {
+TEST_P(LightningAttentionTest, PrefillCutAtMultiplesOfPHasTheSameBits) {
   LightningShape shape = SmallShape();
   shape.act = DType::kBF16;
   const int64_t n = 700;
@@ -201,7 +226,7 @@ TEST_P(CpuLightningAttentionTest, PrefillCutAtMultiplesOfPHasTheSameBits) {
   }
 }
 
-TEST_P(CpuLightningAttentionTest, PrefillFromAnyPositionHasTheSameBitsInCutsAtMultiplesOfP) {
+TEST_P(LightningAttentionTest, PrefillFromAnyPositionHasTheSameBitsInCutsAtMultiplesOfP) {
   const LightningShape shape = SmallShape();
   const int64_t n = 300;
   for (const int64_t begin : {5, 16, 37, 63, 64, 70}) {
@@ -223,44 +248,79 @@ TEST_P(CpuLightningAttentionTest, PrefillFromAnyPositionHasTheSameBitsInCutsAtMu
   }
 }
 
-TEST_P(CpuLightningAttentionTest, MixedBatchHasTheBitsOfEachAlone) {
-  const LightningShape shape = SmallShape();
+TEST_P(LightningAttentionTest, MixedBatchHasTheBitsOfEachAlone) {
   const std::vector<int> slots = {2, 0, 3};
   const int64_t n = 90;
-  std::vector<std::vector<float>> alone;
-  for (int sequence = 0; sequence < 3; ++sequence) {
-    LightningRun run(backend(), shape, n);
-    run.Step({Prefill(sequence, slots[static_cast<size_t>(sequence)], 0, 70)});
-    for (int64_t t = 70; t < n; ++t) {
-      run.Step({Decode(sequence, slots[static_cast<size_t>(sequence)], t, 1,
-                       std::max<int64_t>(t - 1, 70), t)});
-    }
-    alone.push_back(run.output(sequence));
-  }
-  // 0 decodes while 1 and then 2 are prefilled; the order of rows changes every step.
-  LightningRun run(backend(), shape, n);
-  run.Step({Prefill(0, slots[0], 0, 70)});
   auto decode = [&](int sequence, int64_t t) {
     return Decode(sequence, slots[static_cast<size_t>(sequence)], t, 1,
                   std::max<int64_t>(t - 1, 70), t);
   };
-  run.Step({decode(0, 70), Prefill(1, slots[1], 0, 64), Prefill(2, slots[2], 0, 64)});
-  run.Step({decode(0, 71), Prefill(2, slots[2], 64, 70), Prefill(1, slots[1], 64, 70)});
-  for (int64_t t = 72; t < n; ++t) {
-    std::vector<LightningPiece> pieces = {decode(0, t), decode(1, t - 2), decode(2, t - 2)};
-    std::rotate(pieces.begin(), pieces.begin() + t % 3, pieces.end());
-    run.Step(pieces);
-  }
-  EXPECT_TRUE(SameBits(run.output(0), alone[0]));
-  for (const int sequence : {1, 2}) {
-    const std::vector<float> expected(
-        alone[static_cast<size_t>(sequence)].begin(),
-        alone[static_cast<size_t>(sequence)].begin() + (n - 2) * shape.width());
-    EXPECT_TRUE(SameBits(run.Output(sequence, 0, n - 2), expected)) << sequence;
+  for (const LightningShape& shape : SomeShapes()) {
+    SCOPED_TRACE(Describe(shape));
+    std::vector<std::vector<float>> alone;
+    for (int sequence = 0; sequence < 3; ++sequence) {
+      LightningRun run(backend(), shape, n);
+      run.Step({Prefill(sequence, slots[static_cast<size_t>(sequence)], 0, 70)});
+      for (int64_t t = 70; t < n; ++t) run.Step({decode(sequence, t)});
+      alone.push_back(run.output(sequence));
+    }
+    // 0 decodes while 1 and then 2 are prefilled; the order of rows changes every step, and rows of
+    // no tokens lie between them.
+    LightningRun run(backend(), shape, n);
+    run.Step({Prefill(0, slots[0], 0, 70)});
+    run.Step({decode(0, 70), Prefill(1, slots[1], 0, 64), Prefill(2, slots[2], 0, 64)});
+    run.Step({Padding(), decode(0, 71), Padding(), Prefill(2, slots[2], 64, 70),
+              Prefill(1, slots[1], 64, 70)});
+    for (int64_t t = 72; t < n; ++t) {
+      std::vector<LightningPiece> pieces = {decode(0, t), Padding(), decode(1, t - 2),
+                                            decode(2, t - 2)};
+      std::rotate(pieces.begin(), pieces.begin() + t % 4, pieces.end());
+      run.Step(pieces);
+    }
+    EXPECT_TRUE(SameBits(run.output(0), alone[0]));
+    for (const int sequence : {1, 2}) {
+      const std::vector<float> expected(
+          alone[static_cast<size_t>(sequence)].begin(),
+          alone[static_cast<size_t>(sequence)].begin() + (n - 2) * shape.width());
+      EXPECT_TRUE(SameBits(run.Output(sequence, 0, n - 2), expected)) << sequence;
+    }
   }
 }
 
-TEST_P(CpuLightningAttentionTest, ReusedSlotHasTheBitsOfAFreshOne) {
+// One sequence in every slot of a batch large enough to be split otherwise than a small one, each
+// slot in cuts of its own length.
+TEST_P(LightningAttentionTest, ManyRowsOfAnyLengthHaveTheBitsOfOneAlone) {
+  const int num_rows = GetParam().is_cpu ? 40 : 540;
+  const int64_t n = 60;
+  for (LightningShape shape : SomeShapes()) {
+    SCOPED_TRACE(Describe(shape));
+    shape.zero_state = true;
+    const std::vector<float> alone = DecodeAlone(shape, n);
+    shape.num_slots = num_rows;
+    shape.window_rows = 2 * kWindow - 1 + kWindow;
+    LightningRun run(backend(), shape, n);
+    std::vector<int64_t> position(static_cast<size_t>(num_rows)), confirmed = position;
+    for (;;) {
+      std::vector<LightningPiece> pieces;
+      std::vector<float> expected;
+      for (int slot = 0; slot < num_rows; ++slot) {
+        int64_t& t = position[static_cast<size_t>(slot)];
+        const int64_t count = std::min<int64_t>(1 + slot * 5 % kWindow, n - t);
+        if (count == 0) continue;
+        pieces.push_back(Decode(0, slot, t, static_cast<int>(count),
+                                std::exchange(confirmed[static_cast<size_t>(slot)], t), t));
+        expected.insert(expected.end(), alone.begin() + t * shape.width(),
+                        alone.begin() + (t + count) * shape.width());
+        t += count;
+      }
+      if (pieces.empty()) break;
+      run.Step(pieces);
+      ASSERT_TRUE(SameBits(run.last(), expected));
+    }
+  }
+}
+
+TEST_P(LightningAttentionTest, ReusedSlotHasTheBitsOfAFreshOne) {
   LightningShape shape = SmallShape();
   shape.zero_state = true;
   LightningRun run(backend(), shape, 50);
@@ -271,10 +331,9 @@ TEST_P(CpuLightningAttentionTest, ReusedSlotHasTheBitsOfAFreshOne) {
   EXPECT_TRUE(SameBits(run.output(1), DecodeAlone(shape, 50, 1, 0)));
 }
 
-TEST_P(CpuLightningAttentionTest, VerifiedAndRolledBackHasTheBitsOfNeverSpeculated) {
-  for (const DType act : {DType::kF32, DType::kBF16}) {
-    LightningShape shape = SmallShape();
-    shape.act = act;
+TEST_P(LightningAttentionTest, VerifiedAndRolledBackHasTheBitsOfNeverSpeculated) {
+  for (LightningShape shape : SomeShapes()) {
+    SCOPED_TRACE(Describe(shape));
     const int64_t n = 120;
     const std::vector<float> alone = DecodeAlone(shape, n);
     for (const int rows : {2, 5, 9, 16}) {
@@ -298,37 +357,48 @@ TEST_P(CpuLightningAttentionTest, VerifiedAndRolledBackHasTheBitsOfNeverSpeculat
   }
 }
 
-TEST_P(CpuLightningAttentionTest, LaggingBaseHasTheSameBits) {
-  LightningShape shape = SmallShape();
-  const int64_t n = 200;
-  const std::vector<float> alone = DecodeAlone(shape, n);
-  for (const int64_t lag : {16, 32, 48, 11, 37}) {
-    for (const int rows : {1, 4}) {
-      shape.window_rows = kWindow - 1 + static_cast<int>(lag) + rows + 16;
-      LightningRun run(backend(), shape, n);
-      int64_t confirmed_before = 0;
-      for (int64_t t = 0; t < n; t += rows) {
-        const int64_t confirmed = std::max<int64_t>(t - lag, 0);
-        run.Step({Decode(0, 0, t, static_cast<int>(std::min<int64_t>(rows, n - t)),
-                         confirmed_before, confirmed)});
-        confirmed_before = confirmed;
+TEST_P(LightningAttentionTest, LaggingBaseHasTheSameBits) {
+  for (LightningShape shape : SomeShapes()) {
+    SCOPED_TRACE(Describe(shape));
+    const int64_t n = 200;
+    const std::vector<float> alone = DecodeAlone(shape, n);
+    for (const int64_t lag : {16, 32, 48, 11, 37}) {
+      for (const int rows : {1, 4}) {
+        shape.window_rows = kWindow - 1 + static_cast<int>(lag) + rows + 16;
+        LightningRun run(backend(), shape, n);
+        int64_t confirmed_before = 0;
+        for (int64_t t = 0; t < n; t += rows) {
+          const int64_t confirmed = std::max<int64_t>(t - lag, 0);
+          run.Step({Decode(0, 0, t, static_cast<int>(std::min<int64_t>(rows, n - t)),
+                           confirmed_before, confirmed)});
+          confirmed_before = confirmed;
+        }
+        EXPECT_TRUE(SameBits(run.output(0), alone)) << lag << " " << rows;
       }
-      EXPECT_TRUE(SameBits(run.output(0), alone)) << lag << " " << rows;
     }
   }
 }
 
-TEST_P(CpuLightningAttentionTest, FoldsALaggingBaseWithoutTokens) {
-  const LightningShape shape = SmallShape();
-  LightningRun lagging(backend(), shape, 40), prompt(backend(), shape, 40);
-  for (int64_t t = 0; t < 32; ++t) lagging.Step({Decode(0, 0, t, 1, 0, 0)});
-  LightningPiece fold = Decode(0, 0, 32, 0, 0, 32);
-  lagging.Step({fold, Decode(1, 1, 0, 1, 0, 0)});
-  for (int64_t t = 0; t < 32; ++t) prompt.Step({Prefill(0, 0, t, t + 1, false)});
-  EXPECT_TRUE(SameBits(lagging.State(0), prompt.State(0)));
+// A fold of rows of the step itself, of rows of the ring, one or several blocks late: one state.
+TEST_P(LightningAttentionTest, StoredFoldsHaveTheSameBitsWheneverTheyAreStored) {
+  for (LightningShape shape : SomeShapes()) {
+    SCOPED_TRACE(Describe(shape));
+    shape.window_rows = 100;
+    const int64_t n = 65;
+    LightningRun at_once(backend(), shape, n), next(backend(), shape, n), late(backend(), shape, n);
+    for (int64_t t = 0; t + kWindow <= 64; t += kWindow) {
+      at_once.Step({Decode(0, 0, t, kWindow, t, t + kWindow)});
+    }
+    for (int64_t t = 0; t < n; ++t) {
+      next.Step({Decode(0, 0, t, 1, std::max<int64_t>(t - 1, 0), t)});
+      late.Step({Decode(0, 0, t, 1, t < 64 ? 0 : 16, t < 63 ? 0 : t < 64 ? 16 : 64)});
+    }
+    EXPECT_TRUE(SameBits(next.State(0), at_once.State(0)));
+    EXPECT_TRUE(SameBits(late.State(0), at_once.State(0)));
+  }
 }
 
-TEST_P(CpuLightningAttentionTest, ThreadsAndColumnSplitsDoNotChangeBits) {
+TEST(CpuLightningAttentionTest, ThreadsAndColumnSplitsDoNotChangeBits) {
   LightningShape shape;
   shape.heads = 1;
   shape.head_dim = 72;
@@ -336,7 +406,7 @@ TEST_P(CpuLightningAttentionTest, ThreadsAndColumnSplitsDoNotChangeBits) {
   std::vector<std::vector<float>> outputs;
   for (const int threads : {1, 2, 3}) {
     std::string reason;
-    BackendPtr backend = MakeCpuBackend(GetParam(), threads, &reason);
+    BackendPtr backend = MakeCpuBackend("portable", threads, &reason);
     LightningRun run(*backend, shape, 200);
     run.Step({Prefill(0, 0, 0, 150)});
     for (int64_t t = 150; t < 200; ++t)
@@ -348,50 +418,87 @@ TEST_P(CpuLightningAttentionTest, ThreadsAndColumnSplitsDoNotChangeBits) {
 
 // A last layer forgets 4e-8 a token: folds of S + (dS - eps S) stay near the exact sum for a
 // million tokens, where lambda^W S + dS in f32 would be off by the error of lambda^W each time.
-TEST_P(CpuLightningAttentionTest, MillionTokensOfTheLastLayerStayNearDouble) {
-  LightningShape shape;
-  shape.heads = 1;
-  shape.rates = {LayerRates(8, 23, 24)[7]};
-  shape.zero_state = true;
-  const int64_t piece = 4096, num_pieces = 256;
-  LightningRun run(backend(), shape, piece + kWindow);
-  std::vector<double> exact(static_cast<size_t>(shape.head_dim * shape.head_dim));
-  std::vector<double> chunk(
-      exact.size());  // what the piece adds, the same for every repetition of it
-  const double lambda = std::exp(-shape.rates[0]);
-  auto silu = [](double x) { return x / (1 + std::exp(-x)); };
-  const std::vector<float>& qkv = run.qkv(0);
-  for (int64_t t = 0; t < piece; ++t) {
-    const float* const row = &qkv[static_cast<size_t>(t * 3 * shape.head_dim)];
-    for (int d = 0; d < shape.head_dim; ++d) {
-      const double k = silu(static_cast<double>(row[shape.head_dim + d]));
-      for (int n = 0; n < shape.head_dim; ++n) {
-        double& s = chunk[static_cast<size_t>(d * shape.head_dim + n)];
-        s = lambda * s + k * static_cast<double>(row[2 * shape.head_dim + n]);
+// A piece of tokens is repeated: without LRPE nothing depends on the position but the decay.
+class MillionTokens {
+ public:
+  static constexpr int64_t kPiece = 4096, kNumPieces = 256;
+
+  MillionTokens(Backend& backend, const LightningShape& shape)
+      : shape_(shape), run_(backend, shape, kPiece + kWindow) {}
+
+  // Relative error of S, in the Frobenius norm, after the steps of a piece were repeated.
+  double Error(const std::vector<LightningPiece>& steps) {
+    run_.Repeat(steps, kNumPieces);
+    const std::vector<float> state = run_.State(0);
+    const std::vector<double> piece = OfPiece();
+    const double forgotten = std::exp(-shape_.rates[0] * static_cast<double>(kPiece));
+    double error = 0, norm = 0;
+    for (size_t e = 0; e < state.size(); ++e) {
+      double exact = 0;
+      for (int64_t i = 0; i < kNumPieces; ++i) exact = forgotten * exact + piece[e];
+      error += std::pow(static_cast<double>(state[e]) - exact, 2);
+      norm += exact * exact;
+    }
+    return std::sqrt(error / norm);
+  }
+
+ private:
+  // What a piece adds.
+  std::vector<double> OfPiece() {
+    const int64_t d_k = shape_.head_dim;
+    std::vector<double> sum(static_cast<size_t>(d_k * d_k));
+    const double lambda = std::exp(-shape_.rates[0]);
+    for (int64_t t = 0; t < kPiece; ++t) {
+      const float* const row = &run_.qkv(0)[static_cast<size_t>(t * 3 * d_k)];
+      for (int64_t d = 0; d < d_k; ++d) {
+        const double x = static_cast<double>(row[d_k + d]);
+        const double k =
+            static_cast<double>(RoundToAct(shape_.act, static_cast<float>(x / (1 + std::exp(-x)))));
+        double* const s = &sum[static_cast<size_t>(d * d_k)];
+        for (int64_t n = 0; n < d_k; ++n)
+          s[n] = lambda * s[n] + k * static_cast<double>(row[2 * d_k + n]);
       }
     }
+    return sum;
   }
-  // A piece is at positions [0, 4096) each time: without LRPE nothing else depends on the position.
-  for (int64_t i = 0; i < num_pieces; ++i) {
-    run.Step({Prefill(0, 0, 0, piece)});
-    for (size_t e = 0; e < exact.size(); ++e) {
-      exact[e] = std::exp(-shape.rates[0] * static_cast<double>(piece)) * exact[e] + chunk[e];
-    }
-  }
-  const std::vector<float> state = run.State(0);
-  double error = 0, norm = 0;
-  for (size_t e = 0; e < exact.size(); ++e) {
-    error += std::pow(static_cast<double>(state[e]) - exact[e], 2);
-    norm += exact[e] * exact[e];
-  }
-  // num_folds roundings of a random sign: 2^-24 sqrt(16384) = 8e-6, and the like for the sums
-  // within a block.
-  const double folds = static_cast<double>(piece * num_pieces / kPrefillBlock);
-  EXPECT_LT(std::sqrt(error / norm), 4 * std::ldexp(1.0, -24) * std::sqrt(folds));
+
+  const LightningShape shape_;
+  LightningRun run_;
+};
+
+LightningShape LastLayer(DType act, int head_dim) {
+  LightningShape shape;
+  shape.heads = 1;
+  shape.head_dim = head_dim;
+  shape.act = act;
+  shape.rates = {LayerRates(8, 23, 24)[7]};
+  shape.zero_state = true;
+  return shape;
 }
 
-INSTANTIATE_TEST_SUITE_P(Isa, CpuLightningAttentionTest, ::testing::ValuesIn(kCpuIsaNames),
-                         [](const auto& info) { return std::string(info.param); });
+// num_folds roundings of a random sign, 2^-24 sqrt(num_folds), and the like for the sums within a
+// block: 8e-6 in P-form, 1.5e-5 in W-form, had S its last size from the first fold on.
+TEST_P(LightningAttentionTest, MillionPromptTokensOfTheLastLayerStayNearDouble) {
+  MillionTokens run(backend(), LastLayer(DType::kF32, 16));
+  const double folds =
+      static_cast<double>(MillionTokens::kPiece * MillionTokens::kNumPieces / kPrefillBlock);
+  EXPECT_LT(run.Error({Prefill(0, 0, 0, MillionTokens::kPiece)}),
+            4 * std::ldexp(1.0, -24) * std::sqrt(folds));
+}
+
+TEST_P(LightningAttentionTest, MillionDecodedTokensOfTheLastLayerStayNearDouble) {
+  std::vector<LightningPiece> steps;
+  for (int64_t t = 0; t < MillionTokens::kPiece; t += kWindow) {
+    steps.push_back(Decode(0, 0, t, kWindow, t, t + kWindow));
+  }
+  MillionTokens small(backend(), LastLayer(DType::kF32, 16));
+  EXPECT_LT(small.Error(steps), 1e-5);
+  MillionTokens wide(backend(), LastLayer(DType::kBF16, 64));
+  EXPECT_LT(wide.Error(steps), 1e-5);
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, LightningAttentionTest, ::testing::ValuesIn(kBackends),
+                         [](const auto& info) { return std::string(info.param.name); });
 
 }  // namespace
 }  // namespace godwit
