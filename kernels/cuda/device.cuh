@@ -25,6 +25,23 @@ __device__ inline float Round(float x) {
   return Load(&rounded);
 }
 
+// x / (1 + exp(-x)), good to 4 roundings; 0 where exp(-x) overflows.
+__device__ inline float Silu(float x) { return __fdividef(x, 1.0f + expf(-x)); }
+
+// sin and cos of theta * position; the product in double, reduced there to a turn.
+__device__ inline void SineAndCosine(float theta, double position, float* sine, float* cosine) {
+  constexpr double kTurnsPerRadian = 0.15915494309189533576888376337251;
+  constexpr float kPi = 3.14159265358979f;
+  const double turns = theta * position * kTurnsPerRadian;
+  const double half_turns = 2 * (turns - rint(turns));
+  const auto main = static_cast<float>(half_turns);
+  const float rest = kPi * static_cast<float>(half_turns - main);
+  float s, c;
+  sincospif(main, &s, &c);
+  *sine = fmaf(rest, c, s);
+  *cosine = fmaf(-rest, s, c);
+}
+
 // Row `index` of a tensor (TensorView's own member is host code).
 template <typename T>
 __device__ inline T* Row(const TensorView& x, int64_t index) {
@@ -47,7 +64,8 @@ __device__ inline void StoreAny(const TensorView& y, int64_t row, int64_t column
 // Sum over the warp, the same bits in every lane.
 template <typename T>
 __device__ inline T WarpSum(T x) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  for (int offset = kWarp / 2; offset > 0; offset /= 2)
+    x += __shfl_xor_sync(0xffffffffu, x, offset);
   return x;
 }
 __device__ inline float WarpMax(float x) {
@@ -57,7 +75,8 @@ __device__ inline float WarpMax(float x) {
   return x;
 }
 
-// Reductions over a block of kThreads; `shared` holds kThreads / 32 values. Every thread gets the result.
+// Reductions over a block of kThreads; `shared` holds kThreads / 32 values. Every thread gets the
+// result.
 template <int kThreads, typename T>
 __device__ inline T BlockSum(T x, T* shared) {
   x = WarpSum(x);
@@ -82,7 +101,8 @@ __device__ inline float BlockMax(float x, float* shared) {
 // The sequence that a token of the step belongs to.
 __device__ inline const StepRow& RowOfToken(const StepRow* rows, int32_t num_rows, int64_t token) {
   int32_t row = 0;
-  while (row + 1 < num_rows && token >= rows[row].first_token + int64_t{rows[row].num_tokens}) ++row;
+  while (row + 1 < num_rows && token >= rows[row].first_token + int64_t{rows[row].num_tokens})
+    ++row;
   return rows[row];
 }
 

@@ -45,7 +45,16 @@ cudaError_t LaunchFillRandom(const MatrixView& matrix, uint64_t seed, float scal
 cudaError_t LaunchLinear(const LinearArgs& args, Context& context);
 cudaError_t LaunchGatedLinear(const GatedLinearArgs& args, Context& context);
 // Decode rows and prefill rows have kernels of their own (lightning_step.cu, lightning_prefill.cu);
-// each launches nothing when the step has none of its rows.
+// each launches nothing when the step has none of its rows. LaunchLightningRows takes any type and
+// shape: what they leave to it.
+struct LightningRows {
+  int32_t first_row = 0;
+  int32_t num_rows = 0;
+  int64_t first_token = 0;
+  int64_t num_tokens = 0;
+};
+cudaError_t LaunchLightningRows(const LightningAttentionArgs& args, const LightningRows& rows,
+                                Context& context);
 cudaError_t LaunchLightningStep(const LightningAttentionArgs& args, Context& context);
 cudaError_t LaunchLightningPrefill(const LightningAttentionArgs& args, Context& context);
 cudaError_t LaunchPagedDecode(const PagedAttentionArgs& args, Context& context);

@@ -31,8 +31,8 @@ struct Shape {
 // q (f32) and k (rounded to act, kept as f32): [T, H, d_k] each.
 template <typename Act>
 __global__ void __launch_bounds__(kThreads)
-    FormKernel(LightningAttentionArgs args, Shape shape, float* q, float* k) {
-  const int64_t token = blockIdx.x;
+    FormKernel(LightningAttentionArgs args, Shape shape, int64_t first_token, float* q, float* k) {
+  const int64_t token = first_token + blockIdx.x;
   const StepRow& row = RowOfToken(args.rows, args.num_rows, token);
   const auto position = static_cast<double>(row.position + token - row.first_token);
   const int64_t width = int64_t{args.num_heads} * args.head_dim;
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t index = (token * args.num_heads + head) * shape.key_dim + column % args.head_dim;
     for (int part = 0; part < 2; ++part) {
       float value = x[part];
-      if (args.qk_activation == Activation::kSilu) value = value / (1.0f + expf(-value));
+      if (args.qk_activation == Activation::kSilu) value = Silu(value);
       float* to = part == 0 ? q : k;
       const float first = has_theta ? value * cosine : value;
       to[index] = part == 0 ? first : Round<Act>(first);
@@ -237,8 +237,11 @@ struct Walk {
 
 template <typename Act>
 __global__ void __launch_bounds__(kThreads)
-    WalkKernel(LightningAttentionArgs args, Shape shape, const float* q, const float* k) {
+    WalkKernel(LightningAttentionArgs args, Shape shape, int32_t first_row, const float* q,
+               const float* k) {
   extern __shared__ float memory[];
+  const StepRow& row = args.rows[first_row + blockIdx.x];
+  if (row.num_tokens == 0) return;
   Tiles tiles;
   tiles.state = memory;
   tiles.change = tiles.state + shape.key_dim * kColumns;
@@ -248,7 +251,7 @@ __global__ void __launch_bounds__(kThreads)
   tiles.scores = tiles.v + kWindow * kColumns;
   const int64_t first_column = int64_t{blockIdx.z} * kColumns;
   const Walk<Act> walk = {args,
-                          args.rows[blockIdx.x],
+                          row,
                           q,
                           k,
                           shape,
@@ -262,8 +265,9 @@ __global__ void __launch_bounds__(kThreads)
 // Rows that the stored base does not hold: k then v of all heads.
 template <typename Act>
 __global__ void __launch_bounds__(kThreads)
-    WindowKernel(LightningAttentionArgs args, Shape shape, const float* k) {
-  const StepRow& row = args.rows[blockIdx.x];
+    WindowKernel(LightningAttentionArgs args, Shape shape, int32_t first_row, const float* k) {
+  const StepRow& row = args.rows[first_row + blockIdx.x];
+  if (row.num_tokens == 0) return;
   const int64_t position = max(row.position, row.base_after) + blockIdx.y;
   if (position >= row.position + row.num_tokens) return;
   const int64_t token = row.first_token + position - row.position;
@@ -280,37 +284,43 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename Act>
-cudaError_t Launch(const LightningAttentionArgs& args, Scratch& scratch, cudaStream_t stream) {
+cudaError_t Launch(const LightningAttentionArgs& args, const LightningRows& rows, Scratch& scratch,
+                   cudaStream_t stream) {
   const Shape shape = {args.theta ? 2 * args.head_dim : args.head_dim, args.head_dim};
-  const int64_t num_tokens = args.q.rows();
-  const int64_t formed = num_tokens * args.num_heads * shape.key_dim;
+  const int64_t formed = args.q.rows() * args.num_heads * shape.key_dim;
   void* memory = nullptr;
   cudaError_t error = scratch.Reserve(2 * formed * static_cast<int64_t>(sizeof(float)), &memory);
   if (error != cudaSuccess) return error;
   float* q = static_cast<float*>(memory);
   float* k = q + formed;
-  FormKernel<Act><<<static_cast<unsigned>(num_tokens), kThreads, 0, stream>>>(args, shape, q, k);
+  FormKernel<Act><<<static_cast<unsigned>(rows.num_tokens), kThreads, 0, stream>>>(
+      args, shape, rows.first_token, q, k);
   const auto tile_bytes = static_cast<int>(TileBytes(shape));
   error = cudaFuncSetAttribute(WalkKernel<Act>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                tile_bytes);
   if (error != cudaSuccess) return error;  // d_k beyond what a block of this device can hold
-  const dim3 grid(static_cast<unsigned>(args.num_rows), static_cast<unsigned>(args.num_heads),
+  const dim3 grid(static_cast<unsigned>(rows.num_rows), static_cast<unsigned>(args.num_heads),
                   static_cast<unsigned>(DivideUp(shape.value_dim, kColumns)));
-  WalkKernel<Act><<<grid, kThreads, tile_bytes, stream>>>(args, shape, q, k);
-  const dim3 window_grid(static_cast<unsigned>(args.num_rows),
+  WalkKernel<Act><<<grid, kThreads, tile_bytes, stream>>>(args, shape, rows.first_row, q, k);
+  const dim3 window_grid(static_cast<unsigned>(rows.num_rows),
                          static_cast<unsigned>(args.window.shape[1]));
-  WindowKernel<Act><<<window_grid, kThreads, 0, stream>>>(args, shape, k);
+  WindowKernel<Act><<<window_grid, kThreads, 0, stream>>>(args, shape, rows.first_row, k);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t LaunchLightningStep(const LightningAttentionArgs&, Context&) { return cudaSuccess; }
+cudaError_t LaunchLightningRows(const LightningAttentionArgs& args, const LightningRows& rows,
+                                Context& context) {
+  if (rows.num_rows == 0 || rows.num_tokens == 0) return cudaSuccess;
+  return args.q.dtype == DType::kBF16 ? Launch<Bf16>(args, rows, context.scratch, context.stream)
+                                      : Launch<float>(args, rows, context.scratch, context.stream);
+}
 
 cudaError_t LaunchLightningPrefill(const LightningAttentionArgs& args, Context& context) {
-  if (args.num_rows == 0 || args.q.rows() == 0) return cudaSuccess;
-  return args.q.dtype == DType::kBF16 ? Launch<Bf16>(args, context.scratch, context.stream)
-                                      : Launch<float>(args, context.scratch, context.stream);
+  const LightningRows rows = {args.num_decode_rows, args.num_rows - args.num_decode_rows,
+                              args.num_decode_tokens, args.q.rows() - args.num_decode_tokens};
+  return LaunchLightningRows(args, rows, context);
 }
 
 int64_t LightningScratchBytes(const BackendLimits& limits) {
