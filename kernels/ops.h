@@ -131,6 +131,8 @@ struct LightningDecay {
 //   the same code (same bits) serves both.
 // P-form, blocks of P tokens: the same with P for W (fold_epsilon[h][1]), as matrix products:
 //   O = [(Q K^T) . M] V + diag(lambda^(i+1)) Q S,  M_ij = lambda^(i-j) for i >= j else 0.
+// Where act is bf16, P-form may round q, (Q K^T) . M and the S it reads (never the one it keeps) to
+// bf16.
 // Rows not folded into the stored base by this step are written to the window; row of position p is
 // p % window_rows. A decode row ends at most window_rows after its base: what is written never lies
 // over what is read.

@@ -1,7 +1,9 @@
-// Lightning attention with a windowed state. Three launches: form q and k of the step (activation,
-// LRPE, rounding); one block per (sequence, head, kColumns columns of the state) walks the blocks
-// of W or P positions; the rows that stay open go to the window last, because a row may take the
-// place of one that another block still reads.
+// Lightning attention with a windowed state, for any type and shape. Three launches: form q and k
+// of the step (activation, LRPE, rounding); one block per (sequence, head, kColumns columns of the
+// state) walks the blocks of W or P positions; the rows that stay open go to the window last,
+// because a row may take the place of one that another block still reads. Where
+// lightning_prefill.cu takes the P-blocks, a walk before them hands it the state through its slot,
+// and one after them goes on from there.
 //
 // In a walk a sub-block is kWindow rows; P-form is four of them against the same S, folded as one.
 // A thread owns one column and every kGroups-th row (of q, or of d_k): sums over d_k and over j
@@ -12,6 +14,8 @@
 
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/lightning_rows.cuh"
+#include "kernels/cuda/pdl.cuh"
 
 namespace godwit::cuda {
 namespace {
@@ -21,44 +25,48 @@ constexpr int kColumns = kWarp;               // of a state tile
 constexpr int kGroups = kThreads / kColumns;  // threads that share a column
 constexpr int kRowsPerThread = kWindow / kGroups;
 static_assert(kWindow % kGroups == 0 && kWindow * kWindow == kThreads);
-constexpr double kTwoPi = 6.283185307179586476925286766559;
 
 struct Shape {
   int32_t key_dim;    // d_k
   int32_t value_dim;  // d_v = head_dim
 };
 
-// q (f32) and k (rounded to act, kept as f32): [T, H, d_k] each.
+Shape ShapeOf(const LightningAttentionArgs& args) { return {KeyDim(args), args.head_dim}; }
+
+// Forms q (f32) and k (rounded to act) of a row's tokens, or of those outside its P-blocks. Blocks
+// with the same blockIdx.x share a row.
 template <typename Act>
 __global__ void __launch_bounds__(kThreads)
-    FormKernel(LightningAttentionArgs args, Shape shape, int64_t first_token, float* q, float* k) {
-  const int64_t token = first_token + blockIdx.x;
-  const StepRow& row = RowOfToken(args.rows, args.num_rows, token);
-  const auto position = static_cast<double>(row.position + token - row.first_token);
+    FormKernel(LightningAttentionArgs args, int32_t first_row, bool skip_blocks, float* q, Act* k) {
+  DependencyTrigger();
+  DependencyWait();
+  const StepRow& row = args.rows[first_row + blockIdx.x];
+  const int64_t skipped = skip_blocks && HasBlocks(row) ? row.p_end - row.p_begin : 0;
   const int64_t width = int64_t{args.num_heads} * args.head_dim;
-  const bool has_theta = args.theta.data != nullptr;
-  for (int64_t column = threadIdx.x; column < width; column += kThreads) {
-    float x[2] = {Load(Row<const Act>(args.q, token) + column),
-                  Load(Row<const Act>(args.k, token) + column)};
-    float sine = 0, cosine = 1;
-    if (has_theta) {
-      double exact_sine, exact_cosine;
-      const double theta = static_cast<const float*>(args.theta.data)[column];
-      sincos(fmod(theta * position, kTwoPi), &exact_sine, &exact_cosine);
-      sine = static_cast<float>(exact_sine);
-      cosine = static_cast<float>(exact_cosine);
-    }
-    const int64_t head = column / args.head_dim;
-    const int64_t index = (token * args.num_heads + head) * shape.key_dim + column % args.head_dim;
-    for (int part = 0; part < 2; ++part) {
-      float value = x[part];
-      if (args.qk_activation == Activation::kSilu) value = Silu(value);
-      float* to = part == 0 ? q : k;
-      const float first = has_theta ? value * cosine : value;
-      to[index] = part == 0 ? first : Round<Act>(first);
-      if (!has_theta) continue;
-      const float second = value * sine;
-      to[index + args.head_dim] = part == 0 ? second : Round<Act>(second);
+  for (int64_t i = blockIdx.y; i < row.num_tokens - skipped; i += gridDim.y) {
+    const int64_t position = row.position + i + (row.position + i < row.p_begin ? 0 : skipped);
+    const int64_t token = row.first_token + position - row.position;
+    for (int64_t column = threadIdx.x; column < width; column += kThreads) {
+      const int64_t head = column / args.head_dim;
+      const int64_t index = (token * args.num_heads + head) * KeyDim(args) + column % args.head_dim;
+      float x = Load(Row<const Act>(args.q, token) + column);
+      float y = Load(Row<const Act>(args.k, token) + column);
+      if (args.qk_activation == Activation::kSilu) {
+        x = Silu(x);
+        y = Silu(y);
+      }
+      if (args.theta.data == nullptr) {
+        q[index] = x;
+        Store(k + index, y);
+        continue;
+      }
+      float sine, cosine;
+      SineAndCosine(static_cast<const float*>(args.theta.data)[column],
+                    static_cast<double>(position), &sine, &cosine);
+      q[index] = x * cosine;
+      q[index + args.head_dim] = x * sine;
+      Store(k + index, y * cosine);
+      Store(k + index + args.head_dim, y * sine);
     }
   }
 }
@@ -85,7 +93,7 @@ struct Walk {
   const LightningAttentionArgs& args;
   const StepRow& row;
   const float* q;  // formed, [T, H, d_k]
-  const float* k;
+  const Act* k;
   Shape shape;
   Tiles tiles;
   int64_t head;
@@ -122,8 +130,8 @@ struct Walk {
         const Act* open = window + position % args.window.shape[1] * args.window.shape[2];
         const bool in_step = position >= row.position;
         if (is_key) {
-          value = in_step ? k[(Token(position) * args.num_heads + head) * shape.key_dim + d]
-                          : Load(open + head * shape.key_dim + d);
+          const int64_t formed = (Token(position) * args.num_heads + head) * shape.key_dim;
+          value = Load(in_step ? k + formed + d : open + head * shape.key_dim + d);
         } else {
           const int64_t v_column = head * shape.value_dim + first_column + d;
           value = in_step ? Load(Row<const Act>(args.v, Token(position)) + v_column)
@@ -209,7 +217,15 @@ struct Walk {
     __syncthreads();
   }
 
-  __device__ void Run() const {
+  // The blocks of `part`, and where they end in the stored state: at the first P-block, or where
+  // the base moves to.
+  __device__ void Run(LightningPart part) const {
+    const int64_t end = row.position + row.num_tokens;
+    const bool stops = part == LightningPart::kBeforeBlocks && HasBlocks(row);
+    const int64_t first = part == LightningPart::kAfterBlocks ? row.p_end : row.base;
+    const int64_t last = stops ? row.p_begin : end;
+    const int64_t stored_at = stops ? row.p_begin : row.base_after;
+    if (first >= last) return;
     const int local = threadIdx.x % kColumns, group = threadIdx.x / kColumns;
     float* stored =
         Row<float>(args.state, row.slot) + head * shape.key_dim * int64_t{shape.value_dim};
@@ -218,16 +234,15 @@ struct Walk {
           column < shape.value_dim ? stored[int64_t{d} * shape.value_dim + column] : 0;
     }
     __syncthreads();
-    const int64_t end = row.position + row.num_tokens;
-    for (int64_t start = row.base; start < end;) {
+    for (int64_t start = first; start < last;) {
       const int size = start >= row.p_begin && start < row.p_end ? kPrefillBlock : kWindow;
       for (int sub = 0; sub * kWindow < size; ++sub) {
-        const int64_t first = start + int64_t{sub} * kWindow;
-        if (first < end && first + kWindow > row.position) Outputs(start, sub, end);
+        const int64_t sub_start = start + int64_t{sub} * kWindow;
+        if (sub_start < end && sub_start + kWindow > row.position) Outputs(start, sub, end);
       }
       if (start + size <= end) Fold(start, size);
       start += size;
-      if (start != row.base_after || row.base_after == row.base) continue;
+      if (start != stored_at) continue;
       for (int d = group; d < shape.key_dim && column < shape.value_dim; d += kGroups) {
         stored[int64_t{d} * shape.value_dim + column] = tiles.state[d * kColumns + local];
       }
@@ -237,11 +252,13 @@ struct Walk {
 
 template <typename Act>
 __global__ void __launch_bounds__(kThreads)
-    WalkKernel(LightningAttentionArgs args, Shape shape, int32_t first_row, const float* q,
-               const float* k) {
+    WalkKernel(LightningAttentionArgs args, Shape shape, int32_t first_row, LightningPart part,
+               const float* q, const Act* k) {
   extern __shared__ float memory[];
+  DependencyTrigger();
+  DependencyWait();
   const StepRow& row = args.rows[first_row + blockIdx.x];
-  if (row.num_tokens == 0) return;
+  if (row.num_tokens == 0 || (part == LightningPart::kAfterBlocks && !HasBlocks(row))) return;
   Tiles tiles;
   tiles.state = memory;
   tiles.change = tiles.state + shape.key_dim * kColumns;
@@ -259,13 +276,15 @@ __global__ void __launch_bounds__(kThreads)
                           int64_t{blockIdx.y},
                           first_column + threadIdx.x % kColumns,
                           first_column};
-  walk.Run();
+  walk.Run(part);
 }
 
 // Rows that the stored base does not hold: k then v of all heads.
 template <typename Act>
 __global__ void __launch_bounds__(kThreads)
-    WindowKernel(LightningAttentionArgs args, Shape shape, int32_t first_row, const float* k) {
+    WindowKernel(LightningAttentionArgs args, Shape shape, int32_t first_row, const Act* k) {
+  DependencyTrigger();
+  DependencyWait();
   const StepRow& row = args.rows[first_row + blockIdx.x];
   if (row.num_tokens == 0) return;
   const int64_t position = max(row.position, row.base_after) + blockIdx.y;
@@ -276,7 +295,7 @@ __global__ void __launch_bounds__(kThreads)
       Row<Act>(args.window, row.slot) + position % args.window.shape[1] * args.window.shape[2];
   for (int64_t i = threadIdx.x; i < args.window.shape[2]; i += kThreads) {
     if (i < key_width) {
-      Store(open + i, k[token * key_width + i]);
+      open[i] = k[token * key_width + i];
     } else {
       open[i] = Row<const Act>(args.v, token)[i - key_width];
     }
@@ -284,43 +303,64 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename Act>
-cudaError_t Launch(const LightningAttentionArgs& args, const LightningRows& rows, Scratch& scratch,
-                   cudaStream_t stream) {
-  const Shape shape = {args.theta ? 2 * args.head_dim : args.head_dim, args.head_dim};
-  const int64_t formed = args.q.rows() * args.num_heads * shape.key_dim;
-  void* memory = nullptr;
-  cudaError_t error = scratch.Reserve(2 * formed * static_cast<int64_t>(sizeof(float)), &memory);
-  if (error != cudaSuccess) return error;
-  float* q = static_cast<float*>(memory);
-  float* k = q + formed;
-  FormKernel<Act><<<static_cast<unsigned>(rows.num_tokens), kThreads, 0, stream>>>(
-      args, shape, rows.first_token, q, k);
+cudaError_t Form(const LightningAttentionArgs& args, const LightningRows& rows, bool skip_blocks,
+                 const FormedLightning& formed, cudaStream_t stream) {
+  // Few blocks where nearly every token is skipped; a row has at most 63 on each side.
+  const int64_t blocks_of_row = std::min<int64_t>(rows.num_tokens, skip_blocks ? 128 : 8192);
+  const dim3 grid(static_cast<unsigned>(rows.num_rows), static_cast<unsigned>(blocks_of_row));
+  return LaunchDependent(FormKernel<Act>, grid, kThreads, 0, stream, args, rows.first_row,
+                         skip_blocks, static_cast<float*>(formed.q), static_cast<Act*>(formed.k));
+}
+
+template <typename Act>
+cudaError_t LaunchWalk(const LightningAttentionArgs& args, const LightningRows& rows,
+                       LightningPart part, const FormedLightning& formed, cudaStream_t stream) {
+  const Shape shape = ShapeOf(args);
   const auto tile_bytes = static_cast<int>(TileBytes(shape));
-  error = cudaFuncSetAttribute(WalkKernel<Act>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               tile_bytes);
+  cudaError_t error = cudaFuncSetAttribute(WalkKernel<Act>,
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize, tile_bytes);
   if (error != cudaSuccess) return error;  // d_k beyond what a block of this device can hold
   const dim3 grid(static_cast<unsigned>(rows.num_rows), static_cast<unsigned>(args.num_heads),
                   static_cast<unsigned>(DivideUp(shape.value_dim, kColumns)));
-  WalkKernel<Act><<<grid, kThreads, tile_bytes, stream>>>(args, shape, rows.first_row, q, k);
+  const auto* q = static_cast<const float*>(formed.q);
+  const auto* k = static_cast<const Act*>(formed.k);
+  error = LaunchDependent(WalkKernel<Act>, grid, kThreads, static_cast<size_t>(tile_bytes), stream,
+                          args, shape, rows.first_row, part, q, k);
+  if (error != cudaSuccess || part == LightningPart::kBeforeBlocks) return error;
   const dim3 window_grid(static_cast<unsigned>(rows.num_rows),
                          static_cast<unsigned>(args.window.shape[1]));
-  WindowKernel<Act><<<window_grid, kThreads, 0, stream>>>(args, shape, rows.first_row, k);
-  return cudaGetLastError();
+  return LaunchDependent(WindowKernel<Act>, window_grid, kThreads, 0, stream, args, shape,
+                         rows.first_row, k);
 }
 
 }  // namespace
 
+cudaError_t FormLightning(const LightningAttentionArgs& args, const LightningRows& rows,
+                          bool skip_blocks, Context& context, FormedLightning* formed) {
+  const int64_t elements = args.q.rows() * args.num_heads * KeyDim(args);
+  void* memory = nullptr;
+  const cudaError_t error =
+      context.scratch.Reserve(elements * (4 + DTypeBytes(args.q.dtype)), &memory);
+  if (error != cudaSuccess) return error;
+  *formed = {memory, static_cast<float*>(memory) + elements};
+  return args.q.dtype == DType::kBF16
+             ? Form<Bf16>(args, rows, skip_blocks, *formed, context.stream)
+             : Form<float>(args, rows, skip_blocks, *formed, context.stream);
+}
+
+cudaError_t WalkLightning(const LightningAttentionArgs& args, const LightningRows& rows,
+                          LightningPart part, const FormedLightning& formed, Context& context) {
+  return args.q.dtype == DType::kBF16 ? LaunchWalk<Bf16>(args, rows, part, formed, context.stream)
+                                      : LaunchWalk<float>(args, rows, part, formed, context.stream);
+}
+
 cudaError_t LaunchLightningRows(const LightningAttentionArgs& args, const LightningRows& rows,
                                 Context& context) {
   if (rows.num_rows == 0 || rows.num_tokens == 0) return cudaSuccess;
-  return args.q.dtype == DType::kBF16 ? Launch<Bf16>(args, rows, context.scratch, context.stream)
-                                      : Launch<float>(args, rows, context.scratch, context.stream);
-}
-
-cudaError_t LaunchLightningPrefill(const LightningAttentionArgs& args, Context& context) {
-  const LightningRows rows = {args.num_decode_rows, args.num_rows - args.num_decode_rows,
-                              args.num_decode_tokens, args.q.rows() - args.num_decode_tokens};
-  return LaunchLightningRows(args, rows, context);
+  FormedLightning formed;
+  const cudaError_t error = FormLightning(args, rows, /*skip_blocks=*/false, context, &formed);
+  return error == cudaSuccess ? WalkLightning(args, rows, LightningPart::kAll, formed, context)
+                              : error;
 }
 
 int64_t LightningScratchBytes(const BackendLimits& limits) {

@@ -290,7 +290,8 @@ class LightningRun {
 // (a run of the same shape with .magnitude): chains of d_k + 2 P products, a fold a window, and 8
 // roundings of a term before it enters; and, where k is rounded to bf16 after an activation or
 // rotation that may itself be off by a rounding, one bf16 unit of the term. A rotated term is a sum
-// of two products, each no larger than the term's magnitude. An output in bf16 is off by a unit.
+// of two products, each no larger than the term's magnitude. In bf16 P-form rounds q and the scores,
+// or q and the state: half a unit of the term each. An output in bf16 is off by a unit.
 inline std::vector<double> LightningTolerance(const LightningShape& shape,
                                               const std::vector<float>& magnitude,
                                               int64_t num_tokens) {
@@ -299,6 +300,7 @@ inline std::vector<double> LightningTolerance(const LightningShape& shape,
   double relative = roundings * std::ldexp(1.0, -24);
   const bool rounds_k = shape.activation != Activation::kNone || shape.lrpe;
   if (shape.act == DType::kBF16 && rounds_k) relative += std::ldexp(1.0, -8);
+  if (shape.act == DType::kBF16) relative += std::ldexp(1.0, -8);
   if (shape.lrpe) relative *= 2;
   if (shape.output == DType::kBF16) relative += std::ldexp(1.0, -8);
   std::vector<double> tolerance;
