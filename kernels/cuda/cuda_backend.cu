@@ -14,6 +14,7 @@
 #include "kernels/backend_abi.h"
 #include "kernels/base/bf16.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/linear.h"
 #include "kernels/validate.h"
 
 namespace godwit::cuda {
@@ -119,7 +120,8 @@ class CudaBackend final : public Backend {
   OpStatus PackMatrixRows(const MatrixView& matrix, int64_t first_row,
                           const TensorView& source) override;
   OpStatus FillRandom(const MatrixView& matrix, uint64_t seed, float scale) override {
-    return Result("FillRandom", LaunchFillRandom(matrix, seed, scale, stream_));
+    const OpStatus status = Result("FillRandom", LaunchFillRandom(matrix, seed, scale, stream_));
+    return status.ok() ? Synchronize() : status;  // weights are complete before an op: pdl.cuh
   }
 
   OpStatus EmbedTokens(const EmbedTokensArgs& args) override {
@@ -212,7 +214,8 @@ class CudaBackend final : public Backend {
 
   cudaStream_t stream_ = nullptr;
   Scratch scratch_;
-  Context context_{.scratch = scratch_};
+  Gemm gemm_;
+  Context context_{.scratch = scratch_, .gemm = &gemm_};
   cudaEvent_t marks_[kNumMarks] = {};
   std::unordered_map<uint64_t, Recording> recordings_;
   int64_t recorded_growths_ = 0;  // of scratch_ when they were made: they hold its address

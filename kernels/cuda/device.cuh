@@ -106,6 +106,12 @@ __device__ inline const StepRow& RowOfToken(const StepRow* rows, int32_t num_row
   return rows[row];
 }
 
-inline int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows may be read and written in pieces of 16 bytes.
+inline bool Aligned(const TensorView& x) {
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 &&
+         (x.rows() <= 1 || x.row_stride * DTypeBytes(x.dtype) % 16 == 0);
+}
 
 }  // namespace godwit::cuda

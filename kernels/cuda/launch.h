@@ -27,10 +27,13 @@ class Scratch {
   int64_t num_growths_ = 0;
 };
 
+class Gemm;  // linear.h
+
 // What a launch may use besides its arguments. One op at a time, in stream order.
 struct Context {
   cudaStream_t stream = nullptr;
   Scratch& scratch;
+  Gemm* gemm = nullptr;  // for LaunchLinear and LaunchGatedLinear
   int num_multiprocessors = 0;
   int compute_capability = 0;  // 90 for Hopper
   bool deterministic = false;  // BackendLimits

@@ -1,13 +1,16 @@
-// Linear, GatedLinear: rows are formed once into scratch (norm, gate, rounding), then a warp
-// computes one output feature for kRowTile rows. Lane l sums k = l, l + 32, ... in ascending order,
-// then the lanes are added in a fixed tree: the bits of a row depend on k alone, so decode and
-// prefill are the same sum. Bytes: weights once per kRowTile rows, coalesced; bound by memory up to
-// kRowTile rows, by FMA beyond (no tensor cores).
+// Linear, GatedLinear: which kernel computes which rows, and the plain one, which takes every type
+// and shape.
+//
+// Plain: rows are formed once into scratch (norm, gate, rounding), then a warp computes one output
+// feature for kRowTile rows. Lane l sums k = l, l + 32, ... in ascending order, then the lanes are
+// added in a fixed tree. Weights pass once per kRowTile rows; bound by memory up to there, by FMA
+// beyond (no tensor cores). For f32 models and odd shapes.
 
 #include <algorithm>
 
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/linear.h"
 
 namespace godwit::cuda {
 namespace {
@@ -78,7 +81,7 @@ __global__ void __launch_bounds__(kThreads) ProductKernel(ProductArgs args) {
     float sum = WarpSum(sums[row]);
     if (kGated) {
       float g = WarpSum(gate_sums[row]);
-      if (args.activation == Activation::kSilu) g = g / (1.0f + expf(-g));
+      if (args.activation == Activation::kSilu) g = Silu(g);
       sum *= g;
     }
     if (lane != 0) continue;
@@ -97,9 +100,6 @@ cudaError_t LaunchProduct(const RowInput& input, ProductArgs args, Scratch& scra
   FormRowsKernel<Act><<<static_cast<unsigned>(args.num_rows), kThreads, 0, stream>>>(
       input, args.k, static_cast<Act*>(formed));
   args.formed = formed;
-  // Row tiles go along grid.y, which ends at 65,535.
-  constexpr int64_t kMaxRows = int64_t{65535} * kRowTile;
-  if (args.num_rows > kMaxRows) return cudaErrorInvalidConfiguration;
   const dim3 grid(static_cast<unsigned>(DivideUp(args.n, kWarps)),
                   static_cast<unsigned>(DivideUp(args.num_rows, kRowTile)));
   ProductKernel<Act, kGated><<<grid, kThreads, 0, stream>>>(args);
@@ -109,41 +109,111 @@ cudaError_t LaunchProduct(const RowInput& input, ProductArgs args, Scratch& scra
 template <bool kGated>
 cudaError_t LaunchAnyProduct(DType act, const RowInput& input, const ProductArgs& args,
                              Scratch& scratch, cudaStream_t stream) {
-  if (args.num_rows == 0 || args.n == 0) return cudaSuccess;
   return act == DType::kBF16 ? LaunchProduct<Bf16, kGated>(input, args, scratch, stream)
                              : LaunchProduct<float, kGated>(input, args, scratch, stream);
 }
 
+cudaError_t LaunchPlainProduct(const Product& product, DType act, Context& context) {
+  const ProductArgs args = {.formed = nullptr,
+                            .w = product.w,
+                            .gate = product.gate,
+                            .num_rows = product.num_rows(),
+                            .n = product.n,
+                            .k = product.k,
+                            .y = product.y,
+                            .add = product.add,
+                            .activation = product.activation};
+  return product.gate == nullptr
+             ? LaunchAnyProduct<false>(act, product.input, args, context.scratch, context.stream)
+             : LaunchAnyProduct<true>(act, product.input, args, context.scratch, context.stream);
+}
+
+bool SkinnyTakes(const Product& product, DType act, const Context& context) {
+  return act == DType::kBF16 && context.compute_capability >= 90 && product.k % 32 == 0 &&
+         Aligned(product.input.x) &&
+         (product.input.gate.data == nullptr || Aligned(product.input.gate));
+}
+bool GemmTakes(const Product& product, DType act, const Context& context) {
+  return context.gemm != nullptr && SkinnyTakes(product, act, context) && product.n % 8 == 0 &&
+         Aligned(product.y);
+}
+
+cudaError_t LaunchDecodeProduct(const Product& product, Context& context) {
+  return StreamTakes(product) ? LaunchStreamProduct(product, context)
+                              : LaunchSkinnyProduct(product, context);
+}
+
+// Rows [begin, end) in parts of kMaxProductRows, so that scratch does not grow with the step, and
+// formed rows are still in the second-level cache when they are multiplied.
+template <typename Launch>
+cudaError_t InParts(const Product& product, int64_t begin, int64_t end, const Launch& launch) {
+  cudaError_t error = cudaSuccess;
+  for (int64_t first = begin; first < end && error == cudaSuccess; first += kMaxProductRows) {
+    error = launch(RowsOf(product, first, std::min(kMaxProductRows, end - first)));
+  }
+  return error;
+}
+
+// Path D is the stream kernel and the skinny kernel, which sum in the same order; path P is the
+// Hopper kernel. Where bits need not be kept apart, all rows take what is fastest for their number.
+cudaError_t LaunchAny(const Product& product, DType act, int64_t num_decode_rows,
+                      Context& context) {
+  const int64_t num_rows = product.num_rows();
+  if (!SkinnyTakes(product, act, context)) {
+    return InParts(product, 0, num_rows,
+                   [&](const Product& part) { return LaunchPlainProduct(part, act, context); });
+  }
+  if (!GemmTakes(product, act, context) || (context.deterministic && !HopperTakes(context))) {
+    num_decode_rows = num_rows;
+  } else if (!context.deterministic) {
+    num_decode_rows = StreamTakes(product) ? num_rows : 0;
+  }
+  const cudaError_t error = InParts(product, 0, num_decode_rows, [&](const Product& part) {
+    return LaunchDecodeProduct(part, context);
+  });
+  if (error != cudaSuccess) return error;
+  return InParts(product, num_decode_rows, num_rows,
+                 [&](const Product& part) { return LaunchGemmProduct(part, context); });
+}
+
 }  // namespace
 
+Product RowsOf(const Product& product, int64_t first, int64_t count) {
+  Product rows = product;
+  rows.input.x = RowRange(product.input.x, first, count);
+  if (product.input.gate) rows.input.gate = RowRange(product.input.gate, first, count);
+  rows.y = RowRange(product.y, first, count);
+  return rows;
+}
+
 cudaError_t LaunchLinear(const LinearArgs& args, Context& context) {
-  const ProductArgs product = {.formed = nullptr,
-                               .w = args.w.data,
-                               .gate = nullptr,
-                               .num_rows = args.input.x.rows(),
-                               .n = args.w.num_rows,
-                               .k = args.w.num_columns,
-                               .y = args.y,
-                               .add = args.epilogue == Epilogue::kAdd,
-                               .activation = Activation::kNone};
-  return LaunchAnyProduct<false>(args.w.dtype, args.input, product, context.scratch,
-                                 context.stream);
+  const Product product = {.input = args.input,
+                           .w = static_cast<const Bf16*>(args.w.data),
+                           .gate = nullptr,
+                           .n = args.w.num_rows,
+                           .k = args.w.num_columns,
+                           .y = args.y,
+                           .add = args.epilogue == Epilogue::kAdd,
+                           .activation = Activation::kNone};
+  return LaunchAny(product, args.w.dtype, args.num_decode_tokens, context);
 }
 
 cudaError_t LaunchGatedLinear(const GatedLinearArgs& args, Context& context) {
-  const ProductArgs product = {.formed = nullptr,
-                               .w = args.up.data,
-                               .gate = args.gate.data,
-                               .num_rows = args.input.x.rows(),
-                               .n = args.up.num_rows,
-                               .k = args.up.num_columns,
-                               .y = args.y,
-                               .add = 0,
-                               .activation = args.activation};
-  return LaunchAnyProduct<true>(args.up.dtype, args.input, product, context.scratch,
-                                context.stream);
+  const Product product = {.input = args.input,
+                           .w = static_cast<const Bf16*>(args.up.data),
+                           .gate = static_cast<const Bf16*>(args.gate.data),
+                           .n = args.up.num_rows,
+                           .k = args.up.num_columns,
+                           .y = args.y,
+                           .add = false,
+                           .activation = args.activation};
+  return LaunchAny(product, args.up.dtype, args.num_decode_tokens, context);
 }
 
-int64_t LinearScratchBytes(const BackendLimits&) { return 0; }
+int64_t LinearScratchBytes(const BackendLimits& limits) {
+  const int64_t num_rows = std::min(limits.max_tokens, kMaxProductRows);
+  return std::max(GemmScratchBytes(num_rows, limits.max_input_columns, limits.max_gated_columns),
+                  num_rows * limits.max_input_columns * DTypeBytes(DType::kF32));
+}
 
 }  // namespace godwit::cuda

@@ -1,9 +1,10 @@
-// Row-wise ops without products: embedding, gather, rotation table, token counts. Bound by memory;
-// one thread an element.
+// Row-wise ops without products: embedding, gather, rotation table, token counts. Bound by memory.
 
 #include "kernels/base/random_rows.h"
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/form_rows.cuh"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/pdl.cuh"
 
 namespace godwit::cuda {
 namespace {
@@ -11,26 +12,47 @@ namespace {
 constexpr int kThreads = 256;
 constexpr double kTwoPi = 6.283185307179586476925286766559;
 
-__global__ void __launch_bounds__(kThreads) EmbedTokensKernel(EmbedTokensArgs args) {
+// One block a token, four columns a thread where rows allow it (16 bytes of f32).
+__global__ void __launch_bounds__(kThreads)
+    EmbedTokensKernel(const __grid_constant__ EmbedTokensArgs args, bool pieces) {
+  DependencyTrigger();
+  DependencyWait();
   const int64_t token = blockIdx.x;
   const int64_t d = args.table.num_columns;
   int64_t id = *Row<const int32_t>(args.token_ids, token);
   if (id < 0) id = max(*Row<const int32_t>(args.drawn, ~id), 0);
   const TensorView table = {
       args.table.data, args.table.dtype, 2, {args.table.num_rows, d, 0, 0}, d};
-  for (int64_t i = threadIdx.x; i < d; i += kThreads) {
-    Row<float>(args.y, token)[i] = args.scale * LoadAny(table, id, i);
+  float* y = Row<float>(args.y, token);
+  if (pieces) {
+    for (int64_t i = threadIdx.x * kPiece; i < d; i += kThreads * kPiece) {
+      *reinterpret_cast<float4*>(y + i) =
+          Multiply(LoadPiece(table, id, i), {args.scale, args.scale, args.scale, args.scale});
+    }
+  } else {
+    for (int64_t i = threadIdx.x; i < d; i += kThreads) y[i] = args.scale * LoadAny(table, id, i);
   }
 }
 
-__global__ void __launch_bounds__(kThreads) GatherRowsKernel(GatherRowsArgs args) {
-  const int64_t row = blockIdx.x;
+__global__ void __launch_bounds__(kThreads)
+    GatherRowsKernel(const __grid_constant__ GatherRowsArgs args, bool pieces) {
+  DependencyTrigger();
+  DependencyWait();
+  const int64_t row = blockIdx.x, d = args.x.shape[1];
   const float* from = Row<const float>(args.x, *Row<const int32_t>(args.rows, row));
-  for (int64_t i = threadIdx.x; i < args.x.shape[1]; i += kThreads)
-    Row<float>(args.y, row)[i] = from[i];
+  float* y = Row<float>(args.y, row);
+  if (pieces) {
+    for (int64_t i = threadIdx.x * kPiece; i < d; i += kThreads * kPiece) {
+      *reinterpret_cast<float4*>(y + i) = *reinterpret_cast<const float4*>(from + i);
+    }
+  } else {
+    for (int64_t i = threadIdx.x; i < d; i += kThreads) y[i] = from[i];
+  }
 }
 
-__global__ void __launch_bounds__(kThreads) RopeKernel(RopeArgs args) {
+__global__ void __launch_bounds__(kThreads) RopeKernel(const __grid_constant__ RopeArgs args) {
+  DependencyTrigger();
+  DependencyWait();
   const int64_t token = blockIdx.x;
   const double position = static_cast<double>(*Row<const int64_t>(args.positions, token));
   for (int64_t i = threadIdx.x; i < args.num_freqs; i += kThreads) {
@@ -81,20 +103,22 @@ cudaError_t LaunchFillRandom(const MatrixView& matrix, uint64_t seed, float scal
 cudaError_t LaunchEmbedTokens(const EmbedTokensArgs& args, cudaStream_t stream) {
   const int64_t num_tokens = args.token_ids.rows();
   if (num_tokens == 0) return cudaSuccess;
-  EmbedTokensKernel<<<static_cast<unsigned>(num_tokens), kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  const bool pieces = args.table.num_columns % kPiece == 0 && Aligned(args.y);
+  return LaunchDependent(EmbedTokensKernel, dim3(static_cast<unsigned>(num_tokens)), dim3(kThreads),
+                         0, stream, args, pieces);
 }
 
 cudaError_t LaunchGatherRows(const GatherRowsArgs& args, cudaStream_t stream) {
   if (args.rows.rows() == 0) return cudaSuccess;
-  GatherRowsKernel<<<static_cast<unsigned>(args.rows.rows()), kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  const bool pieces = args.x.shape[1] % kPiece == 0 && Aligned(args.x) && Aligned(args.y);
+  return LaunchDependent(GatherRowsKernel, dim3(static_cast<unsigned>(args.rows.rows())),
+                         dim3(kThreads), 0, stream, args, pieces);
 }
 
 cudaError_t LaunchRope(const RopeArgs& args, cudaStream_t stream) {
   if (args.positions.rows() == 0 || args.num_freqs == 0) return cudaSuccess;
-  RopeKernel<<<static_cast<unsigned>(args.positions.rows()), kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return LaunchDependent(RopeKernel, dim3(static_cast<unsigned>(args.positions.rows())),
+                         dim3(kThreads), 0, stream, args);
 }
 
 cudaError_t LaunchCountTokens(const CountTokensArgs& args, cudaStream_t stream) {

@@ -1,0 +1,305 @@
+// Products of very few rows: decode of some sequences, verify steps. Bound by memory: weights pass
+// once, 2 bytes an entry.
+//
+// One block per multiprocessor owns n / grid output features and all of k, and reads its weights
+// nearly as they lie: eight rows at a time (the N side of mma.m16n8k16; the step's rows are the M
+// side), of these kSegmentBytes at a time by bulk copies. The size of a copy matters: pieces of 1
+// KB reach 2.6 TB/s where those of 2 KB reach 4 (H200). A ninth warp copies, kRingBytes ahead, and
+// starts before the kernels in front have ended (pdl.cuh). Eight warps multiply: a warp takes 64
+// columns of every 512, a lane 8 of every 32. A dot product does not care which of its terms an
+// instruction calls k = 0..15, so 16 bytes of a lane are two fragments' worth of either operand.
+//
+// Every block needs all rows of the step in shared memory: a single one is formed there (norm,
+// gate, rounding) by every block, several are formed once by a kernel in front and copied.
+//
+// Order of a sum: within a warp ascending k, then warps 0..7; the same as in linear_skinny.cu. It
+// depends on k alone.
+//
+// Measured, one row, an H200 that copies at 4.26 TB/s: 3.98 TB/s for 16384 x 4096, 2.85 for 4096 x
+// 4096, 4.34 for 64000 x 4096; the products of a TransNormerLLM-7B step 3.85 TB/s, launch to
+// launch.
+
+#include <algorithm>
+
+#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/form_rows.cuh"
+#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/linear.h"
+#include "kernels/cuda/pdl.cuh"
+
+namespace godwit::cuda {
+namespace {
+
+using hopper::SharedAddress;
+
+constexpr int kConsumerWarps = 8;
+constexpr int kConsumers = kConsumerWarps * kWarp;
+constexpr int kThreads = kConsumers + kWarp;
+static_assert(kConsumers == kFormThreads);
+constexpr int kGroupRows = 8;        // of weights: one pass over k
+constexpr int kTileGroups = 2;       // of which the sums are reduced together
+constexpr int kSegmentBytes = 2048;  // of a row
+constexpr int kTurnBytes = 1024;     // of a row, 128 for each warp
+constexpr int kTurns = kSegmentBytes / kTurnBytes;
+constexpr int kPadBytes = 64;  // neighbouring rows start in different halves of the banks
+constexpr int kRowBytes = kSegmentBytes + kPadBytes;
+constexpr int kStageBytes = kGroupRows * kRowBytes;
+constexpr int kRingBytes = 64 << 10;  // 96 KB in flight yield 4 % less
+constexpr int kStages = kRingBytes / (kGroupRows * kSegmentBytes);
+constexpr int kReduceStride = kTileGroups * kGroupRows + 4;  // floats
+constexpr int kBarrierBytes = 2 * kStages * 8;
+constexpr int64_t kMaxRows = 8;
+// More than half of a multiprocessor's: the next product's block comes when this one's has gone.
+// Two at a time ask for so much at once that the memory yields less (3.67 TB/s of an H200's 4.26
+// instead of 3.85 over a whole step).
+constexpr int64_t kExclusiveBytes = 116 << 10;
+
+struct StreamArgs {
+  RowInput input;  // one row, formed here
+  const Bf16* x;   // [num_rows, k], or null: formed here
+  int64_t x_stride;
+  const Bf16* w;
+  const Bf16* gate;
+  int64_t n, k;
+  int num_rows;
+  bool add;
+  Activation activation;
+  TensorView y;
+};
+
+__host__ __device__ constexpr int64_t FormedStride(int64_t k) { return k * 2 + kPadBytes; }
+__host__ __device__ constexpr int64_t ReduceBytes(int64_t num_rows) {
+  return 2 * kConsumerWarps * num_rows * kReduceStride * 4;  // two buffers: one barrier a tile
+}
+constexpr int64_t SharedBytes(int64_t k, int64_t num_rows) {
+  return kStages * kStageBytes + (kBarrierBytes + 127) / 128 * 128 + ReduceBytes(num_rows) +
+         num_rows * FormedStride(k);
+}
+
+__device__ __forceinline__ uint4 LoadShared(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address));
+  return value;
+}
+__device__ __forceinline__ void MultiplyAdd(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                            uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void CopyBulk(uint32_t to, const void* from, uint32_t num_bytes,
+                                         uint64_t* barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(num_bytes), "r"(SharedAddress(barrier)), "l"(policy)
+      : "memory");
+}
+
+// The features of a block, in tiles of two groups of eight rows: neighbours, or gate and up rows of
+// the same features.
+struct Tiles {
+  __device__ Tiles(const StreamArgs& args)
+      : begin(args.n * blockIdx.x / gridDim.x),
+        count(static_cast<int>(args.n * (blockIdx.x + int64_t{1}) / gridDim.x - begin)),
+        features(args.gate != nullptr ? kGroupRows : kTileGroups * kGroupRows),
+        num_tiles((count + features - 1) / features) {}
+  int64_t begin;  // feature
+  int count, features, num_tiles;
+};
+
+// The copying warp: lane r brings row r of each group.
+__device__ __forceinline__ void CopyWeights(const StreamArgs& args, const Tiles& tiles,
+                                            unsigned char* ring, uint64_t* full, uint64_t* empty) {
+  const int lane = threadIdx.x % kWarp;
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  const int64_t row_bytes = args.k * 2;
+  int stage = 0;
+  uint32_t parity = 0;
+  for (int tile = 0; tile < tiles.num_tiles; ++tile) {
+    for (int group = 0; group < kTileGroups; ++group) {
+      const bool gated = args.gate != nullptr;
+      const int feature = tile * tiles.features + (gated ? 0 : group * kGroupRows);
+      const int rows = min(kGroupRows, tiles.count - feature);
+      if (rows <= 0) break;
+      const auto* from = reinterpret_cast<const char*>(gated && group == 0 ? args.gate : args.w) +
+                         (tiles.begin + feature + lane) * row_bytes;
+      for (int64_t offset = 0; offset < row_bytes; offset += kSegmentBytes) {
+        const auto num_bytes =
+            static_cast<uint32_t>(min(int64_t{kSegmentBytes}, row_bytes - offset));
+        hopper::BarrierWait(&empty[stage], parity ^ 1);
+        if (lane == 0) hopper::BarrierArriveExpect(&full[stage], num_bytes * rows);
+        __syncwarp();
+        if (lane < rows) {
+          CopyBulk(SharedAddress(ring) + stage * kStageBytes + lane * kRowBytes, from + offset,
+                   num_bytes, &full[stage], policy);
+        }
+        if (++stage == kStages) stage = 0, parity ^= 1;
+      }
+    }
+  }
+}
+
+// Rows of the step into shared memory, by the consumers: one that is formed here, or several that
+// are.
+__device__ __forceinline__ void TakeRows(const StreamArgs& args, unsigned char* rows,
+                                         float* scratch) {
+  if (args.x == nullptr) {
+    FormRows<1>(args.input, 0, 1, args.k, scratch, [&](int, int64_t column, uint2 value) {
+      *reinterpret_cast<uint2*>(rows + column * 2) = value;
+    });
+    return;
+  }
+  const int pieces = static_cast<int>(args.k / 8);
+  for (int piece = threadIdx.x; piece < pieces * args.num_rows; piece += kConsumers) {
+    const int row = piece / pieces, column = piece % pieces * 8;
+    *reinterpret_cast<uint4*>(rows + row * FormedStride(args.k) + column * 2) =
+        *reinterpret_cast<const uint4*>(args.x + row * args.x_stride + column);
+  }
+}
+
+// Sums over the warps, in their order, and what becomes of them.
+__device__ __forceinline__ void Finish(const StreamArgs& args, const float* reduce,
+                                       int64_t first_feature, int num_features, float residual) {
+  const bool gated = args.gate != nullptr;
+  for (int index = threadIdx.x; index < num_features * args.num_rows; index += kConsumers) {
+    const int row = index / num_features, feature = index % num_features;
+    float sum = 0, up = 0;
+#pragma unroll
+    for (int warp = 0; warp < kConsumerWarps; ++warp) {
+      const float* of_warp = reduce + (warp * args.num_rows + row) * kReduceStride + feature;
+      sum += of_warp[0];
+      if (gated) up += of_warp[kGroupRows];
+    }
+    if (gated) sum = (args.activation == Activation::kSilu ? Silu(sum) : sum) * up;
+    if (args.add) {
+      sum += index < kConsumers ? residual : Row<float>(args.y, row)[first_feature + feature];
+    }
+    StoreAny(args.y, row, first_feature + feature, sum);
+  }
+}
+
+__device__ __forceinline__ void MultiplyTiles(const StreamArgs& args, const Tiles& tiles,
+                                              unsigned char* ring, uint64_t* full, uint64_t* empty,
+                                              float* reduce, const unsigned char* rows) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
+  const int last = args.num_rows - 1;
+  const uint32_t operand = SharedAddress(rows) +
+                           static_cast<uint32_t>(min(g, last) * FormedStride(args.k)) + warp * 128 +
+                           t * 16;
+  const uint32_t weights = SharedAddress(ring) + g * kRowBytes + warp * 128 + t * 16;
+  const auto row_bytes = static_cast<int>(args.k * 2);
+  int stage = 0;
+  uint32_t parity = 0;
+  for (int tile = 0; tile < tiles.num_tiles; ++tile) {
+    const int first = tile * tiles.features,
+              num_features = min(tiles.features, tiles.count - first);
+    float residual = 0;
+    if (args.add && static_cast<int>(threadIdx.x) < num_features * args.num_rows) {
+      residual = Row<float>(
+          args.y, threadIdx.x / num_features)[tiles.begin + first + threadIdx.x % num_features];
+    }
+    float sums[kTileGroups][4] = {};
+#pragma unroll
+    for (int group = 0; group < kTileGroups; ++group) {
+      if (args.gate == nullptr && first + group * kGroupRows >= tiles.count) break;
+      for (int offset = 0; offset < row_bytes; offset += kSegmentBytes) {
+        hopper::BarrierWait(&full[stage], parity);
+#pragma unroll
+        for (int part = 0; part < 2 * kTurns; ++part) {  // of 32 columns
+          const int at = offset + part / 2 * kTurnBytes + part % 2 * 64;
+          if (at + warp * 128 >= row_bytes) break;
+          const uint4 b = LoadShared(weights + stage * kStageBytes + at - offset);
+          const uint4 a = LoadShared(operand + at);
+          MultiplyAdd(sums[group], a.x, 0, a.y, 0, b.x, b.y);
+          MultiplyAdd(sums[group], a.z, 0, a.w, 0, b.z, b.w);
+        }
+        __syncwarp();
+        if (lane == 0) hopper::BarrierArrive(&empty[stage]);
+        if (++stage == kStages) stage = 0, parity ^= 1;
+      }
+    }
+    float* buffer = reduce + tile % 2 * (ReduceBytes(args.num_rows) / 8);
+#pragma unroll
+    for (int group = 0; group < kTileGroups; ++group) {
+      float* to = buffer + (warp * args.num_rows + g) * kReduceStride + group * kGroupRows + 2 * t;
+      if (g <= last) to[0] = sums[group][0], to[1] = sums[group][1];
+    }
+    FormBarrier();
+    Finish(args, buffer, tiles.begin + first, num_features, residual);
+  }
+}
+
+// Three blocks fit the registers of a multiprocessor: this kernel's, the next product's and what
+// lies between them.
+__global__ void __launch_bounds__(kThreads, 3)
+    StreamKernel(const __grid_constant__ StreamArgs args) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) unsigned char ring[];
+  auto* full = reinterpret_cast<uint64_t*>(ring + kStages * kStageBytes);
+  uint64_t* empty = full + kStages;
+  auto* reduce =
+      reinterpret_cast<float*>(ring + kStages * kStageBytes + (kBarrierBytes + 127) / 128 * 128);
+  unsigned char* rows = reinterpret_cast<unsigned char*>(reduce) + ReduceBytes(args.num_rows);
+  DependencyTrigger();
+  if (threadIdx.x == kConsumers) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      hopper::BarrierInit(&full[stage], 1);
+      hopper::BarrierInit(&empty[stage], kConsumerWarps);
+    }
+    hopper::BarrierInitFence();
+  }
+  __syncthreads();
+  const Tiles tiles(args);
+  if (threadIdx.x >= kConsumers) {
+    CopyWeights(args, tiles, ring, full, empty);
+    return;
+  }
+  DependencyWait();
+  TakeRows(args, rows, reduce);
+  FormBarrier();
+  MultiplyTiles(args, tiles, ring, full, empty, reduce, rows);
+#endif
+}
+
+}  // namespace
+
+bool StreamTakes(const Product& product) {
+  return product.num_rows() <= kMaxRows && SharedBytes(product.k, product.num_rows()) <= 227 << 10;
+}
+
+cudaError_t LaunchStreamProduct(const Product& product, Context& context) {
+  static const cudaError_t raised =
+      cudaFuncSetAttribute(StreamKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 << 10);
+  if (raised != cudaSuccess) return raised;
+  StreamArgs args = {.input = product.input,
+                     .x = static_cast<const Bf16*>(product.input.x.data),
+                     .x_stride = product.input.x.row_stride,
+                     .w = product.w,
+                     .gate = product.gate,
+                     .n = product.n,
+                     .k = product.k,
+                     .num_rows = static_cast<int>(product.num_rows()),
+                     .add = product.add,
+                     .activation = product.activation,
+                     .y = product.y};
+  if (!product.plain_input()) {
+    args.x = nullptr;
+    args.x_stride = product.k;
+    if (args.num_rows > 1) {
+      const cudaError_t error = LaunchFormScratch(product, &args.x, context);
+      if (error != cudaSuccess) return error;
+    }
+  }
+  const int64_t bytes = std::max(SharedBytes(args.k, args.num_rows), kExclusiveBytes);
+  const auto grid = static_cast<unsigned>(std::min<int64_t>(context.num_multiprocessors, args.n));
+  return LaunchDependent(StreamKernel, dim3(grid), dim3(kThreads), static_cast<size_t>(bytes),
+                         context.stream, args);
+}
+
+}  // namespace godwit::cuda
