@@ -148,6 +148,26 @@ std::vector<ProductCase> ProductCases() {
       }
     }
   }
+  // Shapes that tensor cores take, every number of rows at which a kernel or a tile may change.
+  std::vector<int64_t> numbers_of_rows = {48, 64, 65, 100, 128, 129, 256, 600};
+  for (int64_t num_tokens = 1; num_tokens <= 33; ++num_tokens) {
+    numbers_of_rows.push_back(num_tokens);
+  }
+  for (const int64_t num_tokens : numbers_of_rows) {
+    ProductCase c{num_tokens, 160, 72, DType::kBF16, DType::kBF16, DType::kBF16};
+    c.num_decode = num_tokens % 3 == 0 ? num_tokens / 2 : num_tokens;
+    cases.push_back(c);
+    c.norm = true;
+    c.x = DType::kF32;
+    cases.push_back(c);
+    c.norm_weight = true;
+    c.gate = true;
+    c.y = DType::kF32;
+    cases.push_back(c);
+    c.k = 1056;
+    c.n = num_tokens % 2 == 0 ? 24 : 21;
+    cases.push_back(c);
+  }
   for (const DType weights : {DType::kF32, DType::kBF16}) {
     cases.push_back({300, 1100, 777, weights, DType::kF32, DType::kF32, true, false, false,
                      Epilogue::kStore, 16});
@@ -212,6 +232,58 @@ TEST_P(ConformanceTest, GatedLinear) {
                             static_cast<double>(m));
       }
       ASSERT_TRUE(Within(run(*backend_, false), run(*ref_, false), tolerance)) << Describe(c);
+    }
+  }
+}
+
+// Rows of a product in one step, and some of them in smaller steps: the same bits, for each phase.
+TEST_P(ConformanceTest, ProductRowsAreIndependentOfTheBatch) {
+  constexpr int64_t kRows = 260, kColumns = 1056, kFeatures = 72;
+  ExpectOk(backend_->Reserve({.max_tokens = kRows,
+                              .max_rows = kRows,
+                              .max_input_columns = kColumns,
+                              .max_gated_columns = kFeatures,
+                              .deterministic = true}));
+  std::vector<int64_t> numbers_of_rows = {64, 256};
+  for (int64_t m = 1; m <= 33; ++m) numbers_of_rows.push_back(m);
+  for (const DType act : {DType::kBF16, DType::kF32}) {
+    DeviceArena arena(*backend_);
+    const ProductCase c{kRows, kColumns, kFeatures, act, DType::kF32, act, true, true, true};
+    const RowInput input = MakeInput(arena, c, false);
+    const MatrixView w =
+        arena.Matrix(act, kFeatures, kColumns, RandomValues(51, kFeatures * kColumns, act));
+    const MatrixView up =
+        arena.Matrix(act, kFeatures, kColumns, RandomValues(52, kFeatures * kColumns, act));
+    auto run = [&](int64_t first, int64_t m, bool gated, bool decode) {
+      RowInput rows = input;
+      rows.x = RowRange(input.x, first, m);
+      rows.gate = RowRange(input.gate, first, m);
+      const TensorView y = arena.Output(act, {m, kFeatures});
+      const int64_t num_decode = decode ? m : 0;
+      if (gated) {
+        ExpectOk(backend_->GatedLinear({.input = rows,
+                                        .gate = w,
+                                        .up = up,
+                                        .activation = Activation::kSilu,
+                                        .y = y,
+                                        .num_decode_tokens = num_decode}));
+      } else {
+        ExpectOk(
+            backend_->Linear({.input = rows, .w = w, .y = y, .num_decode_tokens = num_decode}));
+      }
+      return arena.Download(y);
+    };
+    for (const bool gated : {false, true}) {
+      for (const bool decode : {false, true}) {
+        const std::vector<float> all = run(0, kRows, gated, decode);
+        for (const int64_t m : numbers_of_rows) {
+          const int64_t first = m % 4;
+          const auto begin = all.begin() + first * kFeatures;
+          ASSERT_TRUE(SameBits(run(first, m, gated, decode),
+                               std::vector<float>(begin, begin + m * kFeatures)))
+              << m << " rows, gated " << gated << ", decode " << decode;
+        }
+      }
     }
   }
 }
