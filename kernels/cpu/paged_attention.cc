@@ -343,9 +343,16 @@ void Merge(const Partial& part, bool first, int64_t rows, int64_t columns, const
 
 void Attention::WriteOutput(const Tile& tile, const Partial& merged) const {
   for (int64_t r = 0; r < tile.rows; ++r) {
-    float* const o = args_.o.row<float>(TokenOf(tile, r)) + HeadOf(tile, r) * head_dim_;
+    const int64_t column = HeadOf(tile, r) * head_dim_;
+    const float* const from = merged.o + r * merged.stride;
     const float scale = 1.0f / merged.sum[r];
-    for (int64_t i = 0; i < head_dim_; ++i) o[i] = merged.o[r * merged.stride + i] * scale;
+    if (args_.o.dtype == DType::kBF16) {
+      BF16* const o = args_.o.row<BF16>(TokenOf(tile, r)) + column;
+      for (int64_t i = 0; i < head_dim_; ++i) o[i] = ToBF16(from[i] * scale);
+    } else {
+      float* const o = args_.o.row<float>(TokenOf(tile, r)) + column;
+      for (int64_t i = 0; i < head_dim_; ++i) o[i] = from[i] * scale;
+    }
   }
 }
 
