@@ -186,6 +186,7 @@ class CudaBackend final : public Backend {
     for (cudaEvent_t mark : marks_) {
       if (mark != nullptr) cudaEventDestroy(mark);
     }
+    cudaFree(context_.counters);
     if (stream_ != nullptr) cudaStreamDestroy(stream_);
   }
 
@@ -346,6 +347,11 @@ CudaBackend* CudaBackend::Create(char* error, size_t error_bytes) {
     status = cudaStreamCreateWithFlags(&backend->stream_, cudaStreamNonBlocking);
   for (cudaEvent_t& mark : backend->marks_) {
     if (status == cudaSuccess) status = cudaEventCreate(&mark);
+  }
+  const size_t counter_bytes = kNumCounters * sizeof(uint32_t);
+  if (status == cudaSuccess) status = cudaMalloc(&backend->context_.counters, counter_bytes);
+  if (status == cudaSuccess) {
+    status = cudaMemsetAsync(backend->context_.counters, 0, counter_bytes, backend->stream_);
   }
   backend->context_.stream = backend->stream_;
   backend->context_.num_multiprocessors = properties.multiProcessorCount;

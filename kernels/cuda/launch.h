@@ -28,12 +28,14 @@ class Scratch {
 };
 
 class Gemm;  // linear.h
+inline constexpr int64_t kNumCounters = 65536;
 
 // What a launch may use besides its arguments. One op at a time, in stream order.
 struct Context {
   cudaStream_t stream = nullptr;
   Scratch& scratch;
   Gemm* gemm = nullptr;  // for LaunchLinear and LaunchGatedLinear
+  uint32_t* counters = nullptr;  // kNumCounters, zero before and after each op
   int num_multiprocessors = 0;
   int compute_capability = 0;  // 90 for Hopper
   bool deterministic = false;  // BackendLimits
@@ -62,12 +64,17 @@ cudaError_t LaunchLightningStep(const LightningAttentionArgs& args, Context& con
 cudaError_t LaunchLightningPrefill(const LightningAttentionArgs& args, Context& context);
 cudaError_t LaunchPagedDecode(const PagedAttentionArgs& args, Context& context);
 cudaError_t LaunchPagedPrefill(const PagedAttentionArgs& args, Context& context);
+// The general kernels, for what the others do not take: any shape and type, some rows and their
+// tokens. Tokens of no row (padding) are left alone.
+cudaError_t LaunchPagedPlain(const PagedAttentionArgs& args, int32_t first_row, int32_t num_rows,
+                             int64_t first_token, int64_t num_tokens, cudaStream_t stream);
 cudaError_t LaunchSample(const SampleArgs& args, Context& context);
 cudaError_t LaunchScoreTokens(const ScoreTokensArgs& args, Context& context);
 
 // Bytes of scratch that each op takes at most within the limits.
 int64_t LinearScratchBytes(const BackendLimits& limits);
 int64_t LightningScratchBytes(const BackendLimits& limits);
+int64_t PagedDecodeScratchBytes(const BackendLimits& limits);
 int64_t PagedScratchBytes(const BackendLimits& limits);
 int64_t SampleScratchBytes(const BackendLimits& limits);
 

@@ -1,12 +1,12 @@
-// Causal softmax attention over paged KV. Two launches: rotate and store the step's keys and
-// values; then one block per (token, query head) goes over its keys in fixed ranges of
+// Causal softmax attention over paged KV, any shape. Two launches: rotate and store the step's keys
+// and values; then one block per (token, query head) goes over its keys in fixed ranges of
 // kAttentionSplit and merges them in ascending order, so that the bits of a token depend on its
 // keys alone. A warp computes a score, a thread a column of the output.
 
 #include <cfloat>
 
-#include "kernels/cuda/device.cuh"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/paged.cuh"
 
 namespace godwit::cuda {
 namespace {
@@ -16,37 +16,23 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kMaxHeadDim = 1024;
 constexpr int kColumnsPerThread = kMaxHeadDim / kThreads;
 
-// Element d of a head of q or k, rotated.
-template <typename Act>
-__device__ float Rotated(const PagedAttentionArgs& args, const TensorView& x, int64_t token,
-                         int64_t head, int d) {
-  const Act* values = Row<const Act>(x, token) + head * args.head_dim;
-  const int pairs = args.cos.data != nullptr ? static_cast<int>(args.cos.shape[1]) : 0;
-  if (d >= 2 * pairs) return Load(values + d);
-  const bool half_split = args.pair_layout == PairLayout::kHalfSplit;
-  const int pair = half_split ? d % pairs : d / 2;
-  const bool second = half_split ? d >= pairs : d % 2 == 1;
-  const float a = Load(values + (half_split ? pair : 2 * pair));
-  const float b = Load(values + (half_split ? pair + pairs : 2 * pair + 1));
-  const float cos = Row<const float>(args.cos, token)[pair],
-              sin = Row<const float>(args.sin, token)[pair];
-  return second ? b * cos + a * sin : a * cos - b * sin;
-}
+struct Range {
+  int32_t first_row = 0;
+  int32_t num_rows = 0;
+  int64_t first_token = 0;
+  int64_t num_tokens = 0;
+};
 
-// Where a position's key (part 0) or value (part 1) of a kv head lies.
-template <typename Act>
-__device__ Act* CacheRow(const PagedAttentionArgs& args, const StepRow& row, int64_t position,
-                         int part, int64_t kv_head) {
-  const int64_t block = args.block_tables[row.block_table + position / kPagedBlock];
-  return Row<Act>(args.blocks, block) +
-         ((part * int64_t{args.num_kv_heads} + kv_head) * kPagedBlock + position % kPagedBlock) *
-             args.head_dim;
+// A padded step has tokens of no row.
+__device__ bool HasToken(const StepRow& row, int64_t token) {
+  return token >= row.first_token && token < row.first_token + int64_t{row.num_tokens};
 }
 
 template <typename Act>
-__global__ void __launch_bounds__(kThreads) WriteCacheKernel(PagedAttentionArgs args) {
-  const int64_t token = blockIdx.x, kv_head = blockIdx.y;
-  const StepRow& row = RowOfToken(args.rows, args.num_rows, token);
+__global__ void __launch_bounds__(kThreads) WriteCacheKernel(PagedAttentionArgs args, Range range) {
+  const int64_t token = range.first_token + blockIdx.x, kv_head = blockIdx.y;
+  const StepRow& row = RowOfToken(args.rows + range.first_row, range.num_rows, token);
+  if (!HasToken(row, token)) return;
   const int64_t position = row.position + token - row.first_token;
   Act* key = CacheRow<Act>(args, row, position, 0, kv_head);
   Act* value = CacheRow<Act>(args, row, position, 1, kv_head);
@@ -57,13 +43,14 @@ __global__ void __launch_bounds__(kThreads) WriteCacheKernel(PagedAttentionArgs 
 }
 
 template <typename Act>
-__global__ void __launch_bounds__(kThreads) AttendKernel(PagedAttentionArgs args) {
+__global__ void __launch_bounds__(kThreads) AttendKernel(PagedAttentionArgs args, Range range) {
   __shared__ float q[kMaxHeadDim];
   __shared__ float scores[kAttentionSplit];
   __shared__ float shared[kWarps];
-  const int64_t token = blockIdx.x, head = blockIdx.y;
+  const int64_t token = range.first_token + blockIdx.x, head = blockIdx.y;
   const int64_t kv_head = head / (args.num_heads / args.num_kv_heads);
-  const StepRow& row = RowOfToken(args.rows, args.num_rows, token);
+  const StepRow& row = RowOfToken(args.rows + range.first_row, range.num_rows, token);
+  if (!HasToken(row, token)) return;
   const int64_t num_keys = row.position + token - row.first_token + 1;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   for (int d = threadIdx.x; d < args.head_dim; d += kThreads)
@@ -113,25 +100,33 @@ __global__ void __launch_bounds__(kThreads) AttendKernel(PagedAttentionArgs args
 }
 
 template <typename Act>
-cudaError_t Launch(const PagedAttentionArgs& args, cudaStream_t stream) {
-  const auto num_tokens = static_cast<unsigned>(args.q.rows());
+cudaError_t Launch(const PagedAttentionArgs& args, const Range& range, cudaStream_t stream) {
+  const auto num_tokens = static_cast<unsigned>(range.num_tokens);
   WriteCacheKernel<Act>
-      <<<dim3(num_tokens, static_cast<unsigned>(args.num_kv_heads)), kThreads, 0, stream>>>(args);
+      <<<dim3(num_tokens, static_cast<unsigned>(args.num_kv_heads)), kThreads, 0, stream>>>(args,
+                                                                                            range);
   AttendKernel<Act>
-      <<<dim3(num_tokens, static_cast<unsigned>(args.num_heads)), kThreads, 0, stream>>>(args);
+      <<<dim3(num_tokens, static_cast<unsigned>(args.num_heads)), kThreads, 0, stream>>>(args,
+                                                                                         range);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t LaunchPagedDecode(const PagedAttentionArgs&, Context&) { return cudaSuccess; }
-
-cudaError_t LaunchPagedPrefill(const PagedAttentionArgs& args, Context& context) {
-  if (args.num_rows == 0 || args.q.rows() == 0) return cudaSuccess;
-  return args.q.dtype == DType::kBF16 ? Launch<Bf16>(args, context.stream)
-                                      : Launch<float>(args, context.stream);
+cudaError_t LaunchPagedPlain(const PagedAttentionArgs& args, int32_t first_row, int32_t num_rows,
+                             int64_t first_token, int64_t num_tokens, cudaStream_t stream) {
+  if (num_rows == 0 || num_tokens == 0) return cudaSuccess;
+  const Range range = {first_row, num_rows, first_token, num_tokens};
+  return args.q.dtype == DType::kBF16 ? Launch<Bf16>(args, range, stream)
+                                      : Launch<float>(args, range, stream);
 }
 
-int64_t PagedScratchBytes(const BackendLimits&) { return 0; }
+cudaError_t LaunchPagedPrefill(const PagedAttentionArgs& args, Context& context) {
+  return LaunchPagedPlain(args, args.num_decode_rows, args.num_rows - args.num_decode_rows,
+                          args.num_decode_tokens, args.q.rows() - args.num_decode_tokens,
+                          context.stream);
+}
+
+int64_t PagedScratchBytes(const BackendLimits& limits) { return PagedDecodeScratchBytes(limits); }
 
 }  // namespace godwit::cuda

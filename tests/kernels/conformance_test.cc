@@ -5,6 +5,7 @@
 #include <cmath>
 #include <functional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "gtest/gtest.h"
@@ -466,6 +467,57 @@ TEST_P(ConformanceTest, PagedAttention) {
         << shape.heads << " " << shape.head_dim;
     EXPECT_TRUE(Within(actual.output(1), expected.output(1), actual.Tolerance(1)));
   }
+}
+
+// Steps of a few decode and verify rows after `cached` positions.
+void DecodeAround(PagedRun& paged, int64_t cached) {
+  paged.Cache(0, cached);
+  paged.Cache(1, cached);
+  paged.Step({{0, cached, 1}, {1, cached, 3}, {2, cached, 0}});
+  paged.Step({{0, cached + 1, 1}, {1, cached + 3, 1}});
+  paged.Step({{0, cached + 2, 16}, {1, cached + 4, 2}});
+  paged.Step({{1, cached + 6, 5}, {0, cached + 18, 1}});
+}
+
+// Calls test(shape, cached) for contexts around a block and around the ranges whose results are
+// merged, for groups of 1, 4, 8 and 2 heads.
+template <typename Test>
+void ForEachDecode(const Test& test) {
+  for (const int64_t cached : {0, 14, 1010, 1022, 2046}) {
+    for (const auto& [heads, kv_heads, head_dim] :
+         std::vector<std::tuple<int, int, int>>{{3, 3, 128}, {8, 2, 64}, {8, 1, 128}, {4, 2, 40}}) {
+      PagedShape shape{heads, kv_heads, head_dim, head_dim / 4};
+      shape.act = DType::kBF16;
+      shape.o = cached % 4 == 0 ? DType::kF32 : DType::kBF16;
+      test(shape, cached);
+    }
+  }
+}
+
+TEST_P(ConformanceTest, PagedDecode) {
+  ForEachDecode([&](const PagedShape& shape, int64_t cached) {
+    PagedRun expected(*ref_, shape, cached + 19), actual(*backend_, shape, cached + 19);
+    DecodeAround(expected, cached);
+    DecodeAround(actual, cached);
+    for (const int sequence : {0, 1}) {
+      EXPECT_TRUE(
+          Within(actual.output(sequence), expected.output(sequence), actual.Tolerance(sequence)))
+          << shape.heads << " " << shape.head_dim << " after " << cached;
+    }
+  });
+}
+
+// The bits of a token depend on its keys alone: not on the rows beside it, nor on how many tokens
+// its own row has.
+TEST_P(ConformanceTest, PagedDecodeTokenByToken) {
+  ForEachDecode([&](const PagedShape& shape, int64_t cached) {
+    PagedRun together(*backend_, shape, cached + 19), alone(*backend_, shape, cached + 19);
+    DecodeAround(together, cached);
+    alone.Cache(0, cached);
+    for (int64_t t = cached; t < cached + 19; ++t) alone.Step({{0, t, 1}});
+    EXPECT_TRUE(SameBits(together.output(0), alone.output(0)))
+        << shape.heads << " " << shape.head_dim << " after " << cached;
+  });
 }
 
 TEST_P(ConformanceTest, ScoreTokens) {
