@@ -2,6 +2,7 @@
 // large. A tolerance is what f32 accumulation may lose of the sum of the terms' magnitudes, which
 // the reference computes from |inputs|.
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <string>
@@ -593,6 +594,99 @@ TEST_P(ConformanceTest, Sample) {
   for (size_t i = 0; i < rows.size(); ++i) different += actual[i] != expected[i];
   // A draw is decided by a rounding where two values lie within 1e-5: 1 in 10,000 draws.
   EXPECT_LE(different, 1);
+}
+
+// Rows under every rule at once; among them padding, logits that hold a NaN, ties, and a row that
+// bans all.
+std::vector<SampleRow> RowsUnderEveryRule(int64_t vocab, const TokenBias* biases,
+                                          int32_t num_biases) {
+  std::vector<SampleRow> rows(24);
+  for (int i = 0; i < std::ssize(rows); ++i) {
+    SampleRow& row = rows[static_cast<size_t>(i)];
+    row.logit_row = row.slot = row.output_index = i;
+    row.seed = 99;
+    row.position = 3 * i;
+    row.temperature = i % 3 == 0 ? 0 : 0.8f;
+    row.top_k = i % 4 == 1 ? 40 : 0;
+    row.top_p = i % 5 == 2 ? 0.6f : 1;
+    row.min_p = i % 7 == 3 ? 0.05f : 0;
+    row.repetition_penalty = i % 4 == 2 ? 1.25f : 1;
+    row.presence_penalty = i % 6 == 1 ? 0.5f : 0;
+    row.frequency_penalty = i % 6 == 2 ? 0.25f : 0;
+    row.num_logprobs = static_cast<int32_t>(std::min<int64_t>(i % 6 - 1, vocab));
+    if (i % 2 == 0) row.biases = biases, row.num_biases = num_biases;
+  }
+  rows[5].slot = -1;
+  return rows;
+}
+
+std::vector<float> LogitsUnderEveryRule(int64_t num_rows, int64_t vocab) {
+  std::vector<float> logits = RandomValues(71, num_rows * vocab, DType::kF32, 3);
+  const auto row = [&](int64_t i) { return logits.begin() + i * vocab; };
+  row(3)[vocab - 1] = NAN;
+  row(4)[0] = INFINITY;
+  std::fill(row(7), row(8), -INFINITY);
+  std::fill(row(9), row(10), 0.5f);   // top_k cuts ties
+  std::fill(row(17), row(18), 1.5f);  // and top_p
+  return logits;
+}
+
+TEST_P(ConformanceTest, SampleUnderEveryRule) {
+  for (const int64_t vocab : {1, 17, 3001, 40000}) {
+    std::vector<TokenBias> biases = {{0, 1.5f}};
+    if (vocab > 3) biases.insert(biases.end(), {{3, -INFINITY}, {2, -4}});
+    std::vector<SampleRow> rows;
+    std::vector<float> tokens[2], counts[2], logprobs[2], ids[2], tops[2];
+    for (const int which : {0, 1}) {
+      Backend& backend = which == 0 ? *ref_ : *backend_;
+      DeviceArena arena(backend);
+      rows =
+          RowsUnderEveryRule(vocab, arena.UploadArray(biases), static_cast<int32_t>(biases.size()));
+      const int64_t num_rows = std::ssize(rows), num_top = 5;
+      std::vector<uint32_t> initial(static_cast<size_t>(num_rows * vocab));
+      for (size_t i = 0; i < initial.size(); i += 3)
+        initial[i] = i % 2 == 0 ? kPromptBit | i % 4 : 2;
+      SampleArgs args;
+      args.logits =
+          arena.Floats(DType::kF32, {num_rows, vocab}, LogitsUnderEveryRule(num_rows, vocab));
+      args.rows = arena.UploadArray(rows);
+      args.num_rows = static_cast<int32_t>(num_rows);
+      args.counts = arena.Upload<uint32_t>(DType::kU32, {num_rows, vocab}, initial);
+      args.tokens =
+          arena.Upload<int32_t>(DType::kI32, {num_rows}, std::vector<int32_t>(rows.size(), -7));
+      args.logprobs = arena.Output(DType::kF32, {num_rows});
+      args.top_ids = arena.Upload<int32_t>(DType::kI32, {num_rows, num_top},
+                                           std::vector<int32_t>(rows.size() * num_top));
+      args.top_logprobs = arena.Output(DType::kF32, {num_rows, num_top});
+      ExpectOk(backend.Sample(args));
+      tokens[which] = arena.Download(args.tokens);
+      counts[which] = arena.Download(args.counts);
+      logprobs[which] = arena.Download(args.logprobs);
+      ids[which] = arena.Download(args.top_ids);
+      tops[which] = arena.Download(args.top_logprobs);
+    }
+    EXPECT_EQ(tokens[1][5], -7) << "padding was written";
+    EXPECT_EQ(tokens[1][3], -1);
+    EXPECT_EQ(tokens[1][4], -1);
+    // -inf - -inf is no number; what is compared is that both say -inf.
+    const auto near = [](float a, float b) {
+      return std::isinf(a) ? a == b : std::abs(a - b) < 1e-5f;
+    };
+    int different = 0;
+    for (size_t r = 0; r < rows.size(); ++r) {
+      different += tokens[0][r] != tokens[1][r];
+      if (tokens[0][r] != tokens[1][r] || tokens[0][r] < 0) continue;
+      EXPECT_TRUE(std::equal(counts[0].begin() + r * vocab, counts[0].begin() + (r + 1) * vocab,
+                             counts[1].begin() + r * vocab));
+      if (rows[r].num_logprobs < 0) continue;
+      EXPECT_TRUE(near(logprobs[1][r], logprobs[0][r])) << vocab << " row " << r;
+      for (size_t i = r * 5; i < r * 5 + static_cast<size_t>(rows[r].num_logprobs); ++i) {
+        EXPECT_EQ(ids[1][i], ids[0][i]) << vocab << " row " << r;
+        EXPECT_TRUE(near(tops[1][i], tops[0][i])) << vocab << " row " << r;
+      }
+    }
+    EXPECT_LE(different, 1) << vocab;  // as above: decided by a rounding
+  }
 }
 
 TEST_P(ConformanceTest, CountTokens) {
