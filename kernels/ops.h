@@ -169,8 +169,11 @@ enum class PairLayout : int32_t { kHalfSplit = 0, kInterleaved = 1 };
 // Causal softmax attention over paged KV. Writes the step's k (rotated) and v into the cache,
 // rounded to act; then
 //   o_t = sum_{j <= t} softmax_j(scale * q_t . k_j) v_j,
-// q rotated and kept in f32 or act; partial results over keys [1024 i, 1024 (i+1)) merged in
-// ascending i, in f32. Query head h reads kv head h / (num_heads / num_kv_heads).
+// q rotated and kept in f32 or act. Keys are taken in ranges that begin at absolute multiples of a
+// fixed size, and their partial results merged in ascending order, in f32: ranges of
+// kAttentionSplit in path D; in path P those, or tiles that divide them (then the weights may be
+// rounded to act before they multiply v). Query head h reads kv head h / (num_heads /
+// num_kv_heads). Path P may overwrite what lies past the sequence's end in its last block.
 struct PagedAttentionArgs {
   TensorView q;     // [T, num_heads * head_dim] act
   TensorView k, v;  // [T, num_kv_heads * head_dim] act

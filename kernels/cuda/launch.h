@@ -75,6 +75,7 @@ cudaError_t LaunchScoreTokens(const ScoreTokensArgs& args, Context& context);
 int64_t LinearScratchBytes(const BackendLimits& limits);
 int64_t LightningScratchBytes(const BackendLimits& limits);
 int64_t PagedDecodeScratchBytes(const BackendLimits& limits);
+int64_t PagedPrefillScratchBytes(const BackendLimits& limits);
 int64_t PagedScratchBytes(const BackendLimits& limits);
 int64_t SampleScratchBytes(const BackendLimits& limits);
 

@@ -3,6 +3,7 @@
 // kAttentionSplit and merges them in ascending order, so that the bits of a token depend on its
 // keys alone. A warp computes a score, a thread a column of the output.
 
+#include <algorithm>
 #include <cfloat>
 
 #include "kernels/cuda/launch.h"
@@ -121,12 +122,8 @@ cudaError_t LaunchPagedPlain(const PagedAttentionArgs& args, int32_t first_row, 
                                       : Launch<float>(args, range, stream);
 }
 
-cudaError_t LaunchPagedPrefill(const PagedAttentionArgs& args, Context& context) {
-  return LaunchPagedPlain(args, args.num_decode_rows, args.num_rows - args.num_decode_rows,
-                          args.num_decode_tokens, args.q.rows() - args.num_decode_tokens,
-                          context.stream);
+int64_t PagedScratchBytes(const BackendLimits& limits) {
+  return std::max(PagedDecodeScratchBytes(limits), PagedPrefillScratchBytes(limits));
 }
-
-int64_t PagedScratchBytes(const BackendLimits& limits) { return PagedDecodeScratchBytes(limits); }
 
 }  // namespace godwit::cuda

@@ -521,6 +521,80 @@ TEST_P(ConformanceTest, PagedDecodeTokenByToken) {
   });
 }
 
+// Prompts of bf16 in heads of 64 and 128: what matrix units take.
+std::vector<PagedShape> PrefillShapes() {
+  using enum PairLayout;
+  std::vector<PagedShape> shapes = {{2, 2, 128, 0, kHalfSplit, DType::kBF16},
+                                    {4, 1, 128, 64, kHalfSplit, DType::kBF16},
+                                    {4, 2, 128, 16, kInterleaved, DType::kBF16},
+                                    {8, 1, 64, 32, kInterleaved, DType::kBF16},
+                                    {4, 4, 64, 8, kHalfSplit, DType::kBF16}};
+  for (size_t i = 0; i < shapes.size(); i += 2) shapes[i].o = DType::kBF16;
+  return shapes;
+}
+
+// n tokens of sequence 0, cut at a multiple of 64 where there is one, and some of sequence 1.
+void RunPrompts(PagedRun& run, int n) {
+  const int cut = n > 64 ? n / 128 * 64 + 64 : 0;
+  if (cut > 0) run.Step({{0, 0, cut, true}, {1, 0, 40, true}});
+  run.Step({{1, cut > 0 ? 40 : 0, 17, true}, {0, cut, n - cut, true}});
+}
+
+// Tensor cores take q, rotated k and the weights in bf16, 2^-8 off each at most. A score is a sum
+// of head_dim products of normal variates times scale = head_dim^-1/2, so that the errors of q and
+// k come to a standard deviation of sqrt(2 / 3) 2^-8 = 0.0032; 6 of them are allowed, and the
+// weights' own rounding. What is left is a rounding of the output.
+std::vector<double> PrefillTolerance(const PagedShape& shape, const std::vector<float>& o,
+                                     const std::vector<float>& magnitudes) {
+  std::vector<double> tolerance;
+  for (size_t i = 0; i < o.size(); ++i) {
+    tolerance.push_back((6 * 0.0032 + kBF16Unit) * static_cast<double>(magnitudes[i]) +
+                        StoreError(shape.o) * std::abs(static_cast<double>(o[i])) + 1e-6);
+  }
+  return tolerance;
+}
+
+TEST_P(ConformanceTest, PagedPrefill) {
+  for (const PagedShape& shape : PrefillShapes()) {
+    for (const int n : {1, 16, 63, 64, 65, 128, 130, 257, 300, shape.heads == 2 ? 1100 : 200}) {
+      PagedShape exact = shape;
+      exact.o = DType::kF32;
+      PagedShape magnitude = exact;
+      magnitude.magnitude = true;
+      const int64_t room = std::max(n, 57);
+      PagedRun expected(*ref_, exact, room), magnitudes(*ref_, magnitude, room);
+      PagedRun actual(*backend_, shape, room);
+      for (PagedRun* run : {&expected, &magnitudes, &actual}) RunPrompts(*run, n);
+      for (const int sequence : {0, 1}) {
+        const int64_t end = sequence == 0 ? n : n > 64 ? 57 : 17;
+        const std::vector<float> o = expected.Output(sequence, 0, end);
+        ASSERT_TRUE(Within(actual.Output(sequence, 0, end), o,
+                           PrefillTolerance(shape, o, magnitudes.Output(sequence, 0, end))))
+            << "heads " << shape.heads << " of " << shape.head_dim << " n " << n << " sequence "
+            << sequence;
+      }
+    }
+  }
+}
+
+TEST_P(ConformanceTest, PagedPrefillHasTheSameBitsInAnyCutsAndCompany) {
+  for (const PagedShape& shape : PrefillShapes()) {
+    const int n = 700;
+    PagedRun whole(*backend_, shape, n);
+    whole.Step({{0, 0, n, true}});
+    for (const int cut : {64, 128, 192, 512, 50}) {
+      PagedRun cuts(*backend_, shape, n);
+      for (int t = 0; t < n; t += cut) {
+        PagedPiece mine{0, t, std::min(cut, n - t), true}, other{1, t, std::min(cut, n - t), true};
+        if (t / cut % 2 == 0) std::swap(mine, other);
+        cuts.Step({mine, other});
+      }
+      EXPECT_TRUE(SameBits(cuts.output(0), whole.output(0)))
+          << "heads " << shape.heads << " of " << shape.head_dim << " cut " << cut;
+    }
+  }
+}
+
 TEST_P(ConformanceTest, ScoreTokens) {
   for (const int64_t vocab : {1, 2, 17, 1000, 50000}) {
     for (const int64_t num_rows : {0, 1, 5}) {

@@ -19,6 +19,7 @@ struct PagedShape {
   DType act = DType::kF32;
   DType o = DType::kF32;
   int max_sequences = 4;
+  bool magnitude = false;  // |v| for v: outputs are the sums of the magnitudes of their terms
 
   float scale() const { return 1.0f / std::sqrt(static_cast<float>(head_dim)); }
 };
@@ -181,6 +182,12 @@ class PagedRun {
       sequences_.push_back(
           {RandomValues(seed, max_tokens_ * width, shape_.act),
            std::vector<float>(static_cast<size_t>(max_tokens_ * shape_.heads * shape_.head_dim))});
+      if (!shape_.magnitude) continue;
+      const int64_t first_value = int64_t{shape_.heads + shape_.kv_heads} * shape_.head_dim;
+      std::vector<float>& qkv = sequences_.back().qkv;
+      for (size_t i = 0; i < qkv.size(); ++i) {
+        if (static_cast<int64_t>(i) % width >= first_value) qkv[i] = std::abs(qkv[i]);
+      }
     }
     return sequences_[static_cast<size_t>(sequence)];
   }
