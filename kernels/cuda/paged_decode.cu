@@ -1,20 +1,22 @@
-// Softmax attention of decode and verify rows over a paged bf16 cache, head_dim 64, 128 or 256, on
+// Softmax attention of decode and verify rows over a paged bf16 cache, head_dim 64 or 128, on
 // Hopper and later. Bound by the bytes of the cache: 512 a key and kv head at head_dim 128.
 //
 // One launch. Each multiprocessor holds one block, which takes items (row, kv head, split of
-// kAttentionSplit keys, group of query tiles) from a counter until none is left: the grid does not
-// know the contexts, so a recorded launch serves growing ones. One warp fetches: whole 16-key
-// blocks of keys and values, 4 of them a stage, by bulk copies into a ring of about 190 KiB. Four
-// warps compute, warp w the w-th block of each stage, with softmax state and output in registers.
+// kAttentionSplit keys, query tile) from a counter until none is left: the grid does not know the
+// contexts, so a recorded launch serves growing ones. One warp fetches: whole 16-key blocks of keys
+// and values, 4 of them a stage, by bulk copies into a ring of 160 KiB. Eight warps compute, 4 a
+// stage and in turns, each a block of 16 keys, with softmax state and output in registers. (Four
+// warps, one a scheduler, were bound by the latency of their chains: 3.6 TB/s where memory gave
+// 4.5.)
 //
 // Query tile: 8 queries (token, head of the group), each held as two bf16 rows, its high and low
-// half, of an m16n8k16 product; likewise the weights. So a query row and a weight keep 16 bits of
-// mantissa and nothing of f32 attention is lost but 2^-17, while one fetch of a key serves all
-// query heads of its group. A key's contraction order is that of the lanes' 16-byte loads.
+// half, of an m16n8k16 product; likewise the weights. So a query and a weight keep 16 bits of
+// mantissa, the result is that of f32 arithmetic to 4e-6, and one fetch of a key serves all query
+// heads of its group. The contraction runs in the order of the lanes' 16-byte loads.
 //
-// Order of a sum, whatever the batch: blocks w, w + 4, ... of a split in ascending order by warp w,
-// the 4 warps in order, the splits in ascending order. The block that ends a (row, kv head, tile)
-// last merges its splits.
+// Order of a sum, whatever the batch: within a split warp w adds blocks w, w + 8, ... in ascending
+// order; then the 8 warps in order; then the splits in ascending order. The block that ends a (row,
+// kv head, tile) last merges its splits.
 //
 // The step's own keys and values are rotated, rounded and put into the fetched block in shared
 // memory by every block that needs them, and written to the cache by one.
@@ -32,16 +34,17 @@ namespace godwit::cuda {
 namespace {
 
 constexpr int kTileQueries = 8;
-constexpr int kTileWarps = 4;
-constexpr int kTileThreads = kTileWarps * kWarp;
-constexpr int kStageBlocks = kTileWarps;
+constexpr int kWarps = 8;  // that compute; one more fetches
+constexpr int kThreads = kWarps * kWarp;
+constexpr int kStageBlocks = 4;
+constexpr int kStagesInTurn = kWarps / kStageBlocks;  // the warps take turns, 4 at a stage
 constexpr int kSplitBlocks = kAttentionSplit / kPagedBlock;
 constexpr int kMaxRows = 1024;            // decode rows of a step
 constexpr int kSharedBytes = 227 * 1024;  // of a block
 constexpr int64_t kMaxPartialBytes = int64_t{64}
                                      << 20;  // beyond it a block goes over all splits of its item
-constexpr int kAllConsumers = 15;  // id of the barrier of all computing warps; a tile's is tile + 1
-static_assert(kSplitBlocks % kStageBlocks == 0);
+constexpr int kConsumers = 1;                // id of the barrier of the computing warps
+static_assert(kSplitBlocks % (kStageBlocks * kStagesInTurn) == 0);
 constexpr float kLog2E = 1.4426950408889634f;
 
 // kStepKeys: positions of the step are in it.
@@ -51,7 +54,7 @@ enum StageFlags : int32_t { kItemBegin = 1, kSplitEnd = 2, kItemEnd = 4, kStepKe
 struct Stage {
   int32_t row;  // -1: no more
   int32_t head;
-  int32_t group;
+  int32_t tile;  // of the row's queries
   int32_t first_block;
   int32_t num_blocks;
   int32_t flags;
@@ -72,22 +75,19 @@ struct Args {
   uint32_t* counters;  // [0]: items taken; then one for each (row, tile, kv head)
 };
 
-template <int kHeadDim, int kTiles>
+template <int kHeadDim>
 struct Layout {
   static constexpr int kBlockElements = kPagedBlock * kHeadDim;
   static constexpr uint32_t kBlockBytes = kBlockElements * sizeof(Bf16);
   static constexpr int kStageBytes = 2 * kStageBlocks * static_cast<int>(kBlockBytes);
   static constexpr int kQueryStride = kHeadDim + 8;  // + 16 bytes: rows in different banks
   static constexpr int kMergeStride = kHeadDim + 4;
-  struct alignas(16) Tile {
-    float merge[kTileWarps][kTileQueries][kMergeStride];
-    Bf16 query[2][kTileQueries][kQueryStride];  // high and low halves
-    float max[kTileWarps][kTileQueries];
-    float sum[kTileWarps][kTileQueries];
-    int32_t last;
-  };
   struct Fixed {
-    Tile tiles[kTiles];
+    alignas(16) float merge[kWarps][kTileQueries][kMergeStride];
+    alignas(16) Bf16 query[2][kTileQueries][kQueryStride];  // high and low halves
+    float max[kWarps][kTileQueries];
+    float sum[kWarps][kTileQueries];
+    int32_t last;
     Plan plan;
     Stage stage[16];
     uint64_t full[16];
@@ -97,7 +97,6 @@ struct Layout {
       (kSharedBytes - static_cast<int>(sizeof(Fixed)) - 128) / kStageBytes;
   static_assert(kStages >= 3 && kStages <= 16);
   static constexpr int kBytes = kStages * kStageBytes + static_cast<int>(sizeof(Fixed)) + 128;
-  static constexpr int kThreads = kTiles * kTileThreads + kWarp;
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -116,13 +115,21 @@ __device__ inline void Multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// What is read once leaves the second-level cache first.
+__device__ inline uint64_t CachePolicy(bool read_once) {
+  uint64_t once, normal;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
+  return read_once ? once : normal;
+}
+
 // num_bytes, a multiple of 16, both sides aligned to 16 bytes; they count on `barrier`.
 __device__ inline void CopyBulk(void* to_shared, const void* from, uint32_t num_bytes,
-                                uint64_t* barrier) {
+                                uint64_t* barrier, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(hopper::SharedAddress(to_shared)),
-      "l"(from), "r"(num_bytes), "r"(hopper::SharedAddress(barrier))
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(hopper::SharedAddress(to_shared)),
+      "l"(from), "r"(num_bytes), "r"(hopper::SharedAddress(barrier)), "l"(policy)
       : "memory");
 }
 
@@ -135,15 +142,14 @@ __device__ inline void SplitPair(float x, float y, uint32_t* high, uint32_t* low
 }
 
 struct Item {
-  int32_t row, head, group, first_block, end_block;
+  int32_t row, head, tile, first_block, end_block;
 };
 
 __device__ inline int NumQueries(const PagedAttentionArgs& args, const StepRow& row) {
   return row.num_tokens * (args.num_heads / args.num_kv_heads);
 }
-__device__ inline int NumGroups(const PagedAttentionArgs& args, const StepRow& row,
-                                int queries_per_group) {
-  return (NumQueries(args, row) + queries_per_group - 1) / queries_per_group;
+__device__ inline int NumTiles(const PagedAttentionArgs& args, const StepRow& row) {
+  return (NumQueries(args, row) + kTileQueries - 1) / kTileQueries;
 }
 __device__ inline int NumBlocks(const StepRow& row) {
   return static_cast<int>((row.position + row.num_tokens + kPagedBlock - 1) / kPagedBlock);
@@ -153,7 +159,7 @@ __device__ inline int NumSplits(const StepRow& row) {
 }
 
 // By one warp. Every block makes the same plan.
-__device__ void MakePlan(const Args& args, int queries_per_group, Plan& plan) {
+__device__ void MakePlan(const Args& args, Plan& plan) {
   const PagedAttentionArgs& attention = args.attention;
   const int lane = threadIdx.x % kWarp;
   int whole_rows = 0;
@@ -165,8 +171,7 @@ __device__ void MakePlan(const Args& args, int queries_per_group, Plan& plan) {
         const StepRow& row = attention.rows[first + lane];
         if (row.num_tokens > 0) {
           const int splits = NumSplits(row);
-          my_items = NumGroups(attention, row, queries_per_group) * attention.num_kv_heads *
-                     (whole_rows ? 1 : splits);
+          my_items = NumTiles(attention, row) * attention.num_kv_heads * (whole_rows ? 1 : splits);
           my_slots = splits * row.num_tokens;
         }
       }
@@ -189,8 +194,7 @@ __device__ void MakePlan(const Args& args, int queries_per_group, Plan& plan) {
   if (lane == 0) plan.whole_rows = whole_rows;
 }
 
-__device__ Item FindItem(const PagedAttentionArgs& args, const Plan& plan, int queries_per_group,
-                         int index) {
+__device__ Item FindItem(const PagedAttentionArgs& args, const Plan& plan, int index) {
   int low = 0, high = args.num_decode_rows - 1;
   while (low < high) {
     const int middle = (low + high) / 2;
@@ -203,10 +207,10 @@ __device__ Item FindItem(const PagedAttentionArgs& args, const Plan& plan, int q
   Item item;
   item.row = low;
   const StepRow& row = args.rows[low];
-  const int groups = NumGroups(args, row, queries_per_group);
+  const int tiles = NumTiles(args, row);
   int rest = index - (low > 0 ? plan.items[low - 1] : 0);
-  item.group = rest % groups;
-  rest /= groups;
+  item.tile = rest % tiles;
+  rest /= tiles;
   item.head = rest % args.num_kv_heads;
   const int split = rest / args.num_kv_heads;
   item.first_block = split * kSplitBlocks;
@@ -216,11 +220,9 @@ __device__ Item FindItem(const PagedAttentionArgs& args, const Plan& plan, int q
 }
 
 // The fetching warp.
-template <int kHeadDim, int kTiles>
-__device__ void Fetch(const Args& args, typename Layout<kHeadDim, kTiles>::Fixed& shared,
-                      char* ring) {
-  using L = Layout<kHeadDim, kTiles>;
-  constexpr int kQueries = kTiles * kTileQueries;
+template <int kHeadDim>
+__device__ void Fetch(const Args& args, typename Layout<kHeadDim>::Fixed& shared, char* ring) {
+  using L = Layout<kHeadDim>;
   const PagedAttentionArgs& attention = args.attention;
   const int lane = threadIdx.x % kWarp;
   const int part = lane % 2, block_of_stage = lane / 2;
@@ -234,9 +236,10 @@ __device__ void Fetch(const Args& args, typename Layout<kHeadDim, kTiles>::Fixed
   for (int index = blockIdx.x; index < num_items;) {
     uint32_t taken = 0;
     if (lane == 0) taken = atomicAdd(&args.counters[0], 1u);
-    const Item item = FindItem(attention, shared.plan, kQueries, index);
+    const Item item = FindItem(attention, shared.plan, index);
     const StepRow& row = attention.rows[item.row];
     const int32_t* table = attention.block_tables + row.block_table;
+    const uint64_t policy = CachePolicy(NumTiles(attention, row) == 1);
     const int first_step_block = static_cast<int>(row.position / kPagedBlock);
     const int64_t offset = (part * int64_t{attention.num_kv_heads} + item.head) * L::kBlockElements;
     int entry = 0;
@@ -251,7 +254,7 @@ __device__ void Fetch(const Args& args, typename Layout<kHeadDim, kTiles>::Fixed
         if (block + kStageBlocks >= item.end_block) flags |= kItemEnd | kSplitEnd;
         if ((block + kStageBlocks) % kSplitBlocks == 0) flags |= kSplitEnd;
         if (block + num_blocks > first_step_block) flags |= kStepKeys;
-        shared.stage[stage] = {item.row, item.head, item.group, block, num_blocks, flags};
+        shared.stage[stage] = {item.row, item.head, item.tile, block, num_blocks, flags};
         hopper::BarrierArriveExpect(&shared.full[stage],
                                     static_cast<uint32_t>(2 * num_blocks) * L::kBlockBytes);
       }
@@ -260,7 +263,7 @@ __device__ void Fetch(const Args& args, typename Layout<kHeadDim, kTiles>::Fixed
       if (lane < 2 * num_blocks) {
         CopyBulk(ring + stage * L::kStageBytes + lane * static_cast<int>(L::kBlockBytes),
                  Row<const Bf16>(attention.blocks, physical) + offset, L::kBlockBytes,
-                 &shared.full[stage]);
+                 &shared.full[stage], policy);
       }
       advance();
     }
@@ -327,42 +330,43 @@ __device__ inline float MergeValue(float2 factors, float value, float added) {
   return __fmaf_rn(added, factors.y, __fmul_rn(value, factors.x));
 }
 
-// A computing warp: one of the 4 of its tile.
-template <int kHeadDim, int kTiles>
+// A computing warp.
+template <int kHeadDim>
 class Consumer {
-  using L = Layout<kHeadDim, kTiles>;
-  using Tile = typename L::Tile;
+  using L = Layout<kHeadDim>;
+  using Fixed = typename L::Fixed;
   static constexpr int kChunks = kHeadDim / 32;  // 16-byte loads of a key by a lane
   static constexpr int kHalves = kHeadDim / 64;  // 16-byte loads of a value row by a lane
   static constexpr int kOwned =
-      kTileQueries * kHeadDim / kTileThreads;  // elements of a tile's output by a thread
+      kTileQueries * kHeadDim / kThreads;  // elements of a tile's output by a thread
 
  public:
-  __device__ Consumer(const Args& args, Plan& plan, Tile& tile)
-      : args_(args), attention_(args.attention), plan_(plan), tile_(tile) {}
+  __device__ Consumer(const Args& args, Fixed& shared)
+      : args_(args), attention_(args.attention), shared_(shared) {}
 
-  __device__ void Run(typename L::Fixed& shared, char* ring) {
+  __device__ void Run(char* ring) {
     int stage_index = 0;
     uint32_t parity = 0;
     while (true) {
-      hopper::BarrierWait(&shared.full[stage_index], parity);
-      const Stage stage = shared.stage[stage_index];
+      hopper::BarrierWait(&shared_.full[stage_index], parity);
+      const Stage stage = shared_.stage[stage_index];
       if (stage.row < 0) return;
-      const StepRow& row = attention_.rows[stage.row];
-      if (stage.flags & kItemBegin) BeginItem(stage, row);
-      Bf16* block = reinterpret_cast<Bf16*>(ring + stage_index * L::kStageBytes) +
-                    warp_ * 2 * L::kBlockElements;
-      const int64_t first = int64_t{stage.first_block + warp_} * kPagedBlock;
-      if (stage.flags & kStepKeys) {
-        if (warp_ < stage.num_blocks && tile_index_ == 0) {
-          PutStepKeys<kHeadDim>(attention_, row, stage.head, first, block, stage.group == 0);
+      if (stage.flags & kItemBegin) BeginItem(stage);
+      const bool my_turn = stage.first_block / kStageBlocks % kStagesInTurn == warp_ / kStageBlocks;
+      if (my_turn && warp_ % kStageBlocks < stage.num_blocks) {
+        const int block = warp_ % kStageBlocks;
+        Bf16* keys = reinterpret_cast<Bf16*>(ring + stage_index * L::kStageBytes) +
+                     block * 2 * L::kBlockElements;
+        const int first = (stage.first_block + block) * kPagedBlock;
+        if (stage.flags & kStepKeys) {
+          PutStepKeys<kHeadDim>(attention_, attention_.rows[stage.row], stage.head, first, keys,
+                                stage.tile == 0);
         }
-        if constexpr (kTiles > 1) hopper::NamedBarrierSync(kAllConsumers, kTiles * kTileThreads);
+        Attend(keys, first);
       }
-      if (warp_ < stage.num_blocks && num_queries_ > 0) Attend(block, static_cast<int>(first));
       __syncwarp();
-      if (lane_ == 0) hopper::BarrierArrive(&shared.empty[stage_index]);
-      if ((stage.flags & kSplitEnd) && num_queries_ > 0) EndSplit(stage, row);
+      if (lane_ == 0) hopper::BarrierArrive(&shared_.empty[stage_index]);
+      if (stage.flags & kSplitEnd) EndSplit(stage);
       if (++stage_index == L::kStages) stage_index = 0, parity ^= 1;
     }
   }
@@ -374,11 +378,11 @@ class Consumer {
     return head * heads_of_group_ + (first_query_ + index) % heads_of_group_;
   }
 
-  __device__ void BeginItem(const Stage& stage, const StepRow& row) {
-    first_query_ = (stage.group * kTiles + tile_index_) * kTileQueries;
+  __device__ void BeginItem(const Stage& stage) {
+    const StepRow& row = attention_.rows[stage.row];
+    first_query_ = stage.tile * kTileQueries;
     num_queries_ = min(kTileQueries, NumQueries(attention_, row) - first_query_);
-    if (num_queries_ <= 0) return;
-    for (int chunk = thread_; chunk < kTileQueries * kHeadDim / 8; chunk += kTileThreads) {
+    for (int chunk = thread_; chunk < kTileQueries * kHeadDim / 8; chunk += kThreads) {
       const int query = chunk / (kHeadDim / 8), d = chunk % (kHeadDim / 8) * 8;
       uint32_t high[4] = {}, low[4] = {};
       if (query < num_queries_) {
@@ -392,16 +396,16 @@ class Consumer {
                     &high[i], &low[i]);
         }
       }
-      *reinterpret_cast<uint4*>(&tile_.query[0][query][d]) = {high[0], high[1], high[2], high[3]};
-      *reinterpret_cast<uint4*>(&tile_.query[1][query][d]) = {low[0], low[1], low[2], low[3]};
+      *reinterpret_cast<uint4*>(&shared_.query[0][query][d]) = {high[0], high[1], high[2], high[3]};
+      *reinterpret_cast<uint4*>(&shared_.query[1][query][d]) = {low[0], low[1], low[2], low[3]};
     }
-    hopper::NamedBarrierSync(tile_index_ + 1, kTileThreads);
+    hopper::NamedBarrierSync(kConsumers, kThreads);
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       const uint4 high =
-          *reinterpret_cast<const uint4*>(&tile_.query[0][group_][(4 * i + quad_) * 8]);
+          *reinterpret_cast<const uint4*>(&shared_.query[0][group_][(4 * i + quad_) * 8]);
       const uint4 low =
-          *reinterpret_cast<const uint4*>(&tile_.query[1][group_][(4 * i + quad_) * 8]);
+          *reinterpret_cast<const uint4*>(&shared_.query[1][group_][(4 * i + quad_) * 8]);
       query_[i][0][0] = high.x, query_[i][0][1] = low.x, query_[i][0][2] = high.y,
       query_[i][0][3] = low.y;
       query_[i][1][0] = high.z, query_[i][1][1] = low.z, query_[i][1][2] = high.w,
@@ -424,28 +428,31 @@ class Consumer {
 
   // 16 keys, of which the first has position `first`.
   __device__ void Attend(const Bf16* block, int first) {
-    float product[2][4] = {};
+    float product[2][2][4] = {};  // by parity of the load: shorter chains
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         const uint4 key = *reinterpret_cast<const uint4*>(block + (n * 8 + group_) * kHeadDim +
                                                           (4 * i + quad_) * 8);
-        Multiply(product[n], query_[i][0], key.x, key.y);
-        Multiply(product[n], query_[i][1], key.z, key.w);
+        Multiply(product[i % 2][n], query_[i][0], key.x, key.y);
+        Multiply(product[i % 2][n], query_[i][1], key.z, key.w);
       }
     }
     float score[4], max = split_.max;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       const int key = first + c / 2 * 8 + 2 * quad_ + c % 2;
-      score[c] = key <= last_key_ ? product[c / 2][c % 2] + product[c / 2][c % 2 + 2] : -INFINITY;
+      const float(&even)[4] = product[0][c / 2], (&odd)[4] = product[1][c / 2];
+      const float dot = (even[c % 2] + odd[c % 2]) + (even[c % 2 + 2] + odd[c % 2 + 2]);
+      score[c] = key <= last_key_ ? dot : -INFINITY;
       max = fmaxf(max, score[c]);
     }
     max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 1));
     max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 2));
+    // Without a key so far, as in the rows of no query, nothing is to be scaled.
     const float safe = max == -INFINITY ? 0 : max;
-    const float keep = Exp2(split_.max - safe);
+    const float keep = max == -INFINITY ? 1 : Exp2(split_.max - max);
     split_.max = max;
 #pragma unroll
     for (int c = 0; c < 4; ++c) score[c] = Exp2(score[c] - safe);
@@ -485,14 +492,15 @@ class Consumer {
     }
   }
 
-  // Adds the 4 warps' parts of the split, and the split to the total; the last of an item writes
+  // Adds the warps' parts of the split, and the split to the total; the last of an item writes
   // the output.
-  __device__ void EndSplit(const Stage& stage, const StepRow& row) {
+  __device__ void EndSplit(const Stage& stage) {
+    const StepRow& row = attention_.rows[stage.row];
     float sum = split_.sum;
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (quad_ == 0) tile_.max[warp_][group_] = split_.max, tile_.sum[warp_][group_] = sum;
-    hopper::NamedBarrierSync(tile_index_ + 1, kTileThreads);
+    if (quad_ == 0) shared_.max[warp_][group_] = split_.max, shared_.sum[warp_][group_] = sum;
+    hopper::NamedBarrierSync(kConsumers, kThreads);
     const float factor = Exp2(split_.max - SafeMax(group_));
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
@@ -502,11 +510,11 @@ class Consumer {
         const float4 x = {
             (o_[n][c] + o_[n][c + 2]) * factor, (o_[n + 1][c] + o_[n + 1][c + 2]) * factor,
             (o_[n + 2][c] + o_[n + 2][c + 2]) * factor, (o_[n + 3][c] + o_[n + 3][c + 2]) * factor};
-        *reinterpret_cast<float4*>(&tile_.merge[warp_][group_][64 * half + 16 * quad_ + t]) = x;
+        *reinterpret_cast<float4*>(&shared_.merge[warp_][group_][64 * half + 16 * quad_ + t]) = x;
       }
     }
-    hopper::NamedBarrierSync(tile_index_ + 1, kTileThreads);
-    if (plan_.whole_rows || NumSplits(row) == 1) {
+    hopper::NamedBarrierSync(kConsumers, kThreads);
+    if (shared_.plan.whole_rows || NumSplits(row) == 1) {
       AddSplit();
       if (stage.flags & kItemEnd) WriteOutput(stage, row);
     } else {
@@ -516,15 +524,14 @@ class Consumer {
         WriteOutput(stage, row);
       }
     }
-    hopper::NamedBarrierSync(tile_index_ + 1,
-                             kTileThreads);  // the tile's shared memory may be written again
+    hopper::NamedBarrierSync(kConsumers, kThreads);  // what they share may be written again
     ResetSplit();
   }
 
   __device__ float MaxOfSplit(int query) const {
-    float max = tile_.max[0][query];
+    float max = shared_.max[0][query];
 #pragma unroll
-    for (int warp = 1; warp < kTileWarps; ++warp) max = fmaxf(max, tile_.max[warp][query]);
+    for (int warp = 1; warp < kWarps; ++warp) max = fmaxf(max, shared_.max[warp][query]);
     return max;
   }
   __device__ float SafeMax(int query) const {
@@ -534,19 +541,22 @@ class Consumer {
   __device__ float SumOfSplit(int query) const {
     float sum = 0;
 #pragma unroll
-    for (int warp = 0; warp < kTileWarps; ++warp) {
-      sum = __fmaf_rn(tile_.sum[warp][query], Exp2(tile_.max[warp][query] - SafeMax(query)), sum);
+    for (int warp = 0; warp < kWarps; ++warp) {
+      sum =
+          __fmaf_rn(shared_.sum[warp][query], Exp2(shared_.max[warp][query] - SafeMax(query)), sum);
     }
     return sum;
   }
   __device__ float ValueOfSplit(int query, int d) const {
-    return ((tile_.merge[0][query][d] + tile_.merge[1][query][d]) + tile_.merge[2][query][d]) +
-           tile_.merge[3][query][d];
+    float value = shared_.merge[0][query][d];
+#pragma unroll
+    for (int warp = 1; warp < kWarps; ++warp) value += shared_.merge[warp][query][d];
+    return value;
   }
 
   // The k-th output element of this thread.
-  __device__ int QueryOf(int k) const { return (thread_ + k * kTileThreads) / kHeadDim; }
-  __device__ int ColumnOf(int k) const { return (thread_ + k * kTileThreads) % kHeadDim; }
+  __device__ int QueryOf(int k) const { return (thread_ + k * kThreads) / kHeadDim; }
+  __device__ int ColumnOf(int k) const { return (thread_ + k * kThreads) % kHeadDim; }
 
   __device__ void AddSplit() {
     // All elements of a query see the same running sum; it is kept once an element, in registers.
@@ -561,7 +571,7 @@ class Consumer {
 
   // Where the partial result of the split and query lies.
   __device__ int64_t SlotOf(const Stage& stage, const StepRow& row, int split, int query) const {
-    const int begin = stage.row > 0 ? plan_.slots[stage.row - 1] : 0;
+    const int begin = stage.row > 0 ? shared_.plan.slots[stage.row - 1] : 0;
     return (begin + int64_t{split} * row.num_tokens + TokenOf(query)) * attention_.num_heads +
            HeadOf(stage.head, query);
   }
@@ -581,7 +591,7 @@ class Consumer {
   // Whether all splits of the tile are there, after this one.
   __device__ bool IsLast(const Stage& stage, const StepRow& row) {
     __threadfence();
-    hopper::NamedBarrierSync(tile_index_ + 1, kTileThreads);
+    hopper::NamedBarrierSync(kConsumers, kThreads);
     if (thread_ == 0) {
       // Floors of the queries before the row, plus one a row, leave room for the ceiling of each
       // row.
@@ -590,11 +600,11 @@ class Consumer {
       uint32_t* counter = args_.counters + 1 + tile * attention_.num_kv_heads + stage.head;
       const bool last = atomicAdd(counter, 1u) == static_cast<uint32_t>(NumSplits(row)) - 1;
       if (last) *counter = 0;
-      tile_.last = last;
+      shared_.last = last;
       __threadfence();
     }
-    hopper::NamedBarrierSync(tile_index_ + 1, kTileThreads);
-    return tile_.last != 0;
+    hopper::NamedBarrierSync(kConsumers, kThreads);
+    return shared_.last != 0;
   }
 
   __device__ void MergePartials(const Stage& stage, const StepRow& row) {
@@ -631,14 +641,12 @@ class Consumer {
 
   const Args& args_;
   const PagedAttentionArgs& attention_;
-  const Plan& plan_;
-  Tile& tile_;
+  Fixed& shared_;
   const int lane_ = threadIdx.x % kWarp;
   const int quad_ = lane_ % 4;   // which columns of a product's row
   const int group_ = lane_ / 4;  // which row: the query, or the key
-  const int thread_ = threadIdx.x % kTileThreads;
+  const int thread_ = threadIdx.x;
   const int warp_ = thread_ / kWarp;
-  const int tile_index_ = threadIdx.x / kTileThreads;
   const int heads_of_group_ = attention_.num_heads / attention_.num_kv_heads;
   int first_query_ = 0;  // of the row, this tile's first
   int num_queries_ = 0;
@@ -651,29 +659,28 @@ class Consumer {
 };
 #endif
 
-template <int kHeadDim, int kTiles>
-__global__ void __launch_bounds__(Layout<kHeadDim, kTiles>::kThreads, 1)
+template <int kHeadDim>
+__global__ void __launch_bounds__(kThreads + kWarp, 1)
     PagedDecodeKernel(const __grid_constant__ Args args) {
 #if __CUDA_ARCH__ >= 900
-  using L = Layout<kHeadDim, kTiles>;
+  using L = Layout<kHeadDim>;
   extern __shared__ __align__(128) char ring[];
   auto& shared = *reinterpret_cast<typename L::Fixed*>(ring + L::kStages * L::kStageBytes);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < L::kStages; ++stage) {
       hopper::BarrierInit(&shared.full[stage], 1);
-      hopper::BarrierInit(&shared.empty[stage], kTiles * kTileWarps);
+      hopper::BarrierInit(&shared.empty[stage], kWarps);
     }
     hopper::BarrierInitFence();
   }
   DependencyWait();
   const int warp = threadIdx.x / kWarp;
-  if (warp == 0) MakePlan(args, kTiles * kTileQueries, shared.plan);
+  if (warp == 0) MakePlan(args, shared.plan);
   __syncthreads();
-  if (warp == kTiles * kTileWarps) {
-    Fetch<kHeadDim, kTiles>(args, shared, ring);
+  if (warp == kWarps) {
+    Fetch<kHeadDim>(args, shared, ring);
   } else {
-    Consumer<kHeadDim, kTiles>(args, shared.plan, shared.tiles[warp / kTileWarps])
-        .Run(shared, ring);
+    Consumer<kHeadDim>(args, shared).Run(ring);
   }
 #endif
 }
@@ -688,24 +695,15 @@ int64_t NumSlots(int64_t num_blocks, int64_t num_rows, int64_t num_heads, int64_
   return std::min(most, kMaxPartialBytes / SlotBytes(num_heads, head_dim));
 }
 
-template <int kHeadDim, int kTiles>
+template <int kHeadDim>
 cudaError_t LaunchKernel(const Args& args, const Context& context) {
-  using L = Layout<kHeadDim, kTiles>;
-  const auto kernel = PagedDecodeKernel<kHeadDim, kTiles>;
+  using L = Layout<kHeadDim>;
+  const auto kernel = PagedDecodeKernel<kHeadDim>;
   static const cudaError_t allowed =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
   if (allowed != cudaSuccess) return allowed;
-  return LaunchDependent(kernel, static_cast<unsigned>(context.num_multiprocessors), L::kThreads,
-                         L::kBytes, context.stream, args);
-}
-
-template <int kHeadDim>
-cudaError_t LaunchHeadDim(const Args& args, const Context& context) {
-  const PagedAttentionArgs& attention = args.attention;
-  const int64_t tokens_per_row = DivideUp(attention.num_decode_tokens, attention.num_decode_rows);
-  const int64_t queries = tokens_per_row * (attention.num_heads / attention.num_kv_heads);
-  return queries <= kTileQueries ? LaunchKernel<kHeadDim, 1>(args, context)
-                                 : LaunchKernel<kHeadDim, 2>(args, context);
+  return LaunchDependent(kernel, static_cast<unsigned>(context.num_multiprocessors),
+                         kThreads + kWarp, L::kBytes, context.stream, args);
 }
 
 int64_t NumCounters(const PagedAttentionArgs& args) {
@@ -741,8 +739,8 @@ cudaError_t LaunchPagedDecode(const PagedAttentionArgs& attention, Context& cont
   if (error != cudaSuccess) return error;
   args.stats = static_cast<float2*>(scratch);
   args.partials = static_cast<float*>(scratch) + 2 * args.num_slots * attention.num_heads;
-  return attention.head_dim == 64 ? LaunchHeadDim<64>(args, context)
-                                  : LaunchHeadDim<128>(args, context);
+  return attention.head_dim == 64 ? LaunchKernel<64>(args, context)
+                                  : LaunchKernel<128>(args, context);
 }
 
 int64_t PagedDecodeScratchBytes(const BackendLimits& limits) {
