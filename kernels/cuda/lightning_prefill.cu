@@ -59,11 +59,16 @@ struct Plan {
   static constexpr int kStageBytes = 2 * kKeyBytes + kValueBytes;
   static constexpr int kStateBytes = kKeyDim * kColumns * 2;
   static constexpr int kStateBuffers = kOutputGroups;
-  static constexpr int kFixedBytes = kStateBuffers * kStateBytes + 2 * 2 * kValueBytes +
+  // Accumulators of dS. Two where registers and stages allow it: the products of a block then run
+  // during the fold of the one before.
+  static constexpr int kChanges = kColumns == 32 && kKeyDim <= 128 ? 2 : 1;
+  static constexpr int kScaledBuffers = 2 * kChanges;
+  static constexpr int kFixedBytes = kStateBuffers * kStateBytes +
+                                     kScaledBuffers * 2 * kValueBytes +
                                      kOutputGroups * kValueBytes + kBarrierBytes;
   static constexpr int kStages = std::min((kMaxSharedBytes - kFixedBytes) / kStageBytes, 4);
   static constexpr int kSharedBytes = kStages * kStageBytes + kFixedBytes;
-  static_assert(kStages >= 2);
+  static_assert(kStages > kChanges);  // or the next block to scale waits for one not yet folded
 };
 
 // Shared memory of a thread block, from offset 0: every part begins at a multiple of 1024.
@@ -88,7 +93,9 @@ struct Shared {
   __device__ uint8_t* Scaled(int buffer) const {
     return State(P::kStateBuffers) + buffer * 2 * P::kValueBytes;
   }
-  __device__ uint8_t* Output(int group) const { return Scaled(2) + group * P::kValueBytes; }
+  __device__ uint8_t* Output(int group) const {
+    return Scaled(P::kScaledBuffers) + group * P::kValueBytes;
+  }
   __device__ Barriers& barriers() const {
     return *reinterpret_cast<Barriers*>(Output(P::kOutputGroups));
   }
@@ -362,10 +369,10 @@ struct StateRole {
                                      work.column + i / 4 * 8 + 2 * (lane % 4));
   }
 
-  __device__ __forceinline__ void Multiply(int stage, int buffer,
+  __device__ __forceinline__ void Multiply(int block,
                                            float (&change)[P::kTiles][kColumns / 2]) const {
-    const uint32_t k = SharedAddress(shared.K(stage)),
-                   scaled = SharedAddress(shared.Scaled(buffer));
+    const uint32_t k = SharedAddress(shared.K(block % P::kStages)),
+                   scaled = SharedAddress(shared.Scaled(block % P::kScaledBuffers));
     ProductsBegin();
 #pragma unroll
     for (int tile = 0; tile < P::kTiles; ++tile) {
@@ -381,6 +388,14 @@ struct StateRole {
       }
     }
     ProductsCommit();
+  }
+
+  // A buffer of the scaled v is written again only after a barrier that every warp passed when its
+  // products with it were done.
+  __device__ __forceinline__ void Scale(const float (&weights)[kPieces], int block) const {
+    const Turn stage(block, P::kStages);
+    BarrierWait(&shared.barriers().full_kv[stage.buffer], stage.parity);
+    ScaleValues(weights, shared.V(stage.buffer), shared.Scaled(block % P::kScaledBuffers));
   }
 
   __device__ void Run() const {
@@ -403,26 +418,44 @@ struct StateRole {
       weights[i] = work.Decay()[kPrefillBlock - 1 - j];
     }
     const float epsilon = Row<const float>(work.args.decay.fold_epsilon, work.head)[1];
-    BarrierWait(&barriers.full_kv[0], 0);
-    ScaleValues(weights, shared.V(0), shared.Scaled(0));
-    for (int block = 0; block < work.num_blocks; ++block) {
-      const Turn stage(block, P::kStages), next(block + 1, P::kStages);
-      const bool is_last = block + 1 == work.num_blocks;
-      NamedBarrierSync(1 + P::kOutputGroups, kThreads);  // the scaled v is complete
-      float change[P::kTiles][kColumns / 2];
-      Multiply(stage.buffer, block % 2, change);
-      if (!is_last) {
-        BarrierWait(&barriers.full_kv[next.buffer], next.parity);
-        ScaleValues(weights, shared.V(next.buffer), shared.Scaled((block + 1) % 2));
-      }
-      ProductsWait<0>();
-      WarpArrive(&barriers.empty[stage.buffer]);
+    // The fold of a block whose products are done.
+    auto fold = [&](int block, float(&change)[P::kTiles][kColumns / 2]) {
+      WarpArrive(&barriers.empty[block % P::kStages]);
 #pragma unroll
       for (int tile = 0; tile < P::kTiles; ++tile) {
         Pin(change[tile]);
 #pragma unroll
         for (int i = 0; i < kColumns / 2; ++i) s[tile][i] += change[tile][i] - epsilon * s[tile][i];
       }
+    };
+    const int num_blocks = work.num_blocks;
+    Scale(weights, 0);
+    if (P::kChanges == 2 && num_blocks > 1) Scale(weights, 1);
+    float change[P::kTiles][kColumns / 2];
+    int block = 0;
+    if constexpr (P::kChanges == 2) {
+      for (; block + 1 < num_blocks; block += 2) {
+        float next_change[P::kTiles][kColumns / 2];
+        NamedBarrierSync(1 + P::kOutputGroups, kThreads);
+        Multiply(block, change);
+        Multiply(block + 1, next_change);
+        if (block + 2 < num_blocks) Scale(weights, block + 2);
+        ProductsWait<1>();
+        fold(block, change);
+        PublishState(block + 1, s);
+        if (block + 3 < num_blocks) Scale(weights, block + 3);
+        ProductsWait<0>();
+        fold(block + 1, next_change);
+        if (block + 2 < num_blocks) PublishState(block + 2, s);
+      }
+    }
+    for (; block < num_blocks; ++block) {
+      const bool is_last = block + 1 == num_blocks;
+      NamedBarrierSync(1 + P::kOutputGroups, kThreads);
+      Multiply(block, change);
+      if (!is_last) Scale(weights, block + 1);
+      ProductsWait<0>();
+      fold(block, change);
       if (!is_last) PublishState(block + 1, s);
     }
 #pragma unroll
