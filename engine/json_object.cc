@@ -198,13 +198,28 @@ std::vector<int64_t> JsonObject::IntList(const char* name, int64_t min, int64_t 
                           : impl_->Ints(*value, name, min, max, max_entries);
 }
 
+std::vector<double> JsonObject::NumberList(const char* name, double min, double max,
+                                           int64_t max_entries) {
+  std::vector<double> numbers;
+  const Json* value = impl_->Require(name);
+  if (value == nullptr) return numbers;
+  if (!value->is_array() || static_cast<int64_t>(value->size()) > max_entries) {
+    impl_->Expected(name, absl::StrCat("a list of at most ", max_entries, " numbers"), *value);
+    return numbers;
+  }
+  for (size_t entry = 0; entry < value->size(); ++entry) {
+    numbers.push_back(
+        impl_->Number((*value)[entry], absl::StrCat(name, "[", entry, "]"), min, max));
+  }
+  return numbers;
+}
+
 int64_t JsonObject::IntOr(const char* name, int64_t min, int64_t max, int64_t fallback) {
   return OptionalInt(name, min, max).value_or(fallback);
 }
 
 double JsonObject::NumberOr(const char* name, double min, double max, double fallback) {
-  const Json* value = impl_->Find(name);
-  return value == nullptr ? fallback : impl_->Number(*value, name, min, max);
+  return OptionalNumber(name, min, max).value_or(fallback);
 }
 
 std::string JsonObject::StringOr(const char* name, const std::string& fallback) {
@@ -227,6 +242,12 @@ std::optional<int64_t> JsonObject::OptionalInt(const char* name, int64_t min, in
   const Json* value = impl_->Find(name);
   if (value == nullptr) return std::nullopt;
   return impl_->Int(*value, name, min, max);
+}
+
+std::optional<double> JsonObject::OptionalNumber(const char* name, double min, double max) {
+  const Json* value = impl_->Find(name);
+  if (value == nullptr) return std::nullopt;
+  return impl_->Number(*value, name, min, max);
 }
 
 std::vector<int64_t> JsonObject::IntOrList(const char* name, int64_t min, int64_t max,

@@ -43,6 +43,7 @@ class JsonObject {
   double Number(const char* name, double min, double max);
   std::string String(const char* name);
   std::vector<int64_t> IntList(const char* name, int64_t min, int64_t max, int64_t max_entries);
+  std::vector<double> NumberList(const char* name, double min, double max, int64_t max_entries);
 
   // `fallback` when absent or null.
   int64_t IntOr(const char* name, int64_t min, int64_t max, int64_t fallback);
@@ -50,6 +51,7 @@ class JsonObject {
   std::string StringOr(const char* name, const std::string& fallback);
   bool BoolOr(const char* name, bool fallback);
   std::optional<int64_t> OptionalInt(const char* name, int64_t min, int64_t max);
+  std::optional<double> OptionalNumber(const char* name, double min, double max);
 
   // One number or a list of them; empty when absent or null.
   std::vector<int64_t> IntOrList(const char* name, int64_t min, int64_t max, int64_t max_entries);

@@ -10,7 +10,7 @@ namespace godwit {
 namespace {
 
 constexpr ModelFamily kFamilies[] = {
-    // Softmax attention; RoPE tables default and linear; RMSNorm with weights; SwiGLU.
+    // Softmax attention; every RoPE table of rope_table.h; RMSNorm with weights; SwiGLU.
     {"llama", ParseLlamaConfig, LoadLlama},
     // Lightning attention with decay by ALiBi slope and layer; LRPE; SRMSNorm; SGLU.
     {"transnormer", ParseTransnormerConfig, LoadTransnormer},

@@ -35,10 +35,19 @@ void CheckArchitecture(JsonObject& json, std::initializer_list<absl::string_view
 // the last is absent the family's custom decides, as far as there is a bos.
 void ReadTokenIds(JsonObject& json, bool adds_bos, ModelConfig& config);
 
-// The rotary embedding: `rope_scaling` with a top-level `rope_theta`, or `rope_parameters` (the
-// newer spelling of both). `rope_override` (the --rope flag) replaces type and factor; theta stays
-// the checkpoint's unless it states one.
-absl::StatusOr<RopeConfig> ReadRope(JsonObject& json, int64_t head_dim,
-                                    absl::string_view rope_override);
+// The rotary embedding into config.rope, and what it says about the context into context_length and
+// context_note. Before: head_dim and context_length, which is max_position_embeddings, are set.
+//
+// `rope_scaling` with a top-level `rope_theta`, or `rope_parameters` (the newer spelling of both),
+// flat or one dictionary per layer type, of which `full_attention` is read. `rope_override` (the
+// --rope flag) replaces the method; theta, rotary width, pair layout and original length stay the
+// checkpoint's unless it states them.
+//
+// The context: original_max_position_embeddings, where stated, tells which length is which: the
+// limit is max_position_embeddings if that is larger, else original * factor. Where it is not, some
+// checkpoints state the length before scaling (Giraffe 70B's first revision, 4096 with factor 8) and
+// some that after (32768); nothing in the file tells which, so the stated length is the limit and the
+// note names both.
+absl::Status ReadRope(JsonObject& json, absl::string_view rope_override, ModelConfig& config);
 
 }  // namespace godwit

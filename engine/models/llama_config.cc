@@ -71,10 +71,6 @@ absl::StatusOr<ModelConfig> ParseLlamaConfig(JsonObject& json, absl::string_view
   config.d_ff = json.Int("intermediate_size", 1, kMaxWidth);
   RETURN_IF_ERROR(ReadHeads(json, config));
 
-  // The stated length is the limit, also with linear scaling: some checkpoints state the length
-  // before scaling (Giraffe 70B's first revision, 4096 with factor 8) and some that after (32768),
-  // and nothing in the file tells which. It is never multiplied silently, and --rope changes the
-  // table only; an operator who knows better gives the engine a context length.
   config.context_length = json.Int("max_position_embeddings", 1, kMaxContextLength);
 
   config.norm_epsilon = static_cast<float>(json.Number("rms_norm_eps", 1e-12, 0.1));
@@ -82,7 +78,7 @@ absl::StatusOr<ModelConfig> ParseLlamaConfig(JsonObject& json, absl::string_view
   config.gate_activation = Activation::kSilu;
   config.tie_word_embeddings = json.BoolOr("tie_word_embeddings", false);
   config.lrpe_layers.assign(static_cast<size_t>(config.num_layers), false);
-  ASSIGN_OR_RETURN(config.rope, ReadRope(json, config.head_dim, rope_override));
+  RETURN_IF_ERROR(ReadRope(json, rope_override, config));
   ReadTokenIds(json, /*adds_bos=*/true, config);
   RETURN_IF_ERROR(json.Finish());
   return config;

@@ -188,7 +188,8 @@ TEST_P(GoldenTest, Bf16AgreesWhereTheReferenceIsSure) {
 std::vector<Param> AllParams() {
   std::vector<Param> params;
   for (const char* golden :
-       {"tnl-small", "tnl-untied-heads6", "llama-default", "llama-gqa-tied", "llama-linear-8"}) {
+       {"tnl-small", "tnl-untied-heads6", "llama-default", "llama-gqa-tied", "llama-linear-8",
+        "llama-yarn-4", "llama-llama3"}) {
     for (const char* backend : {"cpu", "ref", "cuda"}) params.push_back({golden, backend});
   }
   return params;

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "nlohmann/json.hpp"
 #include "tests/engine/temp_folder.h"
 
@@ -161,7 +162,7 @@ TEST(ModelConfigTest, TheRopeFlagReplacesTheTableOnly) {
   EXPECT_EQ(config->context_length, 4096);
 
   Json unknown = LlamaJson();
-  unknown["rope_parameters"] = {{"rope_type", "yarn"}, {"factor", 4.0}, {"rope_theta", 10000.0}};
+  unknown["rope_parameters"] = {{"rope_type", "xdrope"}, {"speed", 4.0}, {"rope_theta", 10000.0}};
   const auto replaced = Parse(unknown, R"({"rope_type":"default","rope_theta":20000})");
   ASSERT_TRUE(replaced.ok()) << replaced.status();
   EXPECT_EQ(replaced->rope->type, "default");
@@ -177,21 +178,241 @@ TEST(ModelConfigTest, BadRopeFlags) {
               StatusCode::kInvalidArgument, {"factor", "0.5"});
   ExpectFault(Parse(LlamaJson(), R"({"type":"linear","factor":2,"speed":3})").status(),
               StatusCode::kUnimplemented, {"speed"});
-  ExpectFault(Parse(LlamaJson(), R"({"type":"yarn","factor":2})").status(),
-              StatusCode::kUnimplemented, {"yarn"});
+  ExpectFault(Parse(LlamaJson(), R"({"type":"xpos","factor":2})").status(),
+              StatusCode::kUnimplemented, {"--rope", "'xpos'", "'yarn'"});
+  for (const char* factor : {R"("8")", "null", "0.999", "-4", "true", "[4]", "1e7", "{}"}) {
+    ExpectFault(
+        Parse(LlamaJson(), absl::StrCat(R"({"type":"linear","factor":)", factor, "}")).status(),
+        StatusCode::kInvalidArgument, {"--rope", "factor"});
+  }
   ExpectFault(Parse(TransnormerJson(), R"({"type":"linear","factor":2})").status(),
               StatusCode::kInvalidArgument, {"--rope", "transnormer"});
 }
 
 TEST(ModelConfigTest, OtherRopeTypesAreRefusedByName) {
-  for (const char* type :
-       {"dynamic", "yarn", "longrope", "su", "llama3", "proportional", "mrope", "surprise"}) {
+  for (const char* type : {"mrope", "xdrope", "dynamic-yarn", "deepseek_yarn", "telechat3-yarn",
+                           "mllama4", "openpangu", "Yarn", "surprise"}) {
     Json json = LlamaJson();
     json["rope_parameters"] = {
         {"rope_type", type}, {"factor", 4.0}, {"original_max_position_embeddings", 64}};
     ExpectFault(Parse(json).status(), StatusCode::kUnimplemented,
                 {"config.json: rope_parameters", std::string("'") + type + "'"});
   }
+}
+
+// Each type with all that it needs, for a model of head_dim 16 and 4096 positions.
+Json CompleteRope(const std::string& type) {
+  Json rope = {{"rope_type", type}, {"factor", 4.0}};
+  if (type == "default" || type == "proportional") rope.erase("factor");
+  if (type == "llama3") {
+    rope["low_freq_factor"] = 1.0;
+    rope["high_freq_factor"] = 4.0;
+  }
+  if (type == "yarn" || type == "llama3" || type == "longrope" || type == "su")
+    rope["original_max_position_embeddings"] = 1024;
+  if (type == "longrope" || type == "su") {
+    rope["short_factor"] = std::vector<double>(8, 1.0);
+    rope["long_factor"] = std::vector<double>(8, 4.0);
+  }
+  return rope;
+}
+
+const char* const kRopeTypes[] = {"default",  "linear",    "dynamic",      "yarn",
+                                  "longrope", "su",        "llama3",       "proportional",
+                                  "ntk",      "ntk-aware", "ntk-by-parts", "giraffe"};
+
+TEST(ModelConfigTest, EveryRopeTypeInEverySpelling) {
+  for (const std::string type : kRopeTypes) {
+    SCOPED_TRACE(type);
+    Json newer = LlamaJson();
+    newer["rope_parameters"] = CompleteRope(type);
+    newer["rope_parameters"]["rope_theta"] = 500000.0;
+    Json by_layer = LlamaJson();
+    by_layer["rope_parameters"] = {{"full_attention", newer["rope_parameters"]},
+                                   {"sliding_attention", {{"rope_type", "default"}}}};
+    Json older = LlamaJson();
+    older.erase("rope_parameters");
+    older["rope_theta"] = 500000.0;
+    older["rope_scaling"] = CompleteRope(type);
+    older["rope_scaling"]["type"] = type;
+    older["rope_scaling"].erase("rope_type");
+    for (const Json& json : {newer, by_layer, older}) {
+      const auto config = Parse(json);
+      ASSERT_TRUE(config.ok()) << config.status();
+      EXPECT_EQ(config->rope->type, type);
+      EXPECT_EQ(config->rope->theta, 500000);
+      EXPECT_EQ(config->rope->factor, type == "default" || type == "proportional" ? 1 : 4);
+    }
+    // As --rope, over a checkpoint with another method.
+    Json other = LlamaJson();
+    other["rope_parameters"] = {{"rope_type", "linear"}, {"factor", 8.0}, {"rope_theta", 20000.0}};
+    const auto replaced = Parse(other, CompleteRope(type).dump());
+    ASSERT_TRUE(replaced.ok()) << replaced.status();
+    EXPECT_EQ(replaced->rope->type, type);
+    EXPECT_EQ(replaced->rope->theta, 20000);
+  }
+}
+
+TEST(ModelConfigTest, MalformedRopeFieldsAreNamed) {
+  const auto fault = [](const std::string& type, const char* field, const Json& value) {
+    Json json = LlamaJson();
+    json["rope_parameters"] = CompleteRope(type);
+    json["rope_parameters"][field] = value;
+    return Parse(json).status();
+  };
+  for (const std::string type :
+       {"linear", "dynamic", "yarn", "llama3", "ntk", "ntk-aware", "ntk-by-parts", "giraffe"}) {
+    SCOPED_TRACE(type);
+    for (const Json& value :
+         {Json("4.0"), Json(0.5), Json(0), Json(-4), Json(true), Json({4.0}), Json(1e9)}) {
+      ExpectFault(fault(type, "factor", value), StatusCode::kInvalidArgument,
+                  {"config.json: rope_parameters: factor"});
+    }
+    ExpectFault(fault(type, "speed", 1), StatusCode::kUnimplemented, {"'speed'"});
+    ExpectFault(fault(type, "rope_theta", "1e4"), StatusCode::kInvalidArgument, {"rope_theta"});
+    ExpectFault(fault(type, "rope_theta", 0), StatusCode::kInvalidArgument, {"rope_theta"});
+  }
+  for (const std::string type : {"linear", "dynamic", "llama3", "ntk", "ntk-aware"}) {
+    ExpectFault(fault(type, "factor", nullptr), StatusCode::kInvalidArgument,
+                {"factor: required field is missing"});
+  }
+  for (const char* field :
+       {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}) {
+    ExpectFault(fault("llama3", field, nullptr), StatusCode::kInvalidArgument, {field, "missing"});
+    ExpectFault(fault("llama3", field, "1"), StatusCode::kInvalidArgument, {field, "\"1\""});
+  }
+  ExpectFault(fault("llama3", "low_freq_factor", 4), StatusCode::kInvalidArgument,
+              {"llama3", "not below"});
+  for (const char* field : {"short_factor", "long_factor", "original_max_position_embeddings"}) {
+    ExpectFault(fault("longrope", field, nullptr), StatusCode::kInvalidArgument,
+                {field, "missing"});
+  }
+  for (const char* field : {"short_factor", "long_factor"}) {
+    ExpectFault(fault("longrope", field, 1.0), StatusCode::kInvalidArgument, {field, "a list"});
+    ExpectFault(fault("longrope", field, std::vector<double>(7, 1.0)), StatusCode::kInvalidArgument,
+                {field, "expected 8 numbers, found 7"});
+    ExpectFault(fault("longrope", field, {1, 1, 1, 0, 1, 1, 1, 1}), StatusCode::kInvalidArgument,
+                {absl::StrCat(field, "[3]")});
+  }
+  ExpectFault(fault("yarn", "beta_fast", 0.5), StatusCode::kInvalidArgument, {"beta_slow"});
+  ExpectFault(fault("yarn", "truncate", "false"), StatusCode::kInvalidArgument, {"truncate"});
+  ExpectFault(fault("yarn", "attention_factor", 0), StatusCode::kInvalidArgument,
+              {"attention_factor"});
+  ExpectFault(fault("giraffe", "power", -1), StatusCode::kInvalidArgument, {"power"});
+  ExpectFault(fault("giraffe", "power_first_index", 2), StatusCode::kInvalidArgument,
+              {"power_first_index"});
+  ExpectFault(fault("giraffe", "truncate_high", 1e-3), StatusCode::kInvalidArgument,
+              {"truncate_low", "missing"});
+  ExpectFault(fault("dynamic", "alpha", 0.5), StatusCode::kInvalidArgument, {"alpha"});
+  for (const Json& share : {Json(0), Json(1.5), Json("0.5"), Json(0.05), Json(0.2)}) {
+    ExpectFault(fault("default", "partial_rotary_factor", share), StatusCode::kInvalidArgument,
+                {"partial_rotary_factor"});
+  }
+}
+
+TEST(ModelConfigTest, PartialRotaryInBothPlaces) {
+  Json json = LlamaJson();
+  json["rope_parameters"]["partial_rotary_factor"] = 0.5;
+  EXPECT_EQ(Parse(json)->rope->rotary_dim, 8);
+  json = LlamaJson();
+  json["partial_rotary_factor"] = 0.25;
+  EXPECT_EQ(Parse(json)->rope->rotary_dim, 4);
+  EXPECT_EQ(Parse(json, R"({"type":"linear","factor":2})")->rope->rotary_dim, 4);
+  json["rope_parameters"]["rope_type"] = "proportional";
+  EXPECT_EQ(Parse(json)->rope->rotary_dim, 16) << "its tail pairs stand still";
+  EXPECT_EQ(Parse(json)->rope->rotated_share, 0.25);
+}
+
+// One file may leave the factor to its two lengths; an old one has no original length.
+TEST(ModelConfigTest, YarnFillsInWhatOlderFilesLeaveOut) {
+  Json json = LlamaJson();
+  json["rope_parameters"] = {
+      {"rope_type", "yarn"}, {"factor", nullptr}, {"original_max_position_embeddings", 1024}};
+  EXPECT_EQ(Parse(json)->rope->factor, 4);
+  json["rope_parameters"] = {{"rope_type", "yarn"}, {"factor", 2.5}};
+  EXPECT_EQ(Parse(json)->rope->original_length, 4096);
+  json["rope_parameters"] = {{"rope_type", "yarn"}, {"original_max_position_embeddings", 8192}};
+  ExpectFault(Parse(json).status(), StatusCode::kInvalidArgument, {"factor is missing", "8192"});
+}
+
+TEST(ModelConfigTest, DynamicRefusesTwoLengths) {
+  Json json = LlamaJson();
+  json["rope_parameters"] = {
+      {"rope_type", "dynamic"}, {"factor", 4}, {"original_max_position_embeddings", 1024}};
+  ExpectFault(Parse(json).status(), StatusCode::kInvalidArgument, {"4096", "1024", "--rope"});
+  const auto config =
+      Parse(json, R"({"rope_type":"dynamic","factor":4,"original_max_position_embeddings":2048})");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->rope->original_length, 2048);
+  json["rope_parameters"].erase("original_max_position_embeddings");
+  EXPECT_EQ(Parse(json)->rope->original_length, 4096);
+}
+
+// What published checkpoints state, and the limit that follows. Multiplying by the factor whenever
+// there is one has made 8x tables of files that state the length after scaling.
+TEST(ModelConfigTest, TheContextIsStatedNeverMultipliedSilently) {
+  struct Row {
+    const char* name;
+    int64_t max_positions;
+    Json rope;
+    int64_t expected;
+    const char* note;
+  };
+  const Json linear8 = {{"rope_type", "linear"}, {"factor", 8.0}};
+  const Json yarn = {
+      {"rope_type", "yarn"}, {"factor", 4.0}, {"original_max_position_embeddings", 32768}};
+  const Row rows[] = {
+      {"Giraffe 70B, first revision", 4096, linear8, 4096, "--context-length 32768"},
+      {"Giraffe 32k, later revision", 32768, linear8, 32768, "--context-length 262144"},
+      {"Gemma 3", 131072, linear8, 131072, "131072"},
+      {"Llama 3 Giraffe", 8192, {{"rope_type", "dynamic"}, {"factor", 4.0}}, 8192, "32768"},
+      {"TeleChat 3", 32768, {{"rope_type", "linear"}, {"factor", 4.0}}, 32768, "131072"},
+      {"Qwen with YaRN enabled", 32768, yarn, 131072, "32768 times rope factor 4"},
+      {"YaRN after scaling", 131072, yarn, 131072, ""},
+      {"Llama 3.1",
+       131072,
+       {{"rope_type", "llama3"},
+        {"factor", 8.0},
+        {"low_freq_factor", 1.0},
+        {"high_freq_factor", 4.0},
+        {"original_max_position_embeddings", 8192}},
+       131072,
+       ""},
+      {"no scaling", 4096, {{"rope_type", "default"}}, 4096, ""}};
+  for (const Row& row : rows) {
+    SCOPED_TRACE(row.name);
+    Json json = LlamaJson();
+    json["max_position_embeddings"] = row.max_positions;
+    json["rope_parameters"] = row.rope;
+    const auto config = Parse(json);
+    ASSERT_TRUE(config.ok()) << config.status();
+    EXPECT_EQ(config->context_length, row.expected);
+    EXPECT_EQ(config->context_note.empty(), *row.note == '\0') << config->context_note;
+    EXPECT_NE(config->context_note.find(row.note), std::string::npos) << config->context_note;
+  }
+}
+
+TEST(ModelConfigTest, OneRequestMayReplaceTheMethodOnly) {
+  Json json = LlamaJson();
+  json["rope_parameters"]["partial_rotary_factor"] = 0.5;
+  const auto config = Parse(json);
+  ASSERT_TRUE(config.ok()) << config.status();
+  const auto rope = OverrideRope(*config, R"({"type":"yarn","factor":4})", "rope");
+  ASSERT_TRUE(rope.ok()) << rope.status();
+  EXPECT_EQ(rope->type, "yarn");
+  EXPECT_EQ(rope->theta, 500000);
+  EXPECT_EQ(rope->rotary_dim, 8);
+  EXPECT_EQ(rope->original_length, 4096);
+  ExpectFault(OverrideRope(*config, R"({"partial_rotary_factor":0.25})", "rope").status(),
+              StatusCode::kInvalidArgument, {"rope", "rotary width"});
+  ExpectFault(OverrideRope(*config, R"({"interleaved":true})", "rope").status(),
+              StatusCode::kInvalidArgument, {"pair layout"});
+  ExpectFault(OverrideRope(*config, "linear", "rope").status(), StatusCode::kInvalidArgument,
+              {"rope: not JSON"});
+  ExpectFault(OverrideRope(*config, R"({"type":"linear","factor":"4"})", "rope").status(),
+              StatusCode::kInvalidArgument, {"rope: factor", "\"4\""});
+  ExpectFault(OverrideRope(*Parse(TransnormerJson()), R"({"type":"default"})", "rope").status(),
+              StatusCode::kInvalidArgument, {"transnormer"});
 }
 
 TEST(ModelConfigTest, RopeContradictionsAreRefused) {
@@ -208,11 +429,12 @@ TEST(ModelConfigTest, RopeContradictionsAreRefused) {
   ExpectFault(Parse(types).status(), StatusCode::kInvalidArgument,
               {"rope_type", "linear", "default"});
   Json by_layer = LlamaJson();
-  by_layer["rope_parameters"] = {{"full_attention", {{"rope_type", "default"}}}};
-  ExpectFault(Parse(by_layer).status(), StatusCode::kUnimplemented, {"full_attention"});
-  Json partial = LlamaJson();
-  partial["rope_parameters"]["partial_rotary_factor"] = 0.5;
-  ExpectFault(Parse(partial).status(), StatusCode::kUnimplemented, {"partial_rotary_factor"});
+  by_layer["rope_parameters"] = {{"full_attention", {{"rope_type", "default"}}},
+                                 {"moon_attention", {{"rope_type", "default"}}}};
+  ExpectFault(Parse(by_layer).status(), StatusCode::kUnimplemented, {"moon_attention"});
+  by_layer["rope_parameters"] = {{"full_attention", {{"rope_type", "linear"}}}};
+  ExpectFault(Parse(by_layer).status(), StatusCode::kInvalidArgument,
+              {"rope_parameters: full_attention", "factor"});
   Json text = LlamaJson();
   text["rope_parameters"] = "linear";
   ExpectFault(Parse(text).status(), StatusCode::kInvalidArgument, {"rope_parameters", "an object"});
@@ -361,7 +583,6 @@ TEST(ModelConfigTest, OtherFeaturesAreRefusedByName) {
       {"use_sliding_window", true},
       {"hidden_act", "gelu"},
       {"quantization_config", {{"bits", 4}}},
-      {"partial_rotary_factor", 0.5},
       {"layer_types", {"full_attention", "sliding_attention", "full_attention"}},
       {"logit_scale", 0.5},
       {"num_local_experts", 8},
