@@ -17,6 +17,7 @@
 #include "cli/command.h"
 #include "cli/model_flags.h"
 #include "engine/engine.h"
+#include "engine/rope_table.h"
 #include "kernels/base/status.h"
 
 namespace godwit::cli {
@@ -43,7 +44,7 @@ double ResidentMiB() {
 class Decoder {
  public:
   Decoder(Engine& engine, int64_t context, int64_t num_decode)
-      : engine_(engine), lease_(*engine.caches().Reserve(context + num_decode)), context_(context) {
+      : engine_(engine), rope_(*RopeOfRequest(engine.card().config, nullptr, context + num_decode)), lease_(*engine.caches().Reserve(context + num_decode)), context_(context) {
     sampling_.temperature = 0;
     output_ = {.lease = &lease_, .sampling = &sampling_};
   }
@@ -56,7 +57,7 @@ class Decoder {
       std::vector<int32_t> ids(std::min(kChunk, context_ - begin));
       for (int32_t& id : ids) id = token(random);
       BatchRow row = {.token_ids = ids, .first_position = begin, .confirmed_position = begin,
-                      .prompt_length = context_, .lease = &lease_};
+                      .prompt_length = context_, .rope = rope_.get(), .lease = &lease_};
       if (begin + kChunk >= context_) row.outputs = {&output_, 1};
       RETURN_IF_ERROR(Step(row));
     }
@@ -68,7 +69,7 @@ class Decoder {
     const auto start = std::chrono::steady_clock::now();
     for (int step = 0; step < num_steps; ++step) {
       RETURN_IF_ERROR(Step({.confirmed_position = lease_.position(), .prompt_length = context_,
-                            .lease = &lease_, .outputs = {&output_, 1}}));
+                            .rope = rope_.get(), .lease = &lease_, .outputs = {&output_, 1}}));
     }
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / num_steps;
   }
@@ -80,6 +81,7 @@ class Decoder {
   }
 
   Engine& engine_;
+  std::shared_ptr<const RopeTable> rope_;
   CacheLease lease_;
   int64_t context_;
   SamplingParams sampling_;

@@ -13,6 +13,8 @@
 
 namespace godwit {
 
+struct RopeTable;  // rope_table.h
+
 // One sequence that draws from a row's logits. outputs[0] is the row's own lease; further outputs
 // (n > 1, last prefill chunk only) are forks: the engine copies the row's state to their leases
 // before anything else uses them.
@@ -31,7 +33,8 @@ struct BatchRow {
   int64_t first_position = 0;  // of token_ids[0]; ignored when token_ids is empty
   int64_t confirmed_position =
       0;  // what the scheduler has seen committed; bases may be folded up to here
-  int64_t prompt_length = 0;    // output index of a drawn token = its position - prompt_length
+  int64_t prompt_length = 0;        // output index of a drawn token = its position - prompt_length
+  const RopeTable* rope = nullptr;  // the same in every row of a sequence; null: the model's own
   CacheLease* lease = nullptr;  // room for the tokens of this step + max_draft_tokens is reserved
   std::span<const RowOutput> outputs;  // empty for every prefill chunk but the last
   int max_draft_tokens = 0;            // 0 turns speculation off for this row

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <deque>
 #include <map>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -13,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/forward_plan.h"
 #include "engine/memory_plan.h"
+#include "engine/rope_store.h"
 #include "engine/sampler.h"
 #include "engine/step_arena.h"
 #include "engine/step_outputs.h"
@@ -93,12 +95,13 @@ int64_t PaddedRows(int64_t num_rows, int64_t most) {
   return std::min((num_rows + step - 1) / step * step, most);
 }
 
-// Token ids, positions, rows and block tables of the largest step, besides what the sampler
-// uploads.
+// Token ids, positions, rope tables, rows and block tables of the largest step, besides what the
+// sampler uploads.
 int64_t ArenaBytes(const EngineOptions& options, int64_t num_blocks) {
   const int64_t tokens = options.max_tokens_per_step;
   return StepArena::Footprint(tokens * DTypeBytes(DType::kI32)) +
          StepArena::Footprint(tokens * DTypeBytes(DType::kI64)) +
+         StepArena::Footprint(tokens * DTypeBytes(DType::kI32)) +
          StepArena::Footprint(options.max_sequences * int64_t{sizeof(StepRow)}) +
          StepArena::Footprint(num_blocks * DTypeBytes(DType::kI32)) +
          Sampler::ArenaBytes(tokens, options.max_sequences);
@@ -168,6 +171,7 @@ struct Engine::Impl {
   absl::StatusOr<ForwardPlan> Upload(std::span<const BatchRow> rows, const StepArrays& arrays,
                                      Step& step);
   absl::Status ZeroFreshSlots(std::span<const BatchRow> rows);
+  absl::Status AssignRopes(std::span<const BatchRow> rows);
   absl::Status Fork(std::span<const BatchRow> rows, const StepArrays& arrays);
   absl::Status ForwardAndDraw(std::span<const BatchRow> rows, const StepArrays& arrays,
                               const ForwardPlan& plan);
@@ -196,6 +200,7 @@ struct Engine::Impl {
   std::unique_ptr<CachePool> pool;
   std::unique_ptr<Sampler> sampler;
   std::unique_ptr<StepArena> arena;
+  std::optional<RopeStore> ropes;  // none for a model without RoPE
   std::unique_ptr<StepPlanner> planner;
   std::unique_ptr<StepOutputs> outputs;
   ModelCard card;
@@ -240,6 +245,9 @@ absl::Status Engine::Impl::PlanCaches(const EngineOptions& options, CacheGeometr
   plan.owns_memory = backend->Info().owns_memory;
   plan.step_bytes = ArenaBytes(options, 0) + Sampler::DeviceBytes(MakeSamplerOptions(options)) +
                     StepOutputs::DeviceBytes(options.max_sequences, options.max_tokens_per_step);
+  if (config.rope) {
+    plan.step_bytes += RopeStore::DeviceBytes(config.rope->rotary_dim, options.max_sequences);
+  }
   ASSIGN_OR_RETURN(plan, PlanMemory(std::move(plan), options.kv_bytes));
   card.weight_bytes = plan.weight_bytes;
   card.workspace_bytes = plan.workspace_bytes + plan.step_bytes;
@@ -284,6 +292,11 @@ absl::Status Engine::Impl::MakeStepBuffers(const EngineOptions& options) {
   ASSIGN_OR_RETURN(StepOutputs made_outputs, StepOutputs::Create(*backend, options.max_sequences,
                                                                  options.max_tokens_per_step));
   outputs = std::make_unique<StepOutputs>(std::move(made_outputs));
+  if (card.config.rope) {
+    ASSIGN_OR_RETURN(const RopeTable own, MakeRopeTable(*card.config.rope));
+    ASSIGN_OR_RETURN(ropes, RopeStore::Create(*backend, own, options.max_sequences));
+    card.rope_regime = own.regime;
+  }
   planner = std::make_unique<StepPlanner>(StepLimits{.max_tokens = options.max_tokens_per_step,
                                                      .num_slots = options.max_sequences,
                                                      .window_rows = card.geometry.window_rows,
@@ -379,6 +392,12 @@ absl::StatusOr<ForwardPlan> Engine::Impl::Upload(std::span<const BatchRow> rows,
   plan.token_ids = MakeView(arena->Push(arrays.token_ids), DType::kI32, plan.num_tokens);
   plan.drawn = MakeView(outputs->device_draws().tokens, DType::kI32, std::ssize(slots));
   plan.positions = MakeView(arena->Push(arrays.positions), DType::kI64, plan.num_tokens);
+  if (ropes) {
+    plan.rope_table_ids =
+        MakeView(arena->Push(arrays.rope_table_ids), DType::kI32, plan.num_tokens);
+    plan.rope_tables = ropes->tables();
+    plan.num_rope_tables = ropes->num_tables();
+  }
   plan.rows = arena->Push(arrays.rows);
   plan.num_rows = static_cast<int32_t>(arrays.rows.size());
   plan.num_decode_rows = arrays.num_decode_rows;
@@ -394,6 +413,16 @@ absl::StatusOr<ForwardPlan> Engine::Impl::Upload(std::span<const BatchRow> rows,
 absl::Status Engine::Impl::ZeroFreshSlots(std::span<const BatchRow> rows) {
   for (const BatchRow& row : rows) {
     if (row.lease->fresh()) RETURN_IF_ERROR(pool->ZeroSlot(row.lease->slot()));
+  }
+  return absl::OkStatus();
+}
+
+// A slot's table is the row's: after a fork or a move the first row in the new slot brings it.
+absl::Status Engine::Impl::AssignRopes(std::span<const BatchRow> rows) {
+  for (const BatchRow& row : rows) {
+    if (row.rope == nullptr) continue;
+    GODWIT_CHECK(ropes.has_value());
+    RETURN_IF_ERROR(ropes->Assign(row.lease->slot(), *row.rope));
   }
   return absl::OkStatus();
 }
@@ -447,6 +476,7 @@ absl::Status Engine::Impl::Run(std::span<const BatchRow> rows, const StepArrays&
   RETURN_IF_ERROR(backend->SetMark(BeginMark(step.id)));
   ASSIGN_OR_RETURN(const ForwardPlan plan, Upload(rows, arrays, step));
   RETURN_IF_ERROR(ZeroFreshSlots(rows));
+  RETURN_IF_ERROR(AssignRopes(rows));
   RETURN_IF_ERROR(step.replayable ? Replay(rows, arrays, plan)
                                   : ForwardAndDraw(rows, arrays, plan));
   RETURN_IF_ERROR(sampler->ReadBack(step.id, *outputs));

@@ -9,6 +9,7 @@
 #include "engine/batch.h"
 #include "engine/cache_manager.h"
 #include "engine/model.h"
+#include "engine/rope_regime.h"
 #include "kernels/backend.h"
 
 namespace godwit {
@@ -40,6 +41,7 @@ struct ModelCard {
   int64_t context_length = 0;
   int64_t max_tokens_per_step = 0;
   int max_steps_in_flight = 1;
+  RopeRegime rope_regime;   // of rows without a table of their own
   CacheGeometry geometry;   // components, slots, blocks
   std::string memory_plan;  // one line
   std::string dtype, backend;

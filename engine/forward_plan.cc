@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "engine/rope_store.h"
 #include "kernels/base/check.h"
 
 namespace godwit {
@@ -49,6 +50,7 @@ StepPlanner::StepPlanner(const StepLimits& limits)
     : limits_(limits), last_use_(static_cast<size_t>(limits.num_slots), 0) {
   arrays_.token_ids.reserve(static_cast<size_t>(limits.max_tokens));
   arrays_.positions.reserve(static_cast<size_t>(limits.max_tokens));
+  arrays_.rope_table_ids.reserve(static_cast<size_t>(limits.max_tokens));
   arrays_.rows.reserve(static_cast<size_t>(limits.num_slots));
   arrays_.row_of_batch.reserve(static_cast<size_t>(limits.num_slots));
 }
@@ -130,6 +132,9 @@ void StepPlanner::AddRow(const BatchRow& row, const SlotState& state) {
   for (int64_t offset = 0; offset < step_row.num_tokens; ++offset) {
     arrays_.positions.push_back(step_row.position + offset);
   }
+  arrays_.rope_table_ids.insert(arrays_.rope_table_ids.end(),
+                                static_cast<size_t>(step_row.num_tokens),
+                                row.rope == nullptr ? 0 : RopeStore::TableOf(row.lease->slot()));
   // Only the blocks that hold positions below the end of this step.
   const std::vector<int32_t>& blocks = row.lease->blocks();
   const int64_t num_blocks =
@@ -144,6 +149,7 @@ const StepArrays& StepPlanner::Plan(std::span<const BatchRow> rows,
                                     std::span<const SlotState> slots) {
   arrays_.token_ids.clear();
   arrays_.positions.clear();
+  arrays_.rope_table_ids.clear();
   arrays_.rows.clear();
   arrays_.row_of_batch.assign(rows.size(), 0);
   arrays_.block_tables.clear();
@@ -165,6 +171,7 @@ void StepPlanner::Pad(int64_t num_rows) {
   GODWIT_CHECK(size >= arrays_.rows.size() && num_rows <= limits_.max_tokens);
   arrays_.token_ids.resize(size, 0);
   arrays_.positions.resize(size, 0);
+  arrays_.rope_table_ids.resize(size, 0);
   arrays_.rows.resize(size);  // of no tokens
   arrays_.num_decode_tokens = num_rows;
   arrays_.num_decode_rows = static_cast<int32_t>(num_rows);

@@ -21,6 +21,9 @@ struct ForwardPlan {     // device data
                          // knows the token
   TensorView drawn;      // i32: what the last step drew
   TensorView positions;  // i64 [T]
+  TensorView rope_table_ids;            // i32 [T]; absent for a model without RoPE, as the next
+  const double* rope_tables = nullptr;  // RopeArgs.tables
+  int32_t num_rope_tables = 0;
   const StepRow* rows = nullptr;  // [num_rows]
   int32_t num_rows = 0;
   int32_t num_decode_rows = 0;
@@ -47,9 +50,10 @@ struct StepLimits {
 
 // Host arrays of one step; their memory is kept from step to step.
 struct StepArrays {
-  std::vector<int32_t> token_ids;  // [T]; ~draw where only the last step's draw says
-  std::vector<int64_t> positions;  // [T]
-  std::vector<StepRow> rows;       // decode rows, then prefill rows, each in the order of the batch
+  std::vector<int32_t> token_ids;       // [T]; ~draw where only the last step's draw says
+  std::vector<int64_t> positions;       // [T]
+  std::vector<int32_t> rope_table_ids;  // [T]; of RopeStore
+  std::vector<StepRow> rows;  // decode rows, then prefill rows, each in the order of the batch
   std::vector<int32_t> row_of_batch;  // index into rows, by batch row
   std::vector<int32_t> block_tables;
   int64_t num_decode_tokens = 0;

@@ -6,6 +6,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "engine/rope_table.h"
 #include "kernels/base/status.h"
 #include "kernels/ops.h"
 
@@ -89,8 +90,13 @@ absl::StatusOr<OfflineGenerateResult> GenerateOffline(Engine& engine,
                    engine.caches().Reserve(std::ssize(prompt) + options.max_tokens));
 
   const RowOutput output = {.lease = &lease, .sampling = &sampling, .seed = options.seed};
-  BatchRow row = {
-      .prompt_length = std::ssize(prompt), .lease = &lease, .outputs = std::span(&output, 1)};
+  ASSIGN_OR_RETURN(const auto rope,
+                   RopeOfRequest(card.config, nullptr,
+                                 NumRotatedPositions(std::ssize(prompt), options.max_tokens)));
+  BatchRow row = {.prompt_length = std::ssize(prompt),
+                  .rope = rope.get(),
+                  .lease = &lease,
+                  .outputs = std::span(&output, 1)};
   OfflineGenerateResult result;
   Clock::time_point start = Clock::now();
   ASSIGN_OR_RETURN(RowResult step, Prefill(engine, prompt, chunk, row));
@@ -124,7 +130,8 @@ absl::StatusOr<OfflineScoreResult> ScoreOffline(Engine& engine, std::span<const 
   targets.push_back(-1);
   OfflineScoreResult result;
   const Clock::time_point start = Clock::now();
-  BatchRow row = {.prompt_length = num_tokens, .lease = &lease};
+  ASSIGN_OR_RETURN(const auto rope, RopeOfRequest(card.config, nullptr, num_tokens));
+  BatchRow row = {.prompt_length = num_tokens, .rope = rope.get(), .lease = &lease};
   for (int64_t begin = 0; begin < num_tokens; begin += chunk) {
     const auto count = static_cast<size_t>(std::min(chunk, num_tokens - begin));
     row.token_ids = token_ids.subspan(static_cast<size_t>(begin), count);

@@ -275,6 +275,17 @@ absl::StatusOr<RopeTable> MakeRopeTable(const RopeConfig& config, int64_t num_po
   return table;
 }
 
+absl::StatusOr<std::shared_ptr<const RopeTable>> RopeOfRequest(const ModelConfig& config,
+                                                               const RopeConfig* chosen,
+                                                               int64_t num_positions) {
+  if (!config.rope || (chosen == nullptr && !DependsOnLength(*config.rope))) return nullptr;
+  ASSIGN_OR_RETURN(const RopeTable own, MakeRopeTable(*config.rope));
+  ASSIGN_OR_RETURN(RopeTable table,
+                   MakeRopeTable(chosen == nullptr ? *config.rope : *chosen, num_positions));
+  if (table.regime == own.regime) return nullptr;
+  return std::make_shared<const RopeTable>(std::move(table));
+}
+
 std::string RopeTypeNames() {
   std::string names;
   for (const RopeType& type : kTypes)

@@ -3,6 +3,7 @@
 // layout. Kernels never know the method. What depends on the length of a request is decided once,
 // when its table is made.
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
@@ -46,6 +47,18 @@ struct RopeTable {
 //
 // UNIMPLEMENTED naming an unknown type; INVALID_ARGUMENT naming the field that makes no table.
 absl::StatusOr<RopeTable> MakeRopeTable(const RopeConfig& config, int64_t num_positions = 0);
+
+// Positions that a request can rotate: the last token it draws is never computed.
+inline int64_t NumRotatedPositions(int64_t num_prompt, int64_t max_tokens) {
+  return num_prompt + std::max<int64_t>(max_tokens - 1, 0);
+}
+
+// The table of one request, decided at its admission and never changed: that of `chosen`, or of the
+// model's own method where it chose none. Null where that is the model's own table, and for a model
+// without RoPE. Errors as MakeRopeTable's.
+absl::StatusOr<std::shared_ptr<const RopeTable>> RopeOfRequest(const ModelConfig& config,
+                                                               const RopeConfig* chosen,
+                                                               int64_t num_positions);
 
 // The types above in one line, for messages.
 std::string RopeTypeNames();

@@ -154,14 +154,17 @@ struct LightningAttentionArgs {
   TensorView o;  // [T, H * d_v] f32 or act
 };
 
-// cos/sin of position * inv_freq, times attention_factor; the product and its reduction mod 2 pi in
-// double.
+// cos/sin of position * inv_freq, times attention_factor, both of the token's table; the product
+// and its reduction mod 2 pi in double. Tables are per sequence: what one request rotates with
+// never depends on another's.
 struct RopeArgs {
-  TensorView positions;              // i64 [T]
-  const double* inv_freq = nullptr;  // [rotary_dim / 2], device
-  int32_t num_freqs = 0;
-  double attention_factor = 1;
-  TensorView cos, sin;  // [T, num_freqs] f32
+  TensorView positions;  // i64 [T]
+  TensorView table_ids;  // i32 [T], each in [0, num_tables)
+  const double* tables =
+      nullptr;  // [num_tables, num_freqs + 1], device: inv_freq, attention_factor
+  int32_t num_tables = 0;
+  int32_t num_freqs = 0;  // rotary_dim / 2
+  TensorView cos, sin;    // [T, num_freqs] f32
 };
 
 enum class PairLayout : int32_t { kHalfSplit = 0, kInterleaved = 1 };

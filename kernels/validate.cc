@@ -240,9 +240,11 @@ OpStatus Validate(const RopeArgs& args) {
   Checker check("Rope");
   check.Type("positions", args.positions, DType::kI64);
   check.Shape("positions", args.positions, {args.positions.rows()});
+  check.Type("table_ids", args.table_ids, DType::kI32);
+  check.Shape("table_ids", args.table_ids, {args.positions.rows()});
   check.AtLeast("num_freqs", args.num_freqs, 1);
-  check.Expect(args.inv_freq != nullptr, "inv_freq is absent");
-  check.Finite("attention_factor", args.attention_factor);
+  check.AtLeast("num_tables", args.num_tables, 1);
+  check.Expect(args.tables != nullptr, "tables are absent");
   check.Type("cos", args.cos, DType::kF32);
   check.Shape("cos", args.cos, {args.positions.rows(), args.num_freqs});
   check.Type("sin", args.sin, DType::kF32);

@@ -100,10 +100,12 @@ struct GenerateRequest {
   int64_t max_tokens = 0;              // per output; 0: prompt scoring only (Score)
   std::vector<int32_t> eos_token_ids;  // empty with ignore_eos
   std::vector<int32_t> stop_token_ids;
-  std::vector<FindStop> find_stop;  // one per output, or empty
-  int32_t priority = 0;             // higher runs first; [-100, 100]
-  TimeNs deadline = kNever;         // DEADLINE_EXCEEDED in every phase
-  TimeNs time_limit = kNever;       // absolute; ends OK with kTimeLimit (what was generated stands)
+  std::vector<FindStop> find_stop;        // one per output, or empty
+  std::shared_ptr<const RopeTable> rope;  // of all its outputs, from prompt + max_tokens; null: the
+                                          // model's own
+  int32_t priority = 0;                   // higher runs first; [-100, 100]
+  TimeNs deadline = kNever;               // DEADLINE_EXCEEDED in every phase
+  TimeNs time_limit = kNever;  // absolute; ends OK with kTimeLimit (what was generated stands)
   int32_t prompt_logprobs =
       -1;  // -1: none; n: score each prompt token after the first, with n most likely
   std::shared_ptr<TokenStream> stream;  // required

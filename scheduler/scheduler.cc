@@ -135,6 +135,7 @@ void Scheduler::Impl::AddPromptRow(RequestGroup& group, int64_t num_tokens, Step
                .first_position = begin,
                .confirmed_position = sequence.confirmed_position,
                .prompt_length = group.prompt_length,
+               .rope = group.request.rope.get(),
                .lease = &sequence.lease};
   if (group.request.prompt_logprobs >= 0) {
     row.score_targets = token_ids.subspan(first + 1, count);
@@ -157,6 +158,7 @@ void Scheduler::Impl::AddPromptRow(RequestGroup& group, int64_t num_tokens, Step
 void Scheduler::Impl::AddDecodeRow(Sequence& sequence, StepPlan& plan) {
   plan.rows.push_back({.confirmed_position = sequence.confirmed_position,
                        .prompt_length = sequence.group->prompt_length,
+                       .rope = sequence.group->request.rope.get(),
                        .lease = &sequence.lease});
   plan.record->rows.push_back({.sequence = &sequence, .first_output = plan.record->outputs.size()});
   ++plan.record->num_tokens;

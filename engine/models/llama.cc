@@ -7,7 +7,6 @@
 #include "absl/strings/str_cat.h"
 #include "engine/models/device_memory.h"
 #include "engine/models/weight_loader.h"
-#include "engine/rope_table.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
 
@@ -45,10 +44,6 @@ class Llama final : public Model {
     RETURN_IF_ERROR(LoadHead(loader));
     RETURN_IF_ERROR(loader.Finish());
     num_parameters_ = loader.num_parameters();
-
-    GODWIT_CHECK(config_.rope.has_value());
-    ASSIGN_OR_RETURN(rope_, MakeRopeTable(*config_.rope));
-    ASSIGN_OR_RETURN(inv_freq_, weights_.Upload(rope_.inv_freq));
     return AllocateWorkspace();
   }
 
@@ -68,9 +63,10 @@ class Llama final : public Model {
                                           .y = x}));
     RETURN_IF_ERROR(
         backend_.Rope({.positions = plan.positions,  // once: the same angles in every layer
-                       .inv_freq = inv_freq_,
-                       .num_freqs = static_cast<int32_t>(rope_.inv_freq.size()),
-                       .attention_factor = rope_.attention_factor,
+                       .table_ids = plan.rope_table_ids,
+                       .tables = plan.rope_tables,
+                       .num_tables = plan.num_rope_tables,
+                       .num_freqs = static_cast<int32_t>(config_.rope->rotary_dim / 2),
                        .cos = RowRange(cos_, 0, plan.num_tokens),
                        .sin = RowRange(sin_, 0, plan.num_tokens)}));
     for (size_t layer = 0; layer < layers_.size(); ++layer) {
@@ -140,7 +136,7 @@ class Llama final : public Model {
 
   absl::Status AllocateWorkspace() {
     const int64_t num_tokens = options_.max_tokens_per_step;
-    const auto num_freqs = static_cast<int64_t>(rope_.inv_freq.size());
+    const int64_t num_freqs = config_.rope->rotary_dim / 2;
     ASSIGN_OR_RETURN(x_, workspace_.Tensor(DType::kF32, num_tokens, config_.d_model));
     ASSIGN_OR_RETURN(cos_, workspace_.Tensor(DType::kF32, num_tokens, num_freqs));
     ASSIGN_OR_RETURN(sin_, workspace_.Tensor(DType::kF32, num_tokens, num_freqs));
@@ -167,7 +163,7 @@ class Llama final : public Model {
          .v = ColumnRange(qkv, q_width_ + kv_width_, kv_width_),
          .cos = RowRange(cos_, 0, plan.num_tokens),
          .sin = RowRange(sin_, 0, plan.num_tokens),
-         .pair_layout = rope_.pair_layout,
+         .pair_layout = config_.rope->pair_layout,
          .num_heads = static_cast<int32_t>(config_.num_heads),
          .num_kv_heads = static_cast<int32_t>(config_.num_kv_heads),
          .head_dim = static_cast<int32_t>(config_.head_dim),
@@ -210,8 +206,6 @@ class Llama final : public Model {
   DeviceMemory weights_, workspace_;
   MatrixView embedding_, head_;  // [vocab, d_model]; one matrix when tied
   NormSpec final_norm_;
-  RopeTable rope_;
-  const double* inv_freq_ = nullptr;  // device copy
   std::vector<Layer> layers_;
   std::vector<StateComponent> components_;  // one per layer
   TensorView x_, cos_, sin_, qkv_, o_, product_;

@@ -55,12 +55,15 @@ __global__ void __launch_bounds__(kThreads) RopeKernel(const __grid_constant__ R
   DependencyWait();
   const int64_t token = blockIdx.x;
   const double position = static_cast<double>(*Row<const int64_t>(args.positions, token));
+  const double* const table =
+      args.tables + int64_t{*Row<const int32_t>(args.table_ids, token)} * (args.num_freqs + 1);
+  const double attention_factor = table[args.num_freqs];
   for (int64_t i = threadIdx.x; i < args.num_freqs; i += kThreads) {
-    const double angle = fmod(position * args.inv_freq[i], kTwoPi);
+    const double angle = fmod(position * table[i], kTwoPi);
     double sine, cosine;
     sincos(angle, &sine, &cosine);
-    Row<float>(args.cos, token)[i] = static_cast<float>(cosine * args.attention_factor);
-    Row<float>(args.sin, token)[i] = static_cast<float>(sine * args.attention_factor);
+    Row<float>(args.cos, token)[i] = static_cast<float>(cosine * attention_factor);
+    Row<float>(args.sin, token)[i] = static_cast<float>(sine * attention_factor);
   }
 }
 

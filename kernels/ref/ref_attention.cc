@@ -217,11 +217,13 @@ void RefLightningAttention(const LightningAttentionArgs& args) {
 
 void RefRope(const RopeArgs& args) {
   for (int64_t t = 0; t < args.positions.rows(); ++t) {
+    const double* const table =
+        args.tables + int64_t{*args.table_ids.row<const int32_t>(t)} * (args.num_freqs + 1);
     for (int64_t i = 0; i < args.num_freqs; ++i) {
       const double position = static_cast<double>(*args.positions.row<const int64_t>(t));
-      const double angle = std::fmod(position * args.inv_freq[i], kTwoPi);
-      Set(args.cos, t, i, std::cos(angle) * args.attention_factor);
-      Set(args.sin, t, i, std::sin(angle) * args.attention_factor);
+      const double angle = std::fmod(position * table[i], kTwoPi);
+      Set(args.cos, t, i, std::cos(angle) * table[args.num_freqs]);
+      Set(args.sin, t, i, std::sin(angle) * table[args.num_freqs]);
     }
   }
 }

@@ -5,6 +5,7 @@
 #include <random>
 #include <utility>
 
+#include "engine/rope_table.h"
 #include "gtest/gtest.h"
 #include "kernels/base/check.h"
 #include "kernels/cpu/cpu_backend.h"
@@ -30,6 +31,7 @@ struct Sequence {
   std::vector<CacheLease> leases;      // per output
   std::vector<RowOutput> row_outputs;  // per output
   std::vector<DriverOutput> outputs;
+  std::shared_ptr<const RopeTable> rope;
   int64_t next = 0;  // prompt tokens submitted
   int64_t num_chunks = 0;
   int64_t draws_submitted = 0;
@@ -79,6 +81,7 @@ class Driver {
   void Add(const DriverRequest& request) {
     Sequence& sequence = sequences_.emplace_back();
     sequence.request = &request;
+    sequence.rope = Rope(request);
     sequence.leases.resize(static_cast<size_t>(request.num_outputs));
     sequence.outputs.resize(static_cast<size_t>(request.num_outputs));
     for (int output = 0; output < request.num_outputs; ++output) {
@@ -90,6 +93,14 @@ class Driver {
                                       .seed = request.seed,
                                       .output_index = request.output_index + output});
     }
+  }
+
+  std::shared_ptr<const RopeTable> Rope(const DriverRequest& request) {
+    const ModelConfig& config = engine_.card().config;
+    std::optional<RopeConfig> chosen;
+    if (!request.rope.empty()) chosen = Must(OverrideRope(config, request.rope, "rope"));
+    return Must(RopeOfRequest(config, chosen ? &*chosen : nullptr,
+                              NumRotatedPositions(std::ssize(request.prompt), request.max_tokens)));
   }
 
   void Swap() {
@@ -145,6 +156,7 @@ class Driver {
     BatchRow row = {.first_position = sequence.next,
                     .confirmed_position = sequence.leases[0].position(),
                     .prompt_length = std::ssize(request.prompt),
+                    .rope = sequence.rope.get(),
                     .lease = &sequence.leases[0]};
     row.token_ids = std::span(request.prompt)
                         .subspan(static_cast<size_t>(sequence.next), static_cast<size_t>(count));
@@ -162,6 +174,7 @@ class Driver {
     CacheLease& lease = sequence.leases[output];
     Push({.confirmed_position = lease.position(),
           .prompt_length = std::ssize(sequence.request->prompt),
+          .rope = sequence.rope.get(),
           .lease = &lease,
           .outputs = std::span(&sequence.row_outputs[output], 1)},
          sequence, static_cast<int>(output));
@@ -205,6 +218,7 @@ class Driver {
                           .first_position = lease.position(),
                           .confirmed_position = lease.position(),
                           .prompt_length = std::ssize(sequence.request->prompt),
+                          .rope = sequence.rope.get(),
                           .lease = &lease,
                           .logits = probe.data()};
     Must(engine_.Collect(Must(engine_.Submit(std::span(&row, 1)))));

@@ -25,6 +25,7 @@ struct DriverRequest {
   int64_t swap_after = -1;    // swapped out when so many tokens are drawn, for swap_steps steps
   int64_t swap_steps = 3;
   int num_outputs = 1;  // forks get output_index + 1, ...
+  std::string rope;     // JSON of the request's own method; "": the model's
 };
 
 // Everything that can be seen of one output; equal operator compares bits of logits and

@@ -189,7 +189,7 @@ std::vector<Param> AllParams() {
   std::vector<Param> params;
   for (const char* golden :
        {"tnl-small", "tnl-untied-heads6", "llama-default", "llama-gqa-tied", "llama-linear-8",
-        "llama-yarn-4", "llama-llama3"}) {
+        "llama-yarn-4", "llama-llama3", "llama-dynamic-4-short", "llama-dynamic-4-long"}) {
     for (const char* backend : {"cpu", "ref", "cuda"}) params.push_back({golden, backend});
   }
   return params;

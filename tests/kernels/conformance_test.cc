@@ -412,36 +412,50 @@ TEST_P(ConformanceTest, LightningAttentionOfNothing) {
   EXPECT_TRUE(SameBits(run.State(0), before));
 }
 
+// Three tables with other frequencies and attention factors, token by token in turn; each token's
+// bits are those of its table alone.
 TEST_P(ConformanceTest, Rope) {
   // Positions to 2^30: a product formed in f32 would be off by many turns.
   const std::vector<int64_t> positions = {
       0, 1, 2, 17, 4095, 65535, 1000000, 123456789, int64_t{1} << 30};
+  constexpr double kFactors[] = {1.0, 1.20794, 0.875};
+  const auto num_tokens = static_cast<int64_t>(positions.size());
   for (const int num_freqs : {1, 5, 32, 64}) {
-    for (const double factor : {1.0, 1.20794}) {
-      auto run = [&](Backend& backend, bool sine) {
-        DeviceArena arena(backend);
-        std::vector<double> inv_freq;
+    auto run = [&](Backend& backend, const std::vector<int32_t>& table_ids, bool sine) {
+      DeviceArena arena(backend);
+      std::vector<double> tables;
+      for (const double factor : kFactors) {
         for (int i = 0; i < num_freqs; ++i)
-          inv_freq.push_back(std::pow(10000.0, -static_cast<double>(i) / num_freqs));
-        const int64_t num_tokens = static_cast<int64_t>(positions.size());
-        RopeArgs args;
-        args.positions = arena.Upload<int64_t>(DType::kI64, {num_tokens}, positions);
-        args.inv_freq = arena.UploadArray(inv_freq);
-        args.num_freqs = num_freqs;
-        args.attention_factor = factor;
-        args.cos = arena.Output(DType::kF32, {num_tokens, num_freqs});
-        args.sin = arena.Output(DType::kF32, {num_tokens, num_freqs});
-        ExpectOk(backend.Rope(args));
-        return arena.Download(sine ? args.sin : args.cos);
-      };
-      for (const bool sine : {false, true}) {
-        // 3 f32 roundings of the function and the factor; the double product is off by 2^-53 of an
-        // angle of at most 2^30.
-        const std::vector<float> expected = run(*ref_, sine);
-        const std::vector<double> tolerance(expected.size(),
-                                            factor * (6 * kF32Unit + std::ldexp(1.0, 30 - 52)));
-        EXPECT_TRUE(Within(run(*backend_, sine), expected, tolerance))
-            << num_freqs << " sine " << sine;
+          tables.push_back(std::pow(10000.0 * factor, -static_cast<double>(i) / num_freqs));
+        tables.push_back(factor);
+      }
+      RopeArgs args;
+      args.positions = arena.Upload<int64_t>(DType::kI64, {num_tokens}, positions);
+      args.table_ids = arena.Upload<int32_t>(DType::kI32, {num_tokens}, table_ids);
+      args.tables = arena.UploadArray(tables);
+      args.num_tables = 3;
+      args.num_freqs = num_freqs;
+      args.cos = arena.Output(DType::kF32, {num_tokens, num_freqs});
+      args.sin = arena.Output(DType::kF32, {num_tokens, num_freqs});
+      ExpectOk(backend.Rope(args));
+      return arena.Download(sine ? args.sin : args.cos);
+    };
+    const std::vector<int32_t> mixed = {0, 1, 2, 2, 1, 0, 1, 0, 2};
+    for (const bool sine : {false, true}) {
+      // 3 f32 roundings of the function and the factor; the double product is off by 2^-53 of an
+      // angle of at most 2^30.
+      const std::vector<float> expected = run(*ref_, mixed, sine);
+      const std::vector<double> tolerance(expected.size(),
+                                          1.20794 * (6 * kF32Unit + std::ldexp(1.0, 30 - 52)));
+      const std::vector<float> values = run(*backend_, mixed, sine);
+      EXPECT_TRUE(Within(values, expected, tolerance)) << num_freqs << " sine " << sine;
+      for (int32_t table = 0; table < 3; ++table) {
+        const std::vector<float> alone =
+            run(*backend_, std::vector<int32_t>(positions.size(), table), sine);
+        for (size_t index = 0; index < values.size(); ++index) {
+          if (mixed[index / static_cast<size_t>(num_freqs)] != table) continue;
+          ASSERT_EQ(values[index], alone[index]) << num_freqs << " table " << table;
+        }
       }
     }
   }

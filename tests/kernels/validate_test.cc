@@ -192,19 +192,23 @@ TEST(ValidateTest, LightningAttention) {
 }
 
 TEST(ValidateTest, Rope) {
-  static double inv_freq[4];
+  static double tables[10];
   RopeArgs good;
   good.positions = View(DType::kI64, 3);
-  good.inv_freq = inv_freq;
+  good.table_ids = View(DType::kI32, 3);
+  good.tables = tables;
+  good.num_tables = 2;
   good.num_freqs = 4;
   good.cos = good.sin = View(DType::kF32, 3, 4);
   ExpectRejections<RopeArgs>(
       good, "Rope",
       {{[](auto& a) { a.positions.dtype = DType::kI32; }, "positions has dtype i32"},
        {[](auto& a) { a.positions.rank = 2; }, "positions has rank 2"},
-       {[](auto& a) { a.inv_freq = nullptr; }, "inv_freq is absent"},
+       {[](auto& a) { a.table_ids.dtype = DType::kI64; }, "table_ids has dtype i64"},
+       {[](auto& a) { a.table_ids.shape[0] = 2; }, "table_ids has size 2"},
+       {[](auto& a) { a.tables = nullptr; }, "tables are absent"},
+       {[](auto& a) { a.num_tables = 0; }, "num_tables is 0"},
        {[](auto& a) { a.num_freqs = 0; }, "num_freqs is 0"},
-       {[](auto& a) { a.attention_factor = NAN; }, "attention_factor is nan"},
        {[](auto& a) { a.cos.shape[1] = 5; }, "cos has size 5"},
        {[](auto& a) { a.cos.dtype = DType::kBF16; }, "cos has dtype bf16"},
        {[](auto& a) { a.sin.shape[0] = 2; }, "sin has size 2"},
