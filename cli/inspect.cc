@@ -8,6 +8,7 @@
 #include "absl/strings/str_join.h"
 #include "cli/command.h"
 #include "cli/model_flags.h"
+#include "engine/rope_table.h"
 #include "engine/safetensors.h"
 
 namespace godwit::cli {
@@ -58,6 +59,13 @@ void PrintCard(const ModelCard& card) {
       config.num_layers, config.d_model, config.num_heads, config.num_kv_heads, config.head_dim,
       config.d_ff, config.vocab_size, card.context_length, MiB(card.weight_bytes),
       MiB(card.workspace_bytes), MiB(card.geometry.slot_bytes()), card.geometry.kv_bytes_per_token());
+  if (config.rope) {
+    std::cout << absl::StrFormat("rope            %s, factor %g, theta %g, %d of %d dimensions, from %d tokens%s\n",
+                                 config.rope->type, config.rope->factor, config.rope->theta,
+                                 config.rope->rotary_dim, config.head_dim, config.rope->original_length,
+                                 DependsOnLength(*config.rope) ? ", by the length of each request" : "");
+  }
+  if (!config.context_note.empty()) std::cout << "note            " << config.context_note << "\n";
   for (const StateComponent& component : card.geometry.components) {
     std::cout << absl::StrFormat("  %-24s base %d bytes", component.name, component.base_bytes);
     if (component.windowed()) {

@@ -169,8 +169,10 @@ void AddCapacityFlags(CLI::App& command, ServeFlags& flags) {
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 31));
   command.add_option("--max-tokens", limits.max_tokens, "cap per output; more is INVALID_ARGUMENT")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 31));
-  command.add_option("--max-n", limits.max_n, "cap of outputs per request")
-      ->check(CLI::Range(1, 1024));
+  command.add_option("--max-request-rope-factor", limits.max_rope_factor,
+                     "requests may choose their own RoPE scaling up to this factor; 0: they may not")
+      ->check(CLI::Range(0.0, 1e6));
+  command.add_option("--max-n", limits.max_n, "cap of outputs per request")->check(CLI::Range(1, 1024));
 }
 
 }  // namespace

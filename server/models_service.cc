@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "engine/rope_table.h"
 #include "godwit/v1/models.grpc.pb.h"
 #include "kernels/base/status.h"
 #include "server/services.h"
@@ -40,6 +41,22 @@ void EncodeMemory(const CacheGeometry& geometry, v1::ModelCard& card) {
   }
 }
 
+v1::RopeCard EncodeRope(const ServedModel& model) {
+  const RopeConfig& rope = *model.card().config.rope;
+  v1::RopeCard encoded;
+  encoded.set_type(rope.type);
+  encoded.set_theta(rope.theta);
+  encoded.set_factor(rope.factor);
+  encoded.set_original_length(rope.original_length);
+  encoded.set_rotary_dim(static_cast<int32_t>(rope.rotary_dim));
+  if (const auto table = MakeRopeTable(rope); table.ok())
+    encoded.set_attention_factor(table->attention_factor);
+  encoded.set_depends_on_length(DependsOnLength(rope));
+  encoded.set_regime(model.card().rope_regime.ToString());
+  encoded.set_max_request_factor(model.limits().max_rope_factor);
+  return encoded;
+}
+
 v1::ModelCard EncodeCard(const ServedModel& model) {
   const ModelCard& card = model.card();
   const ModelConfig& config = card.config;
@@ -65,6 +82,8 @@ v1::ModelCard EncodeCard(const ServedModel& model) {
   encoded.set_has_tokenizer(model.tokenizer() != nullptr);
   EncodeMemory(card.geometry, encoded);
   *encoded.mutable_limits() = EncodeLimits(model);
+  if (config.rope) *encoded.mutable_rope() = EncodeRope(model);
+  encoded.set_context_note(config.context_note);
   return encoded;
 }
 

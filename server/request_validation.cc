@@ -4,11 +4,13 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 #include <random>
 #include <string_view>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "engine/rope_table.h"
 #include "kernels/base/status.h"
 #include "scheduler/scheduler.h"
 #include "server/status_mapping.h"
@@ -243,6 +245,36 @@ void ReadScheduling(const v1::SchedulingOptions& from, GenerateRequest& request,
   check.InRange("scheduling.priority", from.priority(), -kMaxPriority, kMaxPriority);
 }
 
+// The method that a request chooses, within what the operator allows.
+absl::StatusOr<RopeConfig> ReadRope(const std::string& text, const ServedModel& model) {
+  const auto refused = [](std::string why) { return InvalidFields({{"rope", std::move(why)}}); };
+  const double max_factor = model.limits().max_rope_factor;
+  if (max_factor == 0) return refused("this server serves its own only (ModelCard.rope)");
+  if (static_cast<int64_t>(text.size()) > kMaxRopeBytes)
+    return refused(absl::StrCat(text.size(), " bytes, at most ", kMaxRopeBytes));
+  const absl::StatusOr<RopeConfig> rope = OverrideRope(model.card().config, text, "rope");
+  if (!rope.ok()) return refused(std::string(rope.status().message()));
+  const double factor = std::max(rope->factor, rope->alpha.value_or(1));
+  if (factor > max_factor)
+    return refused(absl::StrCat("factor ", factor, " not in [1, ", max_factor, "]"));
+  return rope;
+}
+
+// What the request rotates with, for good: by its own choice, its prompt and its max_tokens.
+template <typename Request>
+absl::Status FixRope(const Request& from, const ServedModel& model, GenerateRequest& request) {
+  std::optional<RopeConfig> chosen;
+  if (from.has_rope()) {
+    ASSIGN_OR_RETURN(chosen, ReadRope(from.rope(), model));
+  }
+  const auto rope =
+      RopeOfRequest(model.card().config, chosen ? &*chosen : nullptr,
+                    NumRotatedPositions(std::ssize(request.token_ids), request.max_tokens));
+  if (!rope.ok()) return InvalidFields({{"rope", std::string(rope.status().message())}});
+  request.rope = *rope;
+  return absl::OkStatus();
+}
+
 // Fills in what follows from a request whose fields are all valid.
 void Complete(const v1::GenerateRequest& from, const ServedModel& model,
               PreparedGenerate& prepared) {
@@ -312,6 +344,7 @@ absl::StatusOr<PreparedGenerate> PrepareGenerate(const v1::GenerateRequest& from
       !status.ok()) {
     return InvalidFields({{"sampling", std::string(status.message())}});
   }
+  RETURN_IF_ERROR(FixRope(from, model, request));
   request.id = IdOrNew(from.request_id());
   request.deadline = arrival.deadline;
   Complete(from, model, prepared);
@@ -386,6 +419,7 @@ absl::StatusOr<PreparedScore> PrepareScore(const v1::ScoreRequest& from, const S
   }
   RETURN_IF_ERROR(CheckScoreLength(prepared, model));
   request.max_tokens = 0;
+  RETURN_IF_ERROR(FixRope(from, model, request));
   request.prompt_logprobs = from.top_logprobs();
   request.id = IdOrNew(from.request_id());
   request.deadline = arrival.deadline;

@@ -56,6 +56,10 @@ absl::Status ValidateServerOptions(const ServerOptions& options) {
   RETURN_IF_ERROR(AtLeast("max_tokens", limits.max_tokens, 1));
   RETURN_IF_ERROR(AtLeast("default_max_tokens", limits.default_max_tokens, 1));
   RETURN_IF_ERROR(AtLeast("max_n", limits.max_n, 1));
+  if (!(limits.max_rope_factor == 0 || limits.max_rope_factor >= 1)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_rope_factor ", limits.max_rope_factor, " is neither 0 nor >= 1"));
+  }
   RETURN_IF_ERROR(AtLeast("max_prompt_bytes", limits.max_prompt_bytes, 1));
   RETURN_IF_ERROR(AtLeast("max_message_bytes", limits.max_message_bytes, 1024));
   RETURN_IF_ERROR(AtLeast("max_waiting", options.max_waiting, 1));

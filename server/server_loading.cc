@@ -43,6 +43,9 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Create(const ServerOptions& opti
   if (!why_not_gpu.empty()) absl::StrAppend(notes, "godwit: on the CPU: ", why_not_gpu, "\n");
   ASSIGN_OR_RETURN(std::unique_ptr<Engine> engine,
                    Engine::Create(options.engine, std::move(backend)));
+  const std::string& context_note = engine->card().config.context_note;
+  if (options.engine.context_length == 0 && !context_note.empty())
+    absl::StrAppend(notes, context_note, "\n");
   ServerParts parts = {
       .card = engine->card(), .executor = engine.get(), .caches = &engine->caches()};
   ASSIGN_OR_RETURN(parts.tokenizer, TokenizerOf(options.engine.model_folder, notes));

@@ -246,6 +246,42 @@ INSTANTIATE_TEST_SUITE_P(Families, TinyServerTest,
                            return info.param == TinyFamily::kTransnormer ? "Transnormer" : "Llama";
                          });
 
+TEST(RequestRopeTest, RequestsChooseWithinWhatTheCardAllows) {
+  const TinyModel model({.family = TinyFamily::kLlama, .context_length = 512});
+  const auto score = [&](double max_factor, const std::string& rope, v1::ScoreResponse* response) {
+    ServerOptions options = OptionsFor(model.folder());
+    options.limits.max_rope_factor = max_factor;
+    RealServer server(options);
+    EXPECT_TRUE(server.ok());
+    v1::ScoreRequest request;
+    for (int32_t id = 3; id < 103; ++id) request.mutable_token_ids()->add_ids(id);
+    if (!rope.empty()) request.set_rope(rope);
+    return server.Score(request, response);
+  };
+  v1::ScoreResponse plain, linear, yarn;
+  ASSERT_TRUE(score(0, "", &plain).ok());
+  ASSERT_TRUE(score(8, R"({"type":"linear","factor":8})", &linear).ok());
+  ASSERT_TRUE(score(8, R"({"type":"yarn","factor":4})", &yarn).ok());
+  EXPECT_NE(plain.total_logprob(), linear.total_logprob());
+  EXPECT_NE(linear.total_logprob(), yarn.total_logprob());
+  v1::ScoreResponse same;
+  ASSERT_TRUE(score(8, R"({"type":"default"})", &same).ok());
+  EXPECT_EQ(plain.total_logprob(), same.total_logprob());
+  const std::pair<double, const char*> refused[] = {{0, R"({"type":"linear","factor":2})"},
+                                                    {8, R"({"type":"linear","factor":8.5})"},
+                                                    {8, R"({"type":"dynamic","alpha":9})"},
+                                                    {8, R"({"type":"linear","factor":"2"})"},
+                                                    {8, R"({"type":"xpos"})"},
+                                                    {8, R"({"partial_rotary_factor":0.5})"},
+                                                    {8, "linear"}};
+  for (const auto& [max_factor, rope] : refused) {
+    v1::ScoreResponse response;
+    const grpc::Status status = score(max_factor, rope, &response);
+    EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT) << rope;
+    EXPECT_EQ(ViolatedField(status), "rope") << rope << ": " << status.error_message();
+  }
+}
+
 TEST(ServerCreateTest, NamesWhatIsWrongWithAFolder) {
   std::string notes;
   const absl::Status status = Server::Create(OptionsFor("/nonexistent"), &notes).status();
