@@ -139,7 +139,10 @@ absl::StatusOr<OfflineScoreResult> ScoreOffline(Engine& engine, std::span<const 
     row.score_targets = std::span(targets).subspan(static_cast<size_t>(begin), count);
     row.logits = logits == nullptr ? nullptr : logits + begin * card.config.vocab_size;
     ASSIGN_OR_RETURN(const RowResult step, RunRow(engine, row));
-    for (const SampledToken& token : step.scores) result.total_logprob += token.logprob;
+    for (const SampledToken& token : step.scores) {
+      result.logprobs.push_back(token.logprob);
+      result.total_logprob += token.logprob;
+    }
   }
   result.seconds = SecondsSince(start);
   const double num_scored = static_cast<double>(std::max<int64_t>(num_tokens - 1, 1));

@@ -36,7 +36,8 @@ absl::StatusOr<OfflineGenerateResult> GenerateOffline(Engine& engine,
                                                       const OfflineGenerateOptions& options);
 
 struct OfflineScoreResult {
-  double total_logprob = 0;  // of tokens 1..T-1
+  std::vector<float> logprobs;  // of tokens 1..T-1
+  double total_logprob = 0;     // their sum
   double perplexity = 0;     // exp(-total / (T - 1))
   double seconds = 0;
 };
