@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "engine/rope_table.h"
 #include "nlohmann/json.hpp"
 #include "tests/engine/temp_folder.h"
 
@@ -642,37 +643,66 @@ TEST(ModelConfigTest, TextThatIsNoConfig) {
   }
 }
 
-TEST(ModelConfigTest, SurvivesMutations) {
-  constexpr uint32_t kSeed = 7;
-  std::mt19937 random(kSeed);
+// One to four edits of a text, at random.
+std::string Mutated(std::string text, std::mt19937& random) {
   const auto below = [&](size_t limit) {
     return std::uniform_int_distribution<size_t>(0, limit - 1)(random);
   };
+  for (size_t edit = 0, count = 1 + below(4); edit < count && !text.empty(); ++edit) {
+    const size_t at = below(text.size());
+    switch (below(4)) {
+      case 0:
+        text[at] = static_cast<char>(below(256));
+        break;
+      case 1:
+        text.insert(at, 1 + below(3), "0123456789[]{},:\".-e"[below(20)]);
+        break;
+      case 2:
+        text.erase(at, 1 + below(4));
+        break;
+      default:
+        text[at] = "0123456789[]{},:\".-e"[below(20)];
+        break;
+    }
+  }
+  return text;
+}
+
+TEST(ModelConfigTest, SurvivesMutations) {
+  constexpr uint32_t kSeed = 7;
+  std::mt19937 random(kSeed);
   for (const std::string& original : {LlamaJson().dump(), TransnormerJson().dump()}) {
     for (int variant = 0; variant < 2000; ++variant) {
-      std::string text = original;
-      for (size_t edit = 0, count = 1 + below(4); edit < count && !text.empty(); ++edit) {
-        const size_t at = below(text.size());
-        switch (below(4)) {
-          case 0:
-            text[at] = static_cast<char>(below(256));
-            break;
-          case 1:
-            text.insert(at, 1 + below(3), "0123456789[]{},:\".-e"[below(20)]);
-            break;
-          case 2:
-            text.erase(at, 1 + below(4));
-            break;
-          default:
-            text[at] = "0123456789[]{},:\".-e"[below(20)];
-            break;
-        }
-      }
-      const auto config = ParseModelConfig(text, "");
+      const auto config = ParseModelConfig(Mutated(original, random), "");
       EXPECT_EQ(config.ok(), config.status().message().empty())
           << "seed " << kSeed << ", variant " << variant;
     }
   }
+}
+
+// What is accepted of a damaged rope makes finite tables at every length.
+TEST(ModelConfigTest, DamagedRopesAreRefusedOrMakeTables) {
+  constexpr uint32_t kSeed = 9;
+  std::mt19937 random(kSeed);
+  const ModelConfig model = *Parse(LlamaJson());
+  int num_accepted = 0;
+  for (const std::string type : kRopeTypes) {
+    const std::string original = CompleteRope(type).dump();
+    for (int variant = 0; variant < 1000; ++variant) {
+      const std::string text = Mutated(original, random);
+      const auto rope = OverrideRope(model, text, "rope");
+      if (!rope.ok()) continue;
+      ++num_accepted;
+      for (const int64_t length : {int64_t{0}, int64_t{1}, int64_t{5000}, int64_t{1} << 40}) {
+        const auto table = MakeRopeTable(*rope, length);
+        ASSERT_TRUE(table.ok()) << text << ": " << table.status();
+        for (const double frequency : table->inv_freq)
+          ASSERT_TRUE(std::isfinite(frequency) && frequency >= 0) << text;
+        ASSERT_TRUE(std::isfinite(table->attention_factor) && table->attention_factor > 0) << text;
+      }
+    }
+  }
+  EXPECT_GT(num_accepted, 100) << "the edits leave some valid";
 }
 
 // The configs of published models, where the test data is there.

@@ -128,6 +128,8 @@ void WriteLlama(const RandomModel& model, const std::string& folder) {
   if (model.rope_factor > 1)
     rope = {
         {"rope_type", "linear"}, {"factor", model.rope_factor}, {"rope_theta", model.rope_theta}};
+  rope["partial_rotary_factor"] = model.rotary_share;
+  rope["interleaved"] = model.interleaved;
   std::ofstream(folder + "/config.json") << Json{{"model_type", "llama"},
                                                  {"vocab_size", model.vocab_size},
                                                  {"hidden_size", model.d_model},
@@ -292,15 +294,17 @@ Rows TransnormerLogits(const RandomModel& model, Weights& weights,
 
 std::vector<double> Rotate(const RandomModel& model, const std::vector<double>& x,
                            size_t position) {
-  const size_t half = x.size() / 2;
-  std::vector<double> y(x.size());
-  for (size_t pair = 0; pair < half; ++pair) {
-    const double frequency = std::pow(model.rope_theta, -2.0 * static_cast<double>(pair) /
-                                                            static_cast<double>(x.size())) /
-                             model.rope_factor;
+  const auto width = static_cast<size_t>(static_cast<double>(x.size()) * model.rotary_share);
+  std::vector<double> y = x;
+  for (size_t pair = 0; pair < width / 2; ++pair) {
+    const double frequency =
+        std::pow(model.rope_theta, -2.0 * static_cast<double>(pair) / static_cast<double>(width)) /
+        model.rope_factor;
     const double angle = frequency * static_cast<double>(position);
-    y[pair] = x[pair] * std::cos(angle) - x[pair + half] * std::sin(angle);
-    y[pair + half] = x[pair + half] * std::cos(angle) + x[pair] * std::sin(angle);
+    const size_t first = model.interleaved ? 2 * pair : pair;
+    const size_t second = model.interleaved ? 2 * pair + 1 : pair + width / 2;
+    y[first] = x[first] * std::cos(angle) - x[second] * std::sin(angle);
+    y[second] = x[second] * std::cos(angle) + x[first] * std::sin(angle);
   }
   return y;
 }

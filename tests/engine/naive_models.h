@@ -24,6 +24,8 @@ struct RandomModel {
   bool scaled_embedding = true;              // transnormer
   double rope_theta = 10000;                 // llama
   double rope_factor = 1;                    // llama; > 1: linear
+  double rotary_share = 1;                   // llama; of each head, from its first dimension
+  bool interleaved = false;                  // llama; pairs (2i, 2i + 1)
   std::string dtype = "BF16";                // as stored: F32, F16, BF16
 };
 
