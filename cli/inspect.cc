@@ -21,6 +21,23 @@ struct InspectFlags {
 
 double MiB(int64_t num_bytes) { return static_cast<double>(num_bytes) / (1024.0 * 1024.0); }
 
+// What a server would serve it with; an engine made to inspect has no limit.
+int64_t ContextLength(const ModelCard& card) {
+  return card.config.context_length > 0 ? card.config.context_length : card.context_length;
+}
+
+nlohmann::ordered_json RopeJson(const ModelCard& card) {
+  if (!card.config.rope) return nullptr;
+  const RopeConfig& rope = *card.config.rope;
+  return {{"type", rope.type},
+          {"theta", rope.theta},
+          {"factor", rope.factor},
+          {"rotary_dim", rope.rotary_dim},
+          {"original_length", rope.original_length},
+          {"depends_on_length", DependsOnLength(rope)},
+          {"regime", card.rope_regime.ToString()}};
+}
+
 nlohmann::ordered_json CardJson(const ModelCard& card) {
   nlohmann::ordered_json components = nlohmann::ordered_json::array();
   for (const StateComponent& component : card.geometry.components) {
@@ -39,7 +56,9 @@ nlohmann::ordered_json CardJson(const ModelCard& card) {
           {"heads", card.config.num_heads},
           {"kv_heads", card.config.num_kv_heads},
           {"head_dim", card.config.head_dim},
-          {"context_length", card.context_length},
+          {"context_length", ContextLength(card)},
+          {"context_note", card.config.context_note},
+          {"rope", RopeJson(card)},
           {"weight_bytes", card.weight_bytes},
           {"workspace_bytes", card.workspace_bytes},
           {"state_bytes_per_sequence", card.geometry.slot_bytes()},
@@ -57,7 +76,7 @@ void PrintCard(const ModelCard& card) {
       "per sequence    state %.3f MiB (any length) + KV %d bytes per token\n",
       config.family, static_cast<double>(card.num_parameters) / 1e6, card.dtype, card.backend,
       config.num_layers, config.d_model, config.num_heads, config.num_kv_heads, config.head_dim,
-      config.d_ff, config.vocab_size, card.context_length, MiB(card.weight_bytes),
+      config.d_ff, config.vocab_size, ContextLength(card), MiB(card.weight_bytes),
       MiB(card.workspace_bytes), MiB(card.geometry.slot_bytes()), card.geometry.kv_bytes_per_token());
   if (config.rope) {
     std::cout << absl::StrFormat("rope            %s, factor %g, theta %g, %d of %d dimensions, from %d tokens%s\n",
@@ -106,6 +125,8 @@ void AddInspectCommand(CLI::App& app, int& exit_code) {
       ->check(CLI::IsMember({"bf16", "f32"}));
   command->add_option("--backend", flags->model.backend, "auto: a GPU when one is usable, else the CPU")
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}));
+  command->add_option("--rope", flags->model.rope, "JSON that replaces the checkpoint's RoPE scaling")
+      ->type_name("JSON");
   command->add_flag("--tensors", flags->tensors, "also list the tensors");
   command->add_flag("--json", flags->json, "stdout is one JSON object");
   command->callback([flags, &exit_code] { exit_code = RunInspect(*flags); });
