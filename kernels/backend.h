@@ -34,13 +34,13 @@ struct BackendLimits {
   int64_t num_heads = 0;          // of softmax attention, 0 without
   int64_t head_dim = 0;           // of softmax attention
   int64_t num_blocks = 0;         // KV blocks
-  int64_t max_draws = 0;          // rows of a Sample
+  int64_t max_draws = 0;          // rows of a Sample, sequences of a VerifyTokens
   int64_t vocab_size = 0;
   bool deterministic = false;  // bits of a decode row independent of the batch, of a prefill row of
                                // the cuts at multiples of P
 };
 
-inline constexpr int kNumMarks = 4;
+inline constexpr int kNumMarks = 6;
 
 // Not thread-safe: one owner thread calls it. Ops are queued in order and may still be running when
 // the call returns; arguments structs are read before it returns, device data they point to when
@@ -90,6 +90,7 @@ class Backend {
   virtual OpStatus PagedAttention(const PagedAttentionArgs& args) = 0;
   virtual OpStatus CountTokens(const CountTokensArgs& args) = 0;
   virtual OpStatus Sample(const SampleArgs& args) = 0;
+  virtual OpStatus VerifyTokens(const VerifyTokensArgs& args) = 0;
   virtual OpStatus ScoreTokens(const ScoreTokensArgs& args) = 0;
 
   // Sum over the ranks of a sharded model; world = 1 today, so every back end returns x unchanged.

@@ -239,6 +239,7 @@ struct SampleRow {
   int32_t top_k = 0;
   int32_t num_biases = 0;
   const TokenBias* biases = nullptr;  // device
+  int32_t probability_row = -1;       // of SampleArgs.probabilities, or -1
 };
 
 // Log-probabilities are natural logs of softmax(raw logits), before bias and everything after. The
@@ -255,6 +256,49 @@ struct SampleArgs {
   TensorView top_ids;       // i32 [num_rows, max_top], descending, ties by lower id; entries >=
                             // num_logprobs unspecified
   TensorView top_logprobs;  // f32 [num_rows, max_top]
+  // f32 [n, V], or absent: receives the distribution that the token was drawn from (after
+  // everything; a point mass where the draw is an argmax) of each row with a probability_row.
+  TensorView probabilities;
+};
+
+// Speculation. What a draft model proposed is checked against the target's own distributions, and
+// the tokens that stand are those that the target alone would have drawn:
+//   kMatch     the target draws its token at each position as SampleRow says, and a draft is
+//              accepted while it equals that. Drafts drawn with the same noise are accepted as
+//              often as the two distributions allow with common random numbers, and the tokens are
+//              a function of the seed alone. Also the rule of greedy rows.
+//   kStandard  draft x from q is accepted when u q(x) <= p(x); at the first rejection the token is
+//              drawn from max(0, p - q), normalised (from p where rounding leaves nothing of it);
+//              when all are accepted, one more is drawn from p (2211.17192). The tokens follow p,
+//              whatever q. u and draws are keyed as kernels/base/accept_rule.h says.
+enum class AcceptRule : int32_t { kMatch = 0, kStandard = 1 };
+
+// The drafts of one sequence.
+struct VerifyRow {
+  int32_t first_row = 0;  // of its num_drafts + 1 SampleRows, one per position in order
+  int32_t num_drafts = 0;
+  int32_t first_draft = 0;  // index into drafts; kStandard: also the row of probabilities
+  AcceptRule rule = AcceptRule::kMatch;
+};
+
+// counts hold each draft of a row on top of what stands, as drawing it left them; they are left
+// with the tokens that stand. Row i of a sequence is drawn with the counts of what stands before
+// it. A draft that is negative (its draw failed) ends the drafts before it. A row whose logits hold
+// a NaN or +inf draws -1, counts nothing and ends the sequence's tokens.
+struct VerifyTokensArgs {
+  TensorView logits;                // [R, V] f32; not changed
+  const SampleRow* rows = nullptr;  // [num_rows], device; output r belongs to row r
+  int32_t num_rows = 0;
+  const VerifyRow* verify_rows = nullptr;  // [num_verify_rows], device; no two share a slot
+  int32_t num_verify_rows = 0;
+  TensorView counts;         // u32 [num_slots, V]
+  TensorView drafts;         // i32 [n]
+  TensorView probabilities;  // f32 [n, V]: q of the drafts; absent where no row is kStandard
+  TensorView num_tokens;     // i32 [num_verify_rows]: how many stand, 1..num_drafts + 1
+  TensorView tokens;         // i32 [num_rows]; as in SampleArgs, written for those that stand
+  TensorView logprobs;
+  TensorView top_ids;
+  TensorView top_logprobs;
 };
 
 // Log-probability of a given token per row, and of the n most likely. NaN for a row whose logits

@@ -319,6 +319,12 @@ void CheckLogits(Checker& check, const TensorView& logits) {
   check.Between("vocabulary", logits.row_elements(), 1, INT32_MAX);
 }
 
+// [n, V]
+void CheckProbabilities(Checker& check, const TensorView& x, const TensorView& logits) {
+  check.Type("probabilities", x, DType::kF32);
+  check.Shape("probabilities", x, {x.rows(), logits.row_elements()});
+}
+
 }  // namespace
 
 OpStatus Validate(const SampleArgs& args) {
@@ -340,6 +346,31 @@ OpStatus Validate(const SampleArgs& args) {
   if (args.top_ids || args.top_logprobs) {
     CheckTop(check, args.top_ids, args.top_logprobs, args.num_rows, args.top_ids.row_elements());
   }
+  if (args.probabilities) CheckProbabilities(check, args.probabilities, args.logits);
+  return check.status();
+}
+
+OpStatus Validate(const VerifyTokensArgs& args) {
+  Checker check("VerifyTokens");
+  CheckLogits(check, args.logits);
+  check.AtLeast("num_verify_rows", args.num_verify_rows, 0);
+  check.Expect(args.num_verify_rows <= 0 || args.verify_rows != nullptr,
+               "verify_rows are absent, num_verify_rows is %d", args.num_verify_rows);
+  check.AtLeast("num_rows", args.num_rows, 0);
+  check.Expect(args.num_rows <= 0 || args.rows != nullptr, "rows are absent, num_rows is %d",
+               args.num_rows);
+  check.Type("counts", args.counts, DType::kU32);
+  check.Shape("counts", args.counts, {args.counts.rows(), args.logits.row_elements()});
+  check.Type("drafts", args.drafts, DType::kI32);
+  check.Shape("drafts", args.drafts, {args.drafts.rows()});
+  if (args.probabilities) CheckProbabilities(check, args.probabilities, args.logits);
+  check.Type("num_tokens", args.num_tokens, DType::kI32);
+  check.Shape("num_tokens", args.num_tokens, {args.num_verify_rows});
+  check.Type("tokens", args.tokens, DType::kI32);
+  check.Shape("tokens", args.tokens, {args.num_rows});
+  check.Type("logprobs", args.logprobs, DType::kF32);
+  check.Shape("logprobs", args.logprobs, {args.num_rows});
+  CheckTop(check, args.top_ids, args.top_logprobs, args.num_rows, args.top_ids.row_elements());
   return check.status();
 }
 

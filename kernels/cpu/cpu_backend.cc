@@ -28,6 +28,7 @@
 #include "kernels/cpu/sample.h"
 #include "kernels/cpu/score_tokens.h"
 #include "kernels/cpu/select_isa.h"
+#include "kernels/cpu/verify_tokens.h"
 #include "kernels/validate.h"
 
 namespace godwit {
@@ -100,6 +101,9 @@ class CpuBackend final : public Backend {
   }
   OpStatus CountTokens(const CountTokensArgs& args) override { return Call(CpuCountTokens, args); }
   OpStatus Sample(const SampleArgs& args) override { return Call(CpuSample, args); }
+  OpStatus VerifyTokens(const VerifyTokensArgs& args) override {
+    return Call(CpuVerifyTokens, args);
+  }
   OpStatus ScoreTokens(const ScoreTokensArgs& args) override { return Call(CpuScoreTokens, args); }
 
   // One rank: the sum over ranks is x itself.

@@ -157,6 +157,9 @@ class CudaBackend final : public Backend {
   OpStatus Sample(const SampleArgs& args) override {
     return Run("Sample", args, [&] { return LaunchSample(args, context_); });
   }
+  OpStatus VerifyTokens(const VerifyTokensArgs& args) override {
+    return Run("VerifyTokens", args, [&] { return LaunchVerifyTokens(args, context_); });
+  }
   OpStatus ScoreTokens(const ScoreTokensArgs& args) override {
     return Run("ScoreTokens", args, [&] { return LaunchScoreTokens(args, context_); });
   }

@@ -75,6 +75,9 @@ class RefBackend final : public Backend {
   }
   OpStatus CountTokens(const CountTokensArgs& args) override { return Call(RefCountTokens, args); }
   OpStatus Sample(const SampleArgs& args) override { return Call(RefSample, args); }
+  OpStatus VerifyTokens(const VerifyTokensArgs& args) override {
+    return Call(RefVerifyTokens, args);
+  }
   OpStatus ScoreTokens(const ScoreTokensArgs& args) override { return Call(RefScoreTokens, args); }
 
   OpStatus AllReduce(const TensorView&) override { return {}; }

@@ -6,6 +6,7 @@
 #include <numeric>
 #include <vector>
 
+#include "kernels/base/accept_rule.h"
 #include "kernels/base/philox.h"
 #include "kernels/ref/elements.h"
 #include "kernels/ref/ref_backend.h"
@@ -100,32 +101,76 @@ std::vector<int32_t> Kept(const SampleRow& row, const std::vector<double>& scale
   return order;
 }
 
-double GumbelOf(const SampleRow& row, int32_t id) {
+double GumbelOf(const SampleRow& row, int64_t position, int32_t id) {
   const PhiloxWords words =
-      SampleWords(row.seed, static_cast<uint32_t>(id) / 4, row.output_index, row.position);
+      SampleWords(row.seed, static_cast<uint32_t>(id) / 4, row.output_index, position);
   const double u = (static_cast<double>(words.word[id % 4]) + 0.5) / 4294967296.0;
   return -std::log(-std::log(u));
 }
 
-int32_t Draw(const SampleRow& row, const std::vector<double>& logits) {
+// The distribution that a row's token is drawn from: a point mass where that is an argmax.
+std::vector<double> Distribution(const SampleRow& row, const std::vector<double>& logits) {
   const int32_t largest = Descending(logits)[0];
   const double max = logits[static_cast<size_t>(largest)];
-  if (row.temperature == 0 || max == -kInfinity) return largest;
+  std::vector<double> p(logits.size());
+  if (row.temperature == 0 || max == -kInfinity) {
+    p[static_cast<size_t>(largest)] = 1;
+    return p;
+  }
   std::vector<double> scaled(logits.size());
   for (size_t id = 0; id < logits.size(); ++id) {
     scaled[id] = (logits[id] - max) / static_cast<double>(row.temperature);
   }
-  std::vector<int32_t> kept = Kept(row, scaled);
-  std::sort(kept.begin(), kept.end());
-  int32_t best = largest;
+  double sum = 0;
+  for (const int32_t id : Kept(row, scaled)) {
+    p[static_cast<size_t>(id)] = std::exp(scaled[static_cast<size_t>(id)]);
+    sum += p[static_cast<size_t>(id)];
+  }
+  for (double& value : p) value /= sum;
+  return p;
+}
+
+// By Gumbel noise of `position` over weights that need not be normalised.
+int32_t Draw(const SampleRow& row, int64_t position, const std::vector<double>& weights) {
+  int32_t best = 0;
   double best_value = -kInfinity;
-  for (const int32_t id : kept) {
-    const double value = scaled[static_cast<size_t>(id)] + GumbelOf(row, id);
+  for (size_t id = 0; id < weights.size(); ++id) {
+    if (weights[id] <= 0) continue;
+    const auto token = static_cast<int32_t>(id);
+    const double value = std::log(weights[id]) + GumbelOf(row, position, token);
     if (value <= best_value) continue;
-    best = id;
+    best = token;
     best_value = value;
   }
   return best;
+}
+
+struct VerifiedToken {
+  int32_t token = -1;
+  bool accepted = false;
+};
+
+// draft: -1 where there is none.
+VerifiedToken VerifyMatch(const SampleRow& row, const std::vector<double>& p, int32_t draft) {
+  const int32_t token = Draw(row, row.position, p);
+  return {token, draft == token};
+}
+
+VerifiedToken VerifyStandard(const SampleRow& row, int64_t round_position, int32_t index,
+                             const std::vector<double>& p, int32_t draft, const float* q) {
+  const int64_t noise = NoisePosition(round_position, StandardRule::ReplaceStream(index));
+  if (draft < 0) return {Draw(row, noise, p), false};
+  const auto x = static_cast<size_t>(draft);
+  const double u = UniformOf(row.seed, row.output_index,
+                             NoisePosition(round_position, StandardRule::AcceptStream(index)));
+  if (u * static_cast<double>(q[x]) <= p[x]) return {draft, true};
+  std::vector<double> residual(p.size());
+  double sum = 0;
+  for (size_t id = 0; id < p.size(); ++id) {
+    residual[id] = std::max(0.0, p[id] - static_cast<double>(q[id]));
+    sum += residual[id];
+  }
+  return {Draw(row, noise, sum > 0 ? residual : p), false};
 }
 
 }  // namespace
@@ -148,12 +193,58 @@ void RefSample(const SampleArgs& args) {
     const std::vector<double> raw = RowOf(args.logits, row.logit_row);
     std::vector<double> logits = raw;
     Penalise(row, args.counts, logits);
-    const int32_t token = Draw(row, logits);
+    const std::vector<double> p = Distribution(row, logits);
+    const int32_t token = Draw(row, row.position, p);
     *args.tokens.row<int32_t>(r) = token;
     if (args.counts) ++args.counts.row<uint32_t>(row.slot)[token];
+    if (row.probability_row >= 0) {
+      for (size_t id = 0; id < p.size(); ++id) {
+        Set(args.probabilities, row.probability_row, static_cast<int64_t>(id), p[id]);
+      }
+    }
     if (row.num_logprobs < 0) continue;
     Set(args.logprobs, r, 0, raw[static_cast<size_t>(token)] - LogSumExp(raw));
     if (row.num_logprobs > 0) WriteTop(raw, row.num_logprobs, args.top_ids, args.top_logprobs, r);
+  }
+}
+
+void RefVerifyTokens(const VerifyTokensArgs& args) {
+  for (int32_t v = 0; v < args.num_verify_rows; ++v) {
+    const VerifyRow& verify = args.verify_rows[v];
+    const SampleRow& first = args.rows[verify.first_row];
+    uint32_t* const counts = args.counts.row<uint32_t>(first.slot);
+    const int32_t* const drafts = args.drafts.row<const int32_t>(verify.first_draft);
+    int32_t num_drafts = 0;
+    while (num_drafts < verify.num_drafts && drafts[num_drafts] >= 0) ++num_drafts;
+    for (int32_t i = 0; i < verify.num_drafts; ++i) {
+      if (drafts[i] >= 0) --counts[drafts[i]];
+    }
+    VerifiedToken verified = {.accepted = true};
+    int32_t i = 0;
+    for (; verified.accepted; ++i) {
+      const int32_t r = verify.first_row + i;
+      const SampleRow& row = args.rows[r];
+      *args.tokens.row<int32_t>(r) = -1;
+      verified.accepted = false;
+      if (IsBad(args.logits, row.logit_row)) continue;
+      const std::vector<double> raw = RowOf(args.logits, row.logit_row);
+      std::vector<double> logits = raw;
+      Penalise(row, args.counts, logits);
+      const std::vector<double> p = Distribution(row, logits);
+      const int32_t draft = i < num_drafts ? drafts[i] : -1;
+      verified = verify.rule == AcceptRule::kMatch
+                     ? VerifyMatch(row, p, draft)
+                     : VerifyStandard(
+                           row, first.position, i, p, draft,
+                           draft >= 0 ? args.probabilities.row<const float>(verify.first_draft + i)
+                                      : nullptr);
+      *args.tokens.row<int32_t>(r) = verified.token;
+      ++counts[verified.token];
+      if (row.num_logprobs < 0) continue;
+      Set(args.logprobs, r, 0, raw[static_cast<size_t>(verified.token)] - LogSumExp(raw));
+      if (row.num_logprobs > 0) WriteTop(raw, row.num_logprobs, args.top_ids, args.top_logprobs, r);
+    }
+    *args.num_tokens.row<int32_t>(v) = i;
   }
 }
 

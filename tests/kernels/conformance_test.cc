@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <random>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -774,6 +775,192 @@ TEST_P(ConformanceTest, SampleUnderEveryRule) {
       }
     }
     EXPECT_LE(different, 1) << vocab;  // as above: decided by a rounding
+  }
+}
+
+TEST_P(ConformanceTest, SampleProbabilities) {
+  const int64_t vocab = 1001;
+  std::vector<SampleRow> rows;
+  for (int i = 0; i < 12; ++i) {
+    SampleRow row;
+    row.logit_row = i % 3;
+    row.temperature = 0.3f * static_cast<float>(i % 4);
+    row.top_k = i % 2 == 0 ? 30 : 0;
+    row.min_p = i % 5 == 0 ? 0.05f : 0;
+    row.probability_row = i == 7 ? -1 : 11 - i;
+    rows.push_back(row);
+  }
+  auto run = [&](Backend& backend) {
+    DeviceArena arena(backend);
+    SampleArgs args;
+    args.logits =
+        arena.Floats(DType::kF32, {3, vocab}, RandomValues(62, 3 * vocab, DType::kF32, 2));
+    args.rows = arena.UploadArray(rows);
+    args.num_rows = static_cast<int32_t>(rows.size());
+    args.tokens =
+        arena.Upload<int32_t>(DType::kI32, {args.num_rows}, std::vector<int32_t>(rows.size(), -1));
+    args.probabilities = arena.Output(DType::kF32, {12, vocab});
+    ExpectOk(backend.Sample(args));
+    return arena.Download(args.probabilities);
+  };
+  const std::vector<float> expected = run(*ref_);
+  std::vector<double> tolerance;
+  for (const float p : expected) tolerance.push_back(std::ldexp(1.0, -17) * static_cast<double>(p));
+  EXPECT_TRUE(Within(run(*backend_), expected, tolerance));
+}
+
+// Sequences of both rules, some of whose drafts the target would draw too, one of which failed and
+// one of whose logits is no number.
+TEST_P(ConformanceTest, VerifyTokens) {
+  const int64_t vocab = 203;
+  const int num_sequences = 40, max_drafts = 7;
+  std::vector<SampleRow> rows;
+  std::vector<VerifyRow> verify_rows;
+  std::vector<int32_t> drafts;
+  std::vector<uint32_t> counts(static_cast<size_t>(num_sequences * vocab));
+  std::vector<float> logits, probabilities;
+  std::mt19937 random(63);
+  std::uniform_int_distribution<int32_t> any_id(0, static_cast<int32_t>(vocab) - 1);
+  for (int sequence = 0; sequence < num_sequences; ++sequence) {
+    VerifyRow verify;
+    verify.first_row = static_cast<int32_t>(rows.size());
+    verify.num_drafts = sequence % (max_drafts + 1);
+    verify.first_draft = static_cast<int32_t>(drafts.size());
+    verify.rule = sequence % 2 == 0 ? AcceptRule::kMatch : AcceptRule::kStandard;
+    uint32_t* const count = &counts[static_cast<size_t>(sequence * vocab)];
+    for (int i = 0; i < 5; ++i) ++count[any_id(random)];
+    count[3] |= kPromptBit;
+    for (int i = 0; i <= verify.num_drafts; ++i) {
+      SampleRow row;
+      row.logit_row = static_cast<int32_t>(rows.size());
+      row.slot = sequence;
+      row.output_index = sequence % 3;
+      row.seed = 77;
+      row.position = 100 * sequence + i;
+      row.temperature = 0.5f * static_cast<float>(sequence % 3);
+      row.top_k = sequence % 5 == 0 ? 20 : 0;
+      row.top_p = sequence % 7 == 0 ? 0.8f : 1;
+      row.repetition_penalty = sequence % 4 == 0 ? 1.3f : 1;
+      row.frequency_penalty = sequence % 3 == 0 ? 0.5f : 0;
+      row.num_logprobs = sequence % 2 * 3;
+      rows.push_back(row);
+      // A peak that the draft mostly hits.
+      const int32_t peak = any_id(random);
+      std::vector<float> x = RandomValues(static_cast<uint32_t>(1000 + rows.size()), vocab);
+      x[static_cast<size_t>(peak)] += 7;
+      if (sequence == 13 && i == 2) x[5] = NAN;
+      logits.insert(logits.end(), x.begin(), x.end());
+      if (i == verify.num_drafts) continue;
+      const bool failed = sequence == 22 && i == 3;
+      drafts.push_back(failed ? -1 : random() % 8 == 0 ? any_id(random) : peak);
+      if (!failed) ++count[drafts.back()];
+      std::vector<float> q(static_cast<size_t>(vocab), 0.5f / static_cast<float>(vocab));
+      q[static_cast<size_t>(peak)] += 0.5f;
+      probabilities.insert(probabilities.end(), q.begin(), q.end());
+    }
+    verify_rows.push_back(verify);
+  }
+  const auto num_rows = static_cast<int64_t>(rows.size());
+  struct Result {
+    std::vector<float> num_tokens, tokens, counts, logprobs, top_ids;
+  };
+  auto run = [&](Backend& backend) {
+    DeviceArena arena(backend);
+    VerifyTokensArgs args;
+    args.logits = arena.Floats(DType::kF32, {num_rows, vocab}, logits);
+    args.rows = arena.UploadArray(rows);
+    args.num_rows = static_cast<int32_t>(num_rows);
+    args.verify_rows = arena.UploadArray(verify_rows);
+    args.num_verify_rows = num_sequences;
+    args.counts = arena.Upload<uint32_t>(DType::kU32, {num_sequences, vocab}, counts);
+    const auto num_drafts = static_cast<int64_t>(drafts.size());
+    args.drafts = arena.Upload<int32_t>(DType::kI32, {num_drafts}, drafts);
+    args.probabilities = arena.Floats(DType::kF32, {num_drafts, vocab}, probabilities);
+    args.num_tokens = arena.Upload<int32_t>(DType::kI32, {num_sequences},
+                                            std::vector<int32_t>(num_sequences, -7));
+    args.tokens =
+        arena.Upload<int32_t>(DType::kI32, {num_rows}, std::vector<int32_t>(rows.size(), -7));
+    args.logprobs = arena.Output(DType::kF32, {num_rows});
+    args.top_ids = arena.Upload<int32_t>(DType::kI32, {num_rows, 3},
+                                         std::vector<int32_t>(rows.size() * 3, -7));
+    args.top_logprobs = arena.Output(DType::kF32, {num_rows, 3});
+    ExpectOk(backend.VerifyTokens(args));
+    return Result{arena.Download(args.num_tokens), arena.Download(args.tokens),
+                  arena.Download(args.counts), arena.Download(args.logprobs),
+                  arena.Download(args.top_ids)};
+  };
+  const Result actual = run(*backend_), expected = run(*ref_);
+  EXPECT_TRUE(SameBits(actual.num_tokens, expected.num_tokens));
+  EXPECT_TRUE(SameBits(actual.tokens, expected.tokens));
+  EXPECT_TRUE(SameBits(actual.counts, expected.counts));
+  EXPECT_TRUE(SameBits(actual.top_ids, expected.top_ids));
+  EXPECT_TRUE(Within(actual.logprobs, expected.logprobs,
+                     std::vector<double>(expected.logprobs.size(), std::ldexp(1.0, -15))));
+  float total = 0, longest = 0;
+  for (const float num_tokens : expected.num_tokens) {
+    total += num_tokens;
+    longest = std::max(longest, num_tokens);
+  }
+  EXPECT_GT(total, 2 * num_sequences) << "drafts are accepted";
+  EXPECT_EQ(longest, max_drafts + 1) << "all of them somewhere";
+}
+
+// Drafts that are what Sample draws, one position after another, all stand, with the bits of its
+// outputs.
+TEST_P(ConformanceTest, VerifyTokensDrawsAsSampleDoes) {
+  for (const int64_t vocab : {17, 3001, 40000}) {
+    const std::vector<TokenBias> biases = {{0, 1.5f}, {3, -INFINITY}, {2, -4}};
+    const int64_t num_rows = 24, num_top = 5;
+    DeviceArena arena(*backend_);
+    std::vector<SampleRow> rows = RowsUnderEveryRule(vocab, arena.UploadArray(biases), 3);
+    for (SampleRow& row : rows) row.slot = 0;
+    const std::vector<float> logits = RandomValues(72, num_rows * vocab, DType::kF32, 3);
+    const SampleRow* const device_rows = arena.UploadArray(rows);
+    std::vector<uint32_t> initial(static_cast<size_t>(vocab));
+    for (size_t i = 0; i < initial.size(); i += 3) initial[i] = i % 2 == 0 ? kPromptBit | i % 4 : 2;
+    VerifyTokensArgs verify;
+    verify.logits = arena.Floats(DType::kF32, {num_rows, vocab}, logits);
+    verify.counts = arena.Upload<uint32_t>(DType::kU32, {1, vocab}, initial);
+    const auto outputs = [&](auto& args) {
+      args.tokens = arena.Upload<int32_t>(DType::kI32, {num_rows}, std::vector<int32_t>(24, -7));
+      args.logprobs = arena.Output(DType::kF32, {num_rows});
+      args.top_ids =
+          arena.Upload<int32_t>(DType::kI32, {num_rows, num_top}, std::vector<int32_t>(24 * 5, -7));
+      args.top_logprobs = arena.Output(DType::kF32, {num_rows, num_top});
+    };
+    SampleArgs all;
+    outputs(all);
+    for (int64_t r = 0; r < num_rows; ++r) {
+      ExpectOk(backend_->Sample({.logits = verify.logits,
+                                 .rows = device_rows + r,
+                                 .num_rows = 1,
+                                 .counts = verify.counts,
+                                 .tokens = RowRange(all.tokens, r, 1),
+                                 .logprobs = RowRange(all.logprobs, r, 1),
+                                 .top_ids = RowRange(all.top_ids, r, 1),
+                                 .top_logprobs = RowRange(all.top_logprobs, r, 1)}));
+    }
+    const std::vector<float> counts_of_sample = arena.Download(verify.counts);
+    const std::vector<VerifyRow> verify_rows = {{.num_drafts = static_cast<int32_t>(num_rows) - 1}};
+    outputs(verify);
+    verify.rows = device_rows;
+    verify.num_rows = static_cast<int32_t>(num_rows);
+    verify.verify_rows = arena.UploadArray(verify_rows);
+    verify.num_verify_rows = 1;
+    verify.drafts = RowRange(all.tokens, 0, num_rows - 1);
+    verify.num_tokens = arena.Upload<int32_t>(DType::kI32, {1}, std::vector<int32_t>{-7});
+    // As drawing the drafts leaves them: the last token is no draft.
+    std::vector<uint32_t> counts = initial;
+    const std::vector<float> tokens = arena.Download(all.tokens);
+    for (int64_t r = 0; r + 1 < num_rows; ++r)
+      ++counts[static_cast<size_t>(tokens[static_cast<size_t>(r)])];
+    verify.counts = arena.Upload<uint32_t>(DType::kU32, {1, vocab}, counts);
+    ExpectOk(backend_->VerifyTokens(verify));
+    EXPECT_EQ(arena.Download(verify.num_tokens)[0], static_cast<float>(num_rows)) << vocab;
+    EXPECT_TRUE(SameBits(arena.Download(verify.tokens), tokens)) << vocab;
+    EXPECT_TRUE(SameBits(arena.Download(verify.counts), counts_of_sample)) << vocab;
+    EXPECT_TRUE(SameBits(arena.Download(verify.logprobs), arena.Download(all.logprobs))) << vocab;
+    EXPECT_TRUE(SameBits(arena.Download(verify.top_ids), arena.Download(all.top_ids))) << vocab;
   }
 }
 

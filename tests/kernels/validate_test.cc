@@ -300,7 +300,44 @@ TEST(ValidateTest, Sample) {
        {[](auto& a) { a.top_ids.dtype = DType::kI64; }, "top_ids has dtype i64"},
        {[](auto& a) { a.top_ids.shape[0] = 1; }, "top_ids has size 1"},
        {[](auto& a) { a.top_logprobs.shape[1] = 5; }, "top_logprobs has size 5"},
-       {[](auto& a) { a.top_logprobs = {}; }, "top_logprobs has rank 0"}});
+       {[](auto& a) { a.top_logprobs = {}; }, "top_logprobs has rank 0"},
+       {[](auto& a) { a.probabilities = View(DType::kF32, 2, 9); }, "probabilities has size 9"},
+       {[](auto& a) { a.probabilities = View(DType::kBF16, 2, 10); },
+        "probabilities has dtype bf16"}});
+}
+
+TEST(ValidateTest, VerifyTokens) {
+  static SampleRow row;
+  static VerifyRow verify_row;
+  VerifyTokensArgs good;
+  good.logits = View(DType::kF32, 3, 10);
+  good.rows = &row;
+  good.num_rows = 3;
+  good.verify_rows = &verify_row;
+  good.num_verify_rows = 1;
+  good.counts = View(DType::kU32, 2, 10);
+  good.drafts = View(DType::kI32, 5);
+  good.probabilities = View(DType::kF32, 5, 10);
+  good.num_tokens = View(DType::kI32, 1);
+  good.tokens = View(DType::kI32, 3);
+  good.logprobs = View(DType::kF32, 3);
+  good.top_ids = View(DType::kI32, 3, 4);
+  good.top_logprobs = View(DType::kF32, 3, 4);
+  ExpectRejections<VerifyTokensArgs>(
+      good, "VerifyTokens",
+      {{[](auto& a) { a.logits.dtype = DType::kBF16; }, "logits has dtype bf16"},
+       {[](auto& a) { a.num_rows = -1; }, "num_rows is -1"},
+       {[](auto& a) { a.rows = nullptr; }, "rows are absent"},
+       {[](auto& a) { a.num_verify_rows = -1; }, "num_verify_rows is -1"},
+       {[](auto& a) { a.verify_rows = nullptr; }, "verify_rows are absent"},
+       {[](auto& a) { a.counts = {}; }, "counts has dtype f32"},
+       {[](auto& a) { a.counts.shape[1] = 9; }, "counts has size 9"},
+       {[](auto& a) { a.drafts.dtype = DType::kI64; }, "drafts has dtype i64"},
+       {[](auto& a) { a.probabilities.shape[1] = 9; }, "probabilities has size 9"},
+       {[](auto& a) { a.num_tokens.shape[0] = 2; }, "num_tokens has size 2"},
+       {[](auto& a) { a.tokens.shape[0] = 2; }, "tokens has size 2"},
+       {[](auto& a) { a.logprobs.dtype = DType::kBF16; }, "logprobs has dtype bf16"},
+       {[](auto& a) { a.top_ids.shape[0] = 1; }, "top_ids has size 1"}});
 }
 
 TEST(ValidateTest, ScoreTokens) {
