@@ -23,6 +23,10 @@ struct RowOutput {
   const SamplingParams* sampling = nullptr;
   uint64_t seed = 0;  // random key (seed, output_index, position): never the batch slot
   int32_t output_index = 0;
+  // Drafts are accepted while they equal what the target itself draws with this key: the tokens are
+  // a function of the seed. False: by the standard rule, which accepts more and has the same
+  // distribution. The same for a greedy output.
+  bool coupled = true;
 };
 
 // Pointers and spans must stay valid until the step is collected.
@@ -35,9 +39,12 @@ struct BatchRow {
       0;  // what the scheduler has seen committed; bases may be folded up to here
   int64_t prompt_length = 0;        // output index of a drawn token = its position - prompt_length
   const RopeTable* rope = nullptr;  // the same in every row of a sequence; null: the model's own
-  CacheLease* lease = nullptr;  // room for the tokens of this step + max_draft_tokens is reserved
+  CacheLease* lease = nullptr;      // with room for the tokens of this step and max_draft_tokens
   std::span<const RowOutput> outputs;  // empty for every prefill chunk but the last
-  int max_draft_tokens = 0;            // 0 turns speculation off for this row
+  // A decode row: what the draft model may propose in this step, fewer where it cannot; 0 turns
+  // speculation off. A prompt row: other than 0, the draft model reads the prompt too, without
+  // which the sequence is not speculated on. No other step of a row that speculates is in flight.
+  int max_draft_tokens = 0;
 
   // Scoring of given tokens (prompt log-probabilities): target i is the token whose log-probability
   // row token_ids[i] predicts (the next prompt token), -1 for none. Same length as token_ids, or
@@ -65,6 +72,7 @@ struct RowResult {
       outputs;                       // per RowOutput: 1, or 1..K+1 tokens when speculating
   std::vector<SampledToken> scores;  // per score target that is not -1
   int64_t num_computed = 0;          // tokens of this row now in the state
+  int num_drafts = 0;  // proposed in this step; one less than outputs[0] has were accepted
 };
 
 struct StepResult {
@@ -72,6 +80,7 @@ struct StepResult {
   int64_t num_tokens = 0;       // computed in this step
   double forward_seconds = 0;   // device time of the step
   double wait_seconds = 0;      // that Collect waited for the device
+  double draft_seconds = 0;     // of which the draft model's
 };
 
 using StepId = int64_t;

@@ -16,6 +16,7 @@
 #include "engine/memory_plan.h"
 #include "engine/rope_store.h"
 #include "engine/sampler.h"
+#include "engine/speculative_decoder.h"
 #include "engine/step_arena.h"
 #include "engine/step_outputs.h"
 #include "kernels/base/check.h"
@@ -97,14 +98,14 @@ int64_t PaddedRows(int64_t num_rows, int64_t most) {
 
 // Token ids, positions, rope tables, rows and block tables of the largest step, besides what the
 // sampler uploads.
-int64_t ArenaBytes(const EngineOptions& options, int64_t num_blocks) {
+int64_t ArenaBytes(const EngineOptions& options, const SamplerOptions& sampler,
+                   int64_t num_blocks) {
   const int64_t tokens = options.max_tokens_per_step;
   return StepArena::Footprint(tokens * DTypeBytes(DType::kI32)) +
          StepArena::Footprint(tokens * DTypeBytes(DType::kI64)) +
          StepArena::Footprint(tokens * DTypeBytes(DType::kI32)) +
          StepArena::Footprint(options.max_sequences * int64_t{sizeof(StepRow)}) +
-         StepArena::Footprint(num_blocks * DTypeBytes(DType::kI32)) +
-         Sampler::ArenaBytes(tokens, options.max_sequences);
+         StepArena::Footprint(num_blocks * DTypeBytes(DType::kI32)) + Sampler::ArenaBytes(sampler);
 }
 
 BackendLimits Limits(const EngineOptions& options, const ModelConfig& config, int64_t num_blocks) {
@@ -137,6 +138,16 @@ absl::Status WithPlan(const absl::Status& status, const std::string& plan, int64
       "; ", FormatBytes(free_bytes), " were free at start"));
 }
 
+// What serves both models.
+BackendLimits Union(BackendLimits a, const BackendLimits& b) {
+  a.max_input_columns = std::max(a.max_input_columns, b.max_input_columns);
+  a.max_gated_columns = std::max(a.max_gated_columns, b.max_gated_columns);
+  a.max_key_columns = std::max(a.max_key_columns, b.max_key_columns);
+  a.num_heads = std::max(a.num_heads, b.num_heads);
+  a.head_dim = std::max(a.head_dim, b.head_dim);
+  return a;
+}
+
 SampledToken MakeToken(int32_t token_id, float logprob, const int32_t* top_ids,
                        const float* top_logprobs, int32_t num_top) {
   SampledToken token = {.token_id = token_id, .logprob = logprob};
@@ -154,22 +165,27 @@ struct Engine::Impl {
     StepId id = 0;
     std::vector<BatchRow> rows;
     std::vector<RowOutputs> outputs;       // per row
-    std::vector<int64_t> positions_after;  // per row
+    std::vector<int64_t> positions_after;  // per row; before its drafts are judged: without them
     int64_t num_tokens = 0;
     bool replayable = false;  // every row decodes one token, on a back end that records
   };
 
   absl::Status Init(EngineOptions options);
   absl::Status MakeModel(const EngineOptions& options);
+  absl::Status LoadDraft(const EngineOptions& options);
   CacheGeometry MakeGeometry(const EngineOptions& options) const;
   absl::Status PlanCaches(const EngineOptions& options, CacheGeometry geometry);
   absl::Status MakeStepBuffers(const EngineOptions& options);
+  absl::Status MakeSpeculator(const EngineOptions& options, const TensorView& counts);
+  BackendLimits MakeLimits(const EngineOptions& options, int64_t num_blocks) const;
   SamplerOptions MakeSamplerOptions(const EngineOptions& options) const;
+  SpeculativeDecoderOptions MakeSpeculatorOptions(const EngineOptions& options) const;
+  // Draws of a step, then its drafts.
+  int64_t MaxDrawn(const EngineOptions& options) const;
 
   absl::Status RunPadding(int64_t num_rows);
 
-  absl::StatusOr<ForwardPlan> Upload(std::span<const BatchRow> rows, const StepArrays& arrays,
-                                     Step& step);
+  absl::StatusOr<ForwardPlan> Upload(const StepArrays& arrays, Step& step);
   absl::Status ZeroFreshSlots(std::span<const BatchRow> rows);
   absl::Status AssignRopes(std::span<const BatchRow> rows);
   absl::Status Fork(std::span<const BatchRow> rows, const StepArrays& arrays);
@@ -177,25 +193,29 @@ struct Engine::Impl {
                               const ForwardPlan& plan);
   absl::Status Replay(std::span<const BatchRow> rows, const StepArrays& arrays,
                       const ForwardPlan& plan);
-  absl::Status Run(std::span<const BatchRow> rows, const StepArrays& arrays, Step& step);
-  void Commit(const StepArrays& arrays, Step step);
+  absl::Status RunPlanned(const StepArrays& arrays, Step& step);
+  absl::Status Run(Step& step);
+  void Commit(const StepArrays& arrays, Step& step);
 
+  int64_t NumTokens(const Step& step, size_t row) const;
   RowResult Result(const Step& step, size_t row) const;
   bool AppendScores(const Step& step, size_t row, RowResult& result) const;
-  void ResolveTokens(const Step& step);
+  void ResolveTokens(Step& step);
   absl::Status CopyOne(const CacheCopy& copy);
   void DropReleasedHostCopies();
 
-  // Two marks a step in flight: when the queue begins it and when it has ended.
-  static int BeginMark(StepId id) { return static_cast<int>(id % kMaxStepsInFlight) * 2; }
-  static int EndMark(StepId id) { return BeginMark(id) + 1; }
-  static_assert(2 * kMaxStepsInFlight <= kNumMarks);
+  // Three marks a step in flight: when the queue begins it, has its drafts, and has ended it.
+  static int BeginMark(StepId id) { return static_cast<int>(id % kMaxStepsInFlight) * 3; }
+  static int DraftMark(StepId id) { return BeginMark(id) + 1; }
+  static int EndMark(StepId id) { return BeginMark(id) + 2; }
+  static_assert(3 * kMaxStepsInFlight <= kNumMarks);
 
   SlotState& slot(int32_t index) { return slots[static_cast<size_t>(index)]; }
 
   // Destroyed in reverse: everything that holds device memory before the back end.
   std::unique_ptr<Backend, BackendDeleter> backend;
   std::unique_ptr<Model> model;
+  std::unique_ptr<Model> draft;  // null: no speculation
   std::unique_ptr<CacheManager> caches;
   std::unique_ptr<CachePool> pool;
   std::unique_ptr<Sampler> sampler;
@@ -203,6 +223,7 @@ struct Engine::Impl {
   std::optional<RopeStore> ropes;  // none for a model without RoPE
   std::unique_ptr<StepPlanner> planner;
   std::unique_ptr<StepOutputs> outputs;
+  std::unique_ptr<SpeculativeDecoder> speculator;  // with a draft model
   ModelCard card;
   int max_steps_in_flight = 1;
   bool replays = false;  // DeviceInfo's
@@ -220,7 +241,26 @@ SamplerOptions Engine::Impl::MakeSamplerOptions(const EngineOptions& options) co
   return {.max_tokens_per_step = options.max_tokens_per_step,
           .num_slots = options.max_sequences,
           .vocab_size = model->config().vocab_size,
-          .d_model = model->config().d_model};
+          .d_model = model->config().d_model,
+          .max_drafts = card.max_draft_tokens};
+}
+
+SpeculativeDecoderOptions Engine::Impl::MakeSpeculatorOptions(const EngineOptions& options) const {
+  return {.max_tokens_per_step = options.max_tokens_per_step,
+          .num_slots = options.max_sequences,
+          .num_blocks = card.geometry.num_blocks,
+          .max_drafts = card.max_draft_tokens,
+          .first_draft = Sampler::MaxDraws(MakeSamplerOptions(options))};
+}
+
+int64_t Engine::Impl::MaxDrawn(const EngineOptions& options) const {
+  return Sampler::MaxDraws(MakeSamplerOptions(options)) +
+         options.max_sequences * card.max_draft_tokens;
+}
+
+BackendLimits Engine::Impl::MakeLimits(const EngineOptions& options, int64_t num_blocks) const {
+  const BackendLimits limits = Limits(options, model->config(), num_blocks);
+  return draft == nullptr ? limits : Union(limits, Limits(options, draft->config(), num_blocks));
 }
 
 // Without blocks.
@@ -231,6 +271,11 @@ CacheGeometry Engine::Impl::MakeGeometry(const EngineOptions& options) const {
                             .swap_bytes = options.swap_bytes};
   geometry.components.push_back(
       {.name = "penalties", .base_bytes = model->config().vocab_size * DTypeBytes(DType::kU32)});
+  if (draft == nullptr) return geometry;
+  for (StateComponent component : draft->state_components()) {
+    component.name = absl::StrCat("draft.", component.name);
+    geometry.components.push_back(std::move(component));
+  }
   return geometry;
 }
 
@@ -240,19 +285,29 @@ absl::Status Engine::Impl::PlanCaches(const EngineOptions& options, CacheGeometr
   plan.geometry = std::move(geometry);
   plan.weight_bytes = model->weight_bytes();
   plan.workspace_bytes = model->workspace_bytes();
-  RETURN_IF_ERROR(backend->Reserve(Limits(options, config, 0)));  // before what is free is read
+  if (draft != nullptr) {
+    plan.weight_bytes += draft->weight_bytes();
+    plan.workspace_bytes += draft->workspace_bytes();
+  }
+  RETURN_IF_ERROR(backend->Reserve(MakeLimits(options, 0)));  // before what is free is read
   plan.free_bytes = backend->Info().free_bytes;
   plan.owns_memory = backend->Info().owns_memory;
-  plan.step_bytes = ArenaBytes(options, 0) + Sampler::DeviceBytes(MakeSamplerOptions(options)) +
-                    StepOutputs::DeviceBytes(options.max_sequences, options.max_tokens_per_step);
+  const SamplerOptions sampler_options = MakeSamplerOptions(options);
+  plan.step_bytes = ArenaBytes(options, sampler_options, 0) +
+                    Sampler::DeviceBytes(sampler_options) +
+                    StepOutputs::DeviceBytes(MaxDrawn(options), options.max_tokens_per_step);
   if (config.rope) {
     plan.step_bytes += RopeStore::DeviceBytes(config.rope->rotary_dim, options.max_sequences);
+  }
+  if (draft != nullptr) {
+    plan.step_bytes +=
+        SpeculativeDecoder::DeviceBytes(draft->config(), MakeSpeculatorOptions(options));
   }
   ASSIGN_OR_RETURN(plan, PlanMemory(std::move(plan), options.kv_bytes));
   card.weight_bytes = plan.weight_bytes;
   card.workspace_bytes = plan.workspace_bytes + plan.step_bytes;
   card.memory_plan = Describe(plan);
-  RETURN_IF_ERROR(backend->Reserve(Limits(options, config, plan.geometry.num_blocks)));
+  RETURN_IF_ERROR(backend->Reserve(MakeLimits(options, plan.geometry.num_blocks)));
   ASSIGN_OR_RETURN(caches, CacheManager::Create(plan.geometry));
   ASSIGN_OR_RETURN(pool, CachePool::Create(*backend, plan.geometry));
   card.geometry = std::move(plan.geometry);
@@ -280,29 +335,59 @@ absl::Status Engine::Impl::MakeModel(const EngineOptions& options) {
   return absl::OkStatus();
 }
 
+absl::Status Engine::Impl::LoadDraft(const EngineOptions& options) {
+  if (options.draft_folder.empty()) return absl::OkStatus();
+  const ModelOptions draft_options = {
+      .dtype = options.dtype,
+      .max_tokens_per_step = options.max_tokens_per_step,
+      .first_component = static_cast<int>(model->state_components().size()) + 1};
+  // Before the weights are read.
+  ASSIGN_OR_RETURN(card.draft_config, ReadModelConfig(options.draft_folder, ""));
+  RETURN_IF_ERROR(
+      CheckDraftFits(card.config, options.model_folder, card.draft_config, options.draft_folder));
+  ASSIGN_OR_RETURN(draft, LoadModel(options.draft_folder, draft_options, "", *backend));
+  card.draft_num_parameters = draft->num_parameters();
+  card.max_draft_tokens = kMaxDraftTokens;
+  return absl::OkStatus();
+}
+
 absl::Status Engine::Impl::MakeStepBuffers(const EngineOptions& options) {
-  const int penalties = static_cast<int>(card.geometry.components.size()) - 1;
+  const int penalties = static_cast<int>(model->state_components().size());
   SamplerOptions sampler_options = MakeSamplerOptions(options);
   sampler_options.counts = static_cast<uint32_t*>(pool->bases(penalties));
   ASSIGN_OR_RETURN(Sampler made_sampler, Sampler::Create(*backend, *model, sampler_options));
   sampler = std::make_unique<Sampler>(std::move(made_sampler));
-  ASSIGN_OR_RETURN(StepArena made_arena,
-                   StepArena::Create(*backend, ArenaBytes(options, card.geometry.num_blocks)));
+  ASSIGN_OR_RETURN(
+      StepArena made_arena,
+      StepArena::Create(*backend, ArenaBytes(options, sampler_options, card.geometry.num_blocks)));
   arena = std::make_unique<StepArena>(std::move(made_arena));
-  ASSIGN_OR_RETURN(StepOutputs made_outputs, StepOutputs::Create(*backend, options.max_sequences,
-                                                                 options.max_tokens_per_step));
+  ASSIGN_OR_RETURN(StepOutputs made_outputs,
+                   StepOutputs::Create(*backend, MaxDrawn(options), options.max_tokens_per_step));
   outputs = std::make_unique<StepOutputs>(std::move(made_outputs));
   if (card.config.rope) {
     ASSIGN_OR_RETURN(const RopeTable own, MakeRopeTable(*card.config.rope));
     ASSIGN_OR_RETURN(ropes, RopeStore::Create(*backend, own, options.max_sequences));
     card.rope_regime = own.regime;
   }
-  planner = std::make_unique<StepPlanner>(StepLimits{.max_tokens = options.max_tokens_per_step,
-                                                     .num_slots = options.max_sequences,
-                                                     .window_rows = card.geometry.window_rows,
-                                                     .vocab_size = card.config.vocab_size});
+  planner =
+      std::make_unique<StepPlanner>(StepLimits{.max_tokens = options.max_tokens_per_step,
+                                               .num_slots = options.max_sequences,
+                                               .window_rows = card.geometry.window_rows,
+                                               .vocab_size = card.config.vocab_size,
+                                               .first_draft = Sampler::MaxDraws(sampler_options),
+                                               .max_drafts = card.max_draft_tokens});
+  RETURN_IF_ERROR(MakeSpeculator(options, MakeView(sampler_options.counts, DType::kU32,
+                                                   options.max_sequences, card.config.vocab_size)));
   slots.resize(static_cast<size_t>(options.max_sequences));
   max_steps_in_flight = options.max_steps_in_flight;
+  return absl::OkStatus();
+}
+
+absl::Status Engine::Impl::MakeSpeculator(const EngineOptions& options, const TensorView& counts) {
+  if (draft == nullptr) return absl::OkStatus();
+  const TensorView drawn = MakeView(outputs->device_draws().tokens, DType::kI32, MaxDrawn(options));
+  ASSIGN_OR_RETURN(speculator, SpeculativeDecoder::Create(*backend, *draft, *pool, counts, drawn,
+                                                          MakeSpeculatorOptions(options)));
   return absl::OkStatus();
 }
 
@@ -312,6 +397,7 @@ absl::Status Engine::Impl::Init(EngineOptions options) {
   replays = device.replays;
   options = WithDefaults(std::move(options), device);
   RETURN_IF_ERROR(MakeModel(options));
+  RETURN_IF_ERROR(LoadDraft(options));
   CacheGeometry geometry = MakeGeometry(options);
   if (options.max_sequences == 0) {
     options.max_sequences = geometry.num_slots = std::min(
@@ -321,26 +407,35 @@ absl::Status Engine::Impl::Init(EngineOptions options) {
   return MakeStepBuffers(options);
 }
 
-// What a first request would wait for: the recordings of all numbers of rows, and whatever a back
-// end loads or chooses when it sees a prompt of full length. Padding alone makes a decode step, so
-// only the prompt needs a slot, which is zeroed again when it is handed out.
+// What a first request would wait for: whatever a back end loads or chooses when it sees a prompt
+// of full length or a row with drafts, and the recordings of all numbers of rows. Padding alone
+// makes a decode step, so only the first two need a slot, which is zeroed again when it is handed
+// out.
 absl::Status Engine::WarmUp() {
   Impl& impl = *impl_;
   const ModelCard& card = impl.card;
-  const int64_t num_blocks = card.geometry.num_blocks;
-  int64_t length = std::min(card.max_tokens_per_step, card.context_length);
-  if (card.geometry.has_paged()) length = std::min(length, num_blocks * kPagedBlock);
+  int64_t room = std::min(card.max_tokens_per_step, card.context_length);
+  if (card.geometry.has_paged()) room = std::min(room, card.geometry.num_blocks * kPagedBlock);
+  const auto num_drafts = static_cast<int>(std::clamp<int64_t>(room - 2, 0, card.max_draft_tokens));
+  const int64_t length = num_drafts == 0 ? room : room - 1 - num_drafts;
   {
     const std::vector<int32_t> prompt(static_cast<size_t>(length), 0);
     const SamplingParams sampling = {.temperature = 0};
-    ASSIGN_OR_RETURN(CacheLease lease, caches().Reserve(length));
+    ASSIGN_OR_RETURN(CacheLease lease, caches().Reserve(room));
     const RowOutput output = {.lease = &lease, .sampling = &sampling};
-    const BatchRow row = {.token_ids = prompt,
-                          .prompt_length = length,
-                          .lease = &lease,
-                          .outputs = std::span(&output, 1)};
-    ASSIGN_OR_RETURN(const StepId id, Submit(std::span(&row, 1)));
+    BatchRow row = {.token_ids = prompt,
+                    .prompt_length = length,
+                    .lease = &lease,
+                    .outputs = std::span(&output, 1),
+                    .max_draft_tokens = num_drafts};
+    ASSIGN_OR_RETURN(StepId id, Submit(std::span(&row, 1)));
     RETURN_IF_ERROR(Collect(id).status());
+    if (num_drafts > 0) {
+      row.token_ids = {};
+      row.confirmed_position = lease.position();
+      ASSIGN_OR_RETURN(id, Submit(std::span(&row, 1)));
+      RETURN_IF_ERROR(Collect(id).status());
+    }
   }
   const int64_t most = card.geometry.num_slots;
   for (int64_t num_rows = 0; num_rows < most;) {
@@ -354,7 +449,7 @@ absl::Status Engine::Impl::RunPadding(int64_t num_rows) {
   const StepArrays& arrays = planner->Plan({}, slots);
   planner->Pad(num_rows);
   Step step = {.id = next_step, .replayable = true};
-  RETURN_IF_ERROR(Run({}, arrays, step));
+  RETURN_IF_ERROR(RunPlanned(arrays, step));
   return ToStatus(backend->Synchronize());
 }
 
@@ -383,14 +478,14 @@ CacheManager& Engine::caches() { return *impl_->caches; }
 // --- Submit
 // -------------------------------------------------------------------------------------------------------------
 
-absl::StatusOr<ForwardPlan> Engine::Impl::Upload(std::span<const BatchRow> rows,
-                                                 const StepArrays& arrays, Step& step) {
+absl::StatusOr<ForwardPlan> Engine::Impl::Upload(const StepArrays& arrays, Step& step) {
   arena->Begin(step.id);
   ForwardPlan plan;
   plan.num_tokens = std::ssize(arrays.token_ids);
   plan.num_decode_tokens = arrays.num_decode_tokens;
   plan.token_ids = MakeView(arena->Push(arrays.token_ids), DType::kI32, plan.num_tokens);
-  plan.drawn = MakeView(outputs->device_draws().tokens, DType::kI32, std::ssize(slots));
+  plan.drawn = MakeView(outputs->device_draws().tokens, DType::kI32,
+                        std::ssize(slots) * (1 + 2 * card.max_draft_tokens));
   plan.positions = MakeView(arena->Push(arrays.positions), DType::kI64, plan.num_tokens);
   if (ropes) {
     plan.rope_table_ids =
@@ -402,7 +497,7 @@ absl::StatusOr<ForwardPlan> Engine::Impl::Upload(std::span<const BatchRow> rows,
   plan.num_rows = static_cast<int32_t>(arrays.rows.size());
   plan.num_decode_rows = arrays.num_decode_rows;
   const std::span<const RowOutputs> row_outputs =
-      sampler->Plan(rows, arrays, step.replayable ? plan.num_rows : 0, *arena);
+      sampler->Plan(step.rows, arrays, step.replayable ? plan.num_rows : 0, *arena);
   step.outputs.assign(row_outputs.begin(), row_outputs.end());
   plan.block_tables = arena->Push(arrays.block_tables);
   sampler->PushBiases(*arena);
@@ -454,7 +549,8 @@ absl::Status Engine::Impl::ForwardAndDraw(std::span<const BatchRow> rows, const 
   ASSIGN_OR_RETURN(const TensorView hidden, model->Forward(plan, *pool));
   RETURN_IF_ERROR(sampler->CountPrompts(arrays, plan.token_ids));
   RETURN_IF_ERROR(Fork(rows, arrays));
-  RETURN_IF_ERROR(sampler->Draw(hidden, *outputs));
+  const Sampler::Drafts drafts = speculator == nullptr ? Sampler::Drafts() : speculator->drafts();
+  RETURN_IF_ERROR(sampler->Draw(hidden, drafts, *outputs));
   return sampler->Score(hidden, *outputs);
 }
 
@@ -471,27 +567,45 @@ absl::Status Engine::Impl::Replay(std::span<const BatchRow> rows, const StepArra
   return status.ok() ? ended : status;
 }
 
-absl::Status Engine::Impl::Run(std::span<const BatchRow> rows, const StepArrays& arrays,
-                               Step& step) {
-  RETURN_IF_ERROR(backend->SetMark(BeginMark(step.id)));
-  ASSIGN_OR_RETURN(const ForwardPlan plan, Upload(rows, arrays, step));
-  RETURN_IF_ERROR(ZeroFreshSlots(rows));
-  RETURN_IF_ERROR(AssignRopes(rows));
-  RETURN_IF_ERROR(step.replayable ? Replay(rows, arrays, plan)
-                                  : ForwardAndDraw(rows, arrays, plan));
-  RETURN_IF_ERROR(sampler->ReadBack(step.id, *outputs));
-  return ToStatus(backend->SetMark(EndMark(step.id)));
+// The step of the target.
+absl::Status Engine::Impl::RunPlanned(const StepArrays& arrays, Step& step) {
+  ASSIGN_OR_RETURN(const ForwardPlan plan, Upload(arrays, step));
+  RETURN_IF_ERROR(step.replayable ? Replay(step.rows, arrays, plan)
+                                  : ForwardAndDraw(step.rows, arrays, plan));
+  return sampler->ReadBack(step.id, *outputs);
 }
 
-void Engine::Impl::Commit(const StepArrays& arrays, Step step) {
+// Drafts, then the step of the target that judges them.
+absl::Status Engine::Impl::Run(Step& step) {
+  RETURN_IF_ERROR(backend->SetMark(BeginMark(step.id)));
+  RETURN_IF_ERROR(ZeroFreshSlots(step.rows));
+  RETURN_IF_ERROR(AssignRopes(step.rows));
+  if (speculator != nullptr) RETURN_IF_ERROR(speculator->Draft(step.id, step.rows, slots));
+  RETURN_IF_ERROR(backend->SetMark(DraftMark(step.id)));
+  const StepArrays& arrays = planner->Plan(step.rows, slots);
+  step.num_tokens = std::ssize(arrays.token_ids);
+  step.replayable =
+      replays && arrays.num_decode_rows == step.num_tokens && arrays.num_draft_rows == 0;
+  if (step.replayable) planner->Pad(PaddedRows(step.num_tokens, std::ssize(slots)));
+  RETURN_IF_ERROR(RunPlanned(arrays, step));
+  RETURN_IF_ERROR(backend->SetMark(EndMark(step.id)));
+  Commit(arrays, step);
+  return absl::OkStatus();
+}
+
+void Engine::Impl::Commit(const StepArrays& arrays, Step& step) {
   for (size_t batch_row = 0; batch_row < step.rows.size(); ++batch_row) {
     const BatchRow& row = step.rows[batch_row];
     const StepRow& step_row = arrays.rows[static_cast<size_t>(arrays.row_of_batch[batch_row])];
-    const SlotState after = {.position = step_row.position + step_row.num_tokens,
-                             .base = step_row.base_after};
+    const bool has_drafts = HasDrafts(row);
+    const int64_t num_tokens = has_drafts ? 0 : step_row.num_tokens;
+    const SlotState after = {.position = step_row.position + num_tokens,
+                             .base = step_row.base_after,
+                             .unresolved = has_drafts};
     step.positions_after.push_back(after.position);
     slot(row.lease->slot()) = after;
     row.lease->clear_fresh();
+    if (has_drafts) continue;
     int32_t draw = static_cast<int32_t>(step.outputs[batch_row].draw_begin);
     for (const RowOutput& output : row.outputs) {
       SlotState& state = slot(output.lease->slot());
@@ -499,10 +613,11 @@ void Engine::Impl::Commit(const StepArrays& arrays, Step step) {
       state.pending_step = step.id;
       state.pending_draw = draw++;
       output.lease->clear_fresh();
+      if (speculator != nullptr && output.lease != row.lease) {
+        speculator->Fork(row.lease->slot(), output.lease->slot());
+      }
     }
   }
-  next_step = step.id + 1;
-  in_flight.push_back(std::move(step));
 }
 
 absl::StatusOr<StepId> Engine::Submit(std::span<const BatchRow> rows) {
@@ -515,35 +630,42 @@ absl::StatusOr<StepId> Engine::Submit(std::span<const BatchRow> rows) {
     const StepId pending = StartState(*row.lease, impl.slots).pending_step;
     GODWIT_CHECK(pending < 0 || pending + 1 == impl.next_step);
   }
-  const StepArrays& arrays = impl.planner->Plan(rows, impl.slots);
   Impl::Step step = {.id = impl.next_step, .rows = {rows.begin(), rows.end()}};
-  step.num_tokens = std::ssize(arrays.token_ids);
-  step.replayable = impl.replays && arrays.num_decode_rows == step.num_tokens;
-  if (step.replayable) impl.planner->Pad(PaddedRows(step.num_tokens, std::ssize(impl.slots)));
-  RETURN_IF_ERROR(impl.Run(rows, arrays, step));
-  const StepId id = step.id;
-  impl.Commit(arrays, std::move(step));
-  return id;
+  RETURN_IF_ERROR(impl.Run(step));
+  ++impl.next_step;
+  impl.in_flight.push_back(std::move(step));
+  return impl.in_flight.back().id;
 }
 
 // --- Collect
 // ------------------------------------------------------------------------------------------------------------
+
+// That an output of the row drew.
+int64_t Engine::Impl::NumTokens(const Step& step, size_t row_index) const {
+  const int32_t verify = step.outputs[row_index].verify;
+  return verify < 0 ? 1 : sampler->num_tokens(step.id, verify);
+}
 
 RowResult Engine::Impl::Result(const Step& step, size_t row_index) const {
   const BatchRow& row = step.rows[row_index];
   const RowOutputs& range = step.outputs[row_index];
   RowResult result;
   result.num_computed = step.positions_after[row_index];
+  result.num_drafts = HasDrafts(row) ? row.max_draft_tokens : 0;
   const OutputArrays& draws = outputs->draws(step.id);
+  const int64_t num_tokens = NumTokens(step, row_index);
   bool failed = false;
-  for (int64_t draw = range.draw_begin; draw < range.draw_end; ++draw) {
-    const int32_t num_logprobs =
-        row.outputs[static_cast<size_t>(draw - range.draw_begin)].sampling->num_logprobs;
-    failed |= draws.tokens[draw] < 0;
-    result.outputs.push_back(
-        {MakeToken(draws.tokens[draw], num_logprobs >= 0 ? draws.logprobs[draw] : 0.0f,
-                   draws.top_ids + draw * kMaxTopLogprobs,
-                   draws.top_logprobs + draw * kMaxTopLogprobs, num_logprobs)});
+  for (size_t output = 0; output < row.outputs.size(); ++output) {
+    const int32_t num_logprobs = row.outputs[output].sampling->num_logprobs;
+    std::vector<SampledToken>& tokens = result.outputs.emplace_back();
+    for (int64_t token = 0; token < num_tokens; ++token) {
+      const int64_t draw = range.draw_begin + static_cast<int64_t>(output) + token;
+      failed |= draws.tokens[draw] < 0;
+      tokens.push_back(MakeToken(draws.tokens[draw],
+                                 num_logprobs >= 0 ? draws.logprobs[draw] : 0.0f,
+                                 draws.top_ids + draw * kMaxTopLogprobs,
+                                 draws.top_logprobs + draw * kMaxTopLogprobs, num_logprobs));
+    }
   }
   if (!row.score_targets.empty()) failed |= !AppendScores(step, row_index, result);
   if (failed) {
@@ -577,16 +699,31 @@ bool Engine::Impl::AppendScores(const Step& step, size_t row_index, RowResult& r
 
 // The host now knows the tokens that this step drew. A slot that a later step has written since
 // keeps what that said. What could not be drawn counts as token 0: its sequence is about to end.
-void Engine::Impl::ResolveTokens(const Step& step) {
+void Engine::Impl::ResolveTokens(Step& step) {
+  const int32_t* const drawn = outputs->draws(step.id).tokens;
   for (size_t row_index = 0; row_index < step.rows.size(); ++row_index) {
     const BatchRow& row = step.rows[row_index];
+    int64_t draw = step.outputs[row_index].draw_begin;
+    const int64_t num_tokens = NumTokens(step, row_index);
+    // The state holds the row's old input and the drafts that stand: all but the last token.
+    if (HasDrafts(row)) step.positions_after[row_index] += num_tokens;
     row.lease->set_position(step.positions_after[row_index]);
     for (const RowOutput& output : row.outputs) {
       output.lease->set_position(step.positions_after[row_index]);
+      const std::span tokens(drawn + draw++, static_cast<size_t>(num_tokens));
       SlotState& state = slot(output.lease->slot());
-      if (state.pending_step != step.id) continue;
-      state.last_token = std::max(outputs->draws(step.id).tokens[state.pending_draw], 0);
-      state.pending_step = -1;
+      if (HasDrafts(row)) {
+        GODWIT_CHECK(state.unresolved);
+        state.position = step.positions_after[row_index];
+        state.last_token = std::max(tokens.back(), 0);
+        state.unresolved = false;
+      } else if (state.pending_step == step.id) {
+        state.last_token = std::max(tokens.back(), 0);
+        state.pending_step = -1;
+      }
+      if (speculator != nullptr) {
+        speculator->Accept(output.lease->slot(), tokens, HasDrafts(row) ? row.max_draft_tokens : 0);
+      }
     }
   }
 }
@@ -595,7 +732,7 @@ absl::StatusOr<StepResult> Engine::Collect(StepId id) {
   Impl& impl = *impl_;
   GODWIT_CHECK(!impl.in_flight.empty());
   GODWIT_CHECK(impl.in_flight.front().id == id);
-  const Impl::Step step = std::move(impl.in_flight.front());
+  Impl::Step step = std::move(impl.in_flight.front());
   impl.in_flight.pop_front();
   StepResult result;
   const auto before = std::chrono::steady_clock::now();
@@ -605,6 +742,8 @@ absl::StatusOr<StepResult> Engine::Collect(StepId id) {
   result.num_tokens = step.num_tokens;
   RETURN_IF_ERROR(impl.backend->SecondsBetween(Impl::BeginMark(id), Impl::EndMark(id),
                                                &result.forward_seconds));
+  RETURN_IF_ERROR(impl.backend->SecondsBetween(Impl::BeginMark(id), Impl::DraftMark(id),
+                                               &result.draft_seconds));
   impl.ResolveTokens(step);
   result.rows.reserve(step.rows.size());
   for (size_t row = 0; row < step.rows.size(); ++row) result.rows.push_back(impl.Result(step, row));
@@ -622,18 +761,22 @@ absl::Status Engine::Impl::CopyOne(const CacheCopy& copy) {
     RETURN_IF_ERROR(pool->Copy(copy));
     slot(copy.to_slot) = found->second;
     host_slots.erase(found);
+    if (speculator != nullptr) speculator->SwapIn(copy.host_id, copy.to_slot);
     return absl::OkStatus();
   }
   // Copied where no step in flight can still change it; position 0: never used, so the slot's
   // record is another sequence's.
   const SlotState from = copy.position == 0 ? SlotState{} : slot(copy.from_slot);
   GODWIT_CHECK(from.position == copy.position);
-  GODWIT_CHECK(from.pending_step < 0);
+  GODWIT_CHECK(from.pending_step < 0 && !from.unresolved);
   RETURN_IF_ERROR(pool->Copy(copy));
+  if (speculator != nullptr && copy.position == 0) speculator->Forget(copy.from_slot);
   if (copy.kind == CacheCopy::Kind::kFork) {
     slot(copy.to_slot) = from;
+    if (speculator != nullptr) speculator->Fork(copy.from_slot, copy.to_slot);
   } else {
     host_slots[copy.host_id] = from;
+    if (speculator != nullptr) speculator->SwapOut(copy.from_slot, copy.host_id);
   }
   return absl::OkStatus();
 }
@@ -642,6 +785,7 @@ void Engine::Impl::DropReleasedHostCopies() {
   const std::vector<int64_t> host_ids = caches->TakeReleasedHostIds();
   pool->DropHostCopies(host_ids);
   for (const int64_t host_id : host_ids) host_slots.erase(host_id);
+  if (speculator != nullptr) speculator->Drop(host_ids);
 }
 
 absl::Status Engine::Copy(std::span<const CacheCopy> copies) {

@@ -18,6 +18,7 @@ struct EngineOptions {
   std::string model_folder;
   std::string config_json;    // instead of a folder: text of a config.json, random weights
   std::string rope_override;  // --rope JSON, or ""
+  std::string draft_folder;   // of a draft model with the same tokenizer; "": no speculation
   DType dtype = DType::kBF16;
   // State slots. 0: 64; where the device's memory is ours, 256 or as many as half of what the
   // weights leave holds.
@@ -35,6 +36,11 @@ struct EngineOptions {
 
 // What a user, `inspect` and GetModel need to know.
 struct ModelCard {
+  // Of the draft model, when there is one: num_parameters 0 otherwise.
+  ModelConfig draft_config;
+  int64_t draft_num_parameters = 0;
+  int max_draft_tokens = 0;  // that a BatchRow may ask for
+
   ModelConfig config;
   int64_t num_parameters = 0;
   int64_t weight_bytes = 0, workspace_bytes = 0;

@@ -15,7 +15,9 @@ int64_t RoundUp(int64_t value, int64_t multiple) {
 }
 
 bool IsPrefill(const BatchRow& row) { return !row.token_ids.empty(); }
-int64_t NumTokens(const BatchRow& row) { return IsPrefill(row) ? std::ssize(row.token_ids) : 1; }
+int64_t NumTokens(const BatchRow& row) {
+  return IsPrefill(row) ? std::ssize(row.token_ids) : 1 + row.max_draft_tokens;
+}
 
 }  // namespace
 
@@ -46,6 +48,12 @@ StepRow MakeStepRow(const BatchRow& row, const SlotState& state) {
   return step_row;
 }
 
+void AppendBlocks(const CacheLease& lease, int64_t end, std::vector<int32_t>& block_tables) {
+  const std::vector<int32_t>& blocks = lease.blocks();
+  const int64_t num_blocks = std::min(std::ssize(blocks), RoundUp(end, kPagedBlock) / kPagedBlock);
+  block_tables.insert(block_tables.end(), blocks.begin(), blocks.begin() + num_blocks);
+}
+
 StepPlanner::StepPlanner(const StepLimits& limits)
     : limits_(limits), last_use_(static_cast<size_t>(limits.num_slots), 0) {
   arrays_.token_ids.reserve(static_cast<size_t>(limits.max_tokens));
@@ -65,7 +73,9 @@ void StepPlanner::CheckLease(const CacheLease* lease) {
 
 void StepPlanner::CheckRow(const BatchRow& row, const SlotState& state) const {
   const int64_t end = state.position + NumTokens(row);
-  GODWIT_CHECK(end + row.max_draft_tokens <= row.lease->reserved_tokens());
+  GODWIT_CHECK(end <= row.lease->reserved_tokens());
+  GODWIT_CHECK(row.max_draft_tokens >= 0);
+  GODWIT_CHECK(!state.unresolved);
   GODWIT_CHECK(row.confirmed_position >= 0);
   GODWIT_CHECK(row.confirmed_position <= state.position);
   if (IsPrefill(row)) {
@@ -77,6 +87,9 @@ void StepPlanner::CheckRow(const BatchRow& row, const SlotState& state) const {
     GODWIT_CHECK(end - state.base <= limits_.window_rows);
     GODWIT_CHECK(row.score_targets.empty());
     GODWIT_CHECK(row.logits == nullptr);
+    GODWIT_CHECK(row.max_draft_tokens <= limits_.max_drafts);
+    // Where drafts are accepted, the input of the next step is found on the host.
+    GODWIT_CHECK(row.max_draft_tokens == 0 || state.pending_step < 0);
   }
   if (row.outputs.empty()) return;
   GODWIT_CHECK(row.outputs[0].lease == row.lease);
@@ -124,7 +137,13 @@ void StepPlanner::AddRow(const BatchRow& row, const SlotState& state) {
   step_row.block_table = std::ssize(arrays_.block_tables);
   if (!IsPrefill(row)) {
     arrays_.token_ids.push_back(state.pending_step >= 0 ? ~state.pending_draw : state.last_token);
-    ++arrays_.num_decode_tokens;
+    if (HasDrafts(row)) {
+      const int64_t first = limits_.first_draft + arrays_.num_draft_rows++ * limits_.max_drafts;
+      for (int draft = 0; draft < row.max_draft_tokens; ++draft) {
+        arrays_.token_ids.push_back(~static_cast<int32_t>(first + draft));
+      }
+    }
+    arrays_.num_decode_tokens += step_row.num_tokens;
     ++arrays_.num_decode_rows;
   } else {
     arrays_.token_ids.insert(arrays_.token_ids.end(), row.token_ids.begin(), row.token_ids.end());
@@ -135,13 +154,7 @@ void StepPlanner::AddRow(const BatchRow& row, const SlotState& state) {
   arrays_.rope_table_ids.insert(arrays_.rope_table_ids.end(),
                                 static_cast<size_t>(step_row.num_tokens),
                                 row.rope == nullptr ? 0 : RopeStore::TableOf(row.lease->slot()));
-  // Only the blocks that hold positions below the end of this step.
-  const std::vector<int32_t>& blocks = row.lease->blocks();
-  const int64_t num_blocks =
-      std::min(std::ssize(blocks),
-               RoundUp(step_row.position + step_row.num_tokens, kPagedBlock) / kPagedBlock);
-  arrays_.block_tables.insert(arrays_.block_tables.end(), blocks.begin(),
-                              blocks.begin() + num_blocks);
+  AppendBlocks(*row.lease, step_row.position + step_row.num_tokens, arrays_.block_tables);
   arrays_.rows.push_back(step_row);
 }
 
@@ -155,6 +168,7 @@ const StepArrays& StepPlanner::Plan(std::span<const BatchRow> rows,
   arrays_.block_tables.clear();
   arrays_.num_decode_tokens = 0;
   arrays_.num_decode_rows = 0;
+  arrays_.num_draft_rows = 0;
   for (const bool is_prefill : {false, true}) {
     for (size_t batch_row = 0; batch_row < rows.size(); ++batch_row) {
       if (IsPrefill(rows[batch_row]) != is_prefill) continue;

@@ -32,6 +32,11 @@ struct ForwardPlan {     // device data
   int64_t num_decode_tokens = 0;
 };
 
+// A decode row that is verified together with what the draft model proposed.
+inline bool HasDrafts(const BatchRow& row) {
+  return row.token_ids.empty() && row.max_draft_tokens > 0;
+}
+
 // What a slot holds after the last submitted step; the next step starts from it.
 struct SlotState {
   int64_t position = 0;       // tokens in the state
@@ -39,6 +44,7 @@ struct SlotState {
   int32_t last_token = 0;     // drawn but not computed: the input of the next decode step
   StepId pending_step = -1;   // the step that drew it, while only the device knows it
   int32_t pending_draw = -1;  // its index among that step's draws
+  bool unresolved = false;    // a step with drafts is in flight: position and token are unknown
 };
 
 struct StepLimits {
@@ -46,6 +52,8 @@ struct StepLimits {
   int64_t num_slots = 0;   // also the most rows, and the most draws
   int64_t window_rows = 0;
   int64_t vocab_size = 0;
+  int64_t first_draft = 0;  // where the drafts of a step's rows lie among ForwardPlan.drawn
+  int64_t max_drafts = 0;   // of a row: those of the r-th row with drafts begin at r * max_drafts
 };
 
 // Host arrays of one step; their memory is kept from step to step.
@@ -58,6 +66,7 @@ struct StepArrays {
   std::vector<int32_t> block_tables;
   int64_t num_decode_tokens = 0;
   int32_t num_decode_rows = 0;
+  int32_t num_draft_rows = 0;  // rows with drafts
 };
 
 // Not thread-safe.
@@ -65,12 +74,13 @@ class StepPlanner {
  public:
   explicit StepPlanner(const StepLimits& limits);
 
-  // INVALID_ARGUMENT: a token id outside the vocabulary (names row, index and id). Everything else
-  // that is wrong with a batch is our own bug and ends the process: position, room, residence, a
-  // slot used twice, limits.
+  // Before the draft model ran: rows ask for drafts. INVALID_ARGUMENT: a token id outside the
+  // vocabulary (names row, index and id). Everything else that is wrong with a batch is our own bug
+  // and ends the process: position, room, residence, a slot used twice, limits.
   absl::Status Check(std::span<const BatchRow> rows, std::span<const SlotState> slots);
 
-  // Of rows that passed Check. Valid until the next call.
+  // Of rows that passed Check, with max_draft_tokens lowered to the drafts that there are. Valid
+  // until the next call.
   const StepArrays& Plan(std::span<const BatchRow> rows, std::span<const SlotState> slots);
 
   // Fills the planned step, all of whose rows decode one token, with padding up to num_rows rows.
@@ -94,5 +104,8 @@ SlotState StartState(const CacheLease& lease, std::span<const SlotState> slots);
 // What a step does to a slot's position and base; computes StepRow's fields from the state and the
 // batch row.
 StepRow MakeStepRow(const BatchRow& row, const SlotState& state);
+
+// Appends the blocks of the lease that hold positions below `end`.
+void AppendBlocks(const CacheLease& lease, int64_t end, std::vector<int32_t>& block_tables);
 
 }  // namespace godwit

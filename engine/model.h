@@ -21,7 +21,8 @@ namespace godwit {
 struct ModelOptions {
   DType dtype = DType::kBF16;  // kF32: f32 weights, activations and KV, for reference checks
   int64_t max_tokens_per_step =
-      2048;  // sizes the activations; nothing is allocated on the step path
+      2048;                 // sizes the activations; nothing is allocated on the step path
+  int first_component = 0;  // its components follow one another in the pool from here
   int rank = 0, world = 1;
 };
 
@@ -51,8 +52,8 @@ class Model {
 };
 
 // Builds the model of a Hugging Face folder (config.json, safetensors). `backend` outlives the
-// model. Component i of state_components() is component i of the pool; the engine appends its own
-// (penalties) after them.
+// model. Component i of state_components() is component first_component + i of the pool; the engine
+// adds its own (penalties).
 absl::StatusOr<std::unique_ptr<Model>> LoadModel(const std::string& folder,
                                                  const ModelOptions& options,
                                                  absl::string_view rope_override, Backend& backend);

@@ -1,7 +1,6 @@
 #include "engine/sampler.h"
 
 #include <algorithm>
-#include <limits>
 #include <utility>
 
 #include "kernels/base/check.h"
@@ -9,8 +8,6 @@
 
 namespace godwit {
 namespace {
-
-constexpr int64_t kMaxBiases = kMaxLogitBiases + kMaxEndTokenIds;  // of a draw
 
 // Rows of logits that are held at once: the head's weights are read once for so many draws.
 constexpr int64_t kMostLogitRows = 1024;
@@ -20,33 +17,17 @@ int64_t LogitRows(const SamplerOptions& options) {
 
 }  // namespace
 
-void AppendBiases(const SamplingParams& sampling, int64_t output_index,
-                  std::vector<TokenBias>& biases) {
-  biases.insert(biases.end(), sampling.logit_bias.begin(), sampling.logit_bias.end());
-  if (output_index >= sampling.min_tokens) return;
-  constexpr float kBan = -std::numeric_limits<float>::infinity();
-  for (const int32_t token_id : sampling.end_token_ids) {
-    const auto found = std::find_if(biases.begin(), biases.end(), [&](const TokenBias& bias) {
-      return bias.token_id == token_id;
-    });
-    if (found == biases.end()) {
-      biases.push_back({token_id, kBan});
-    } else {
-      found->bias = kBan;
-    }
-  }
-}
-
 int64_t Sampler::DeviceBytes(const SamplerOptions& options) {
   return LogitRows(options) * (options.d_model + options.vocab_size) * DTypeBytes(DType::kF32);
 }
 
-int64_t Sampler::ArenaBytes(int64_t max_tokens_per_step, int64_t num_slots) {
-  const int64_t scores = 2 * StepArena::Footprint(max_tokens_per_step * DTypeBytes(DType::kI32));
-  const int64_t draws = StepArena::Footprint(num_slots * DTypeBytes(DType::kI32)) +
-                        StepArena::Footprint(num_slots * int64_t{sizeof(SampleRow)});
-  const int64_t biases = StepArena::Footprint(num_slots * kMaxBiases * int64_t{sizeof(TokenBias)});
-  return scores + draws + biases;
+int64_t Sampler::ArenaBytes(const SamplerOptions& options) {
+  const int64_t max_draws = MaxDraws(options);
+  const int64_t scores =
+      2 * StepArena::Footprint(options.max_tokens_per_step * DTypeBytes(DType::kI32));
+  return scores + StepArena::Footprint(max_draws * DTypeBytes(DType::kI32)) +
+         StepArena::Footprint(options.num_slots * int64_t{sizeof(VerifyRow)}) +
+         DrawList::ArenaBytes(max_draws, options.num_slots);
 }
 
 absl::StatusOr<Sampler> Sampler::Create(Backend& backend, Model& model,
@@ -56,95 +37,87 @@ absl::StatusOr<Sampler> Sampler::Create(Backend& backend, Model& model,
   ASSIGN_OR_RETURN(sampler.gathered_, DeviceBuffer::Allocate(backend, row_bytes * options.d_model));
   ASSIGN_OR_RETURN(sampler.logits_,
                    DeviceBuffer::Allocate(backend, row_bytes * options.vocab_size));
+  if (options.max_drafts == 0) return sampler;
+  const int64_t num_bytes = options.num_slots * DTypeBytes(DType::kI32);
+  ASSIGN_OR_RETURN(sampler.num_tokens_, DeviceBuffer::Allocate(backend, num_bytes));
+  for (HostBuffer& host : sampler.host_num_tokens_) {
+    ASSIGN_OR_RETURN(host, HostBuffer::Allocate(backend, num_bytes));
+  }
   return sampler;
 }
 
 Sampler::Sampler(Backend& backend, Model& model, const SamplerOptions& options)
-    : backend_(&backend), model_(&model), options_(options) {
-  logit_tokens_.reserve(static_cast<size_t>(options.num_slots));
-  sample_rows_.reserve(static_cast<size_t>(options.num_slots));
+    : backend_(&backend),
+      model_(&model),
+      options_(options),
+      draws_(MaxDraws(options), options.vocab_size) {
+  logit_tokens_.reserve(static_cast<size_t>(MaxDraws(options)));
+  verify_rows_.reserve(static_cast<size_t>(options.num_slots));
   score_tokens_.reserve(static_cast<size_t>(options.max_tokens_per_step));
   score_targets_.reserve(static_cast<size_t>(options.max_tokens_per_step));
-  biases_.reserve(kMaxBiases);
 }
 
-SampleRow Sampler::MakeSampleRow(const RowOutput& output, const BatchRow& row,
-                                 const StepRow& step_row) {
-  const SamplingParams& sampling = *output.sampling;
-  const int64_t position = step_row.position + step_row.num_tokens;  // of the token that is drawn
-  GODWIT_CHECK(position >= row.prompt_length);
-  GODWIT_CHECK(sampling.num_logprobs <= kMaxTopLogprobs);
-  const size_t first_bias = biases_.size();
-  AppendBiases(sampling, position - row.prompt_length, biases_);
-  const std::span<const TokenBias> biases = std::span(biases_).subspan(first_bias);
-  GODWIT_CHECK(std::ssize(biases) <= kMaxBiases);
-  for (const TokenBias& bias : biases) {
-    GODWIT_CHECK(bias.token_id >= 0 && bias.token_id < options_.vocab_size);
-  }
-  wanted_.draw_logprobs |= sampling.num_logprobs >= 0;
-  wanted_.draw_tops |= sampling.num_logprobs > 0;
-  return {.slot = output.lease->slot(),
-          .output_index = output.output_index,
-          .num_logprobs = sampling.num_logprobs,
-          .position = position,
-          .seed = output.seed,
-          .temperature = sampling.temperature,
-          .top_p = sampling.top_p,
-          .min_p = sampling.min_p,
-          .repetition_penalty = sampling.repetition_penalty,
-          .presence_penalty = sampling.presence_penalty,
-          .frequency_penalty = sampling.frequency_penalty,
-          .top_k = sampling.top_k,
-          .num_biases = static_cast<int32_t>(biases.size())};
-}
-
-// Where the logits that are planned next go.
-Sampler::DrawBlock& Sampler::BlockOfNextLogits() {
+// Where the logits that are planned next go, all in one block.
+Sampler::DrawBlock& Sampler::BlockFor(int64_t num_logits) {
   const int64_t logit_row = std::ssize(logit_tokens_);
-  if (logit_row % LogitRows(options_) == 0) {
-    draw_blocks_.push_back({.logit_begin = logit_row, .draw_begin = std::ssize(sample_rows_)});
+  if (draw_blocks_.empty() || draw_blocks_.back().num_logits + num_logits > LogitRows(options_)) {
+    draw_blocks_.push_back({.logit_begin = logit_row, .draw_begin = draws_.size()});
   }
-  ++draw_blocks_.back().num_logits;
+  draw_blocks_.back().num_logits += num_logits;
   return draw_blocks_.back();
+}
+
+SampleRow& Sampler::AddDraw(const RowOutput& output, int64_t position, int64_t prompt_length) {
+  wanted_.draw_logprobs |= output.sampling->num_logprobs >= 0;
+  wanted_.draw_tops |= output.sampling->num_logprobs > 0;
+  return draws_.Add(output, position, prompt_length);
 }
 
 void Sampler::PlanDraws(const BatchRow& row, const StepRow& step_row) {
   if (row.outputs.empty()) return;
-  DrawBlock& block = BlockOfNextLogits();
+  DrawBlock& block = BlockFor(1);
   const int64_t logit_row = std::ssize(logit_tokens_) - block.logit_begin;
   logit_tokens_.push_back(step_row.first_token + step_row.num_tokens - 1);
+  const int64_t position = step_row.position + step_row.num_tokens;  // of the token that is drawn
   for (const RowOutput& output : row.outputs) {
-    sample_rows_.push_back(MakeSampleRow(output, row, step_row));
-    sample_rows_.back().logit_row = static_cast<int32_t>(logit_row);
+    AddDraw(output, position, row.prompt_length).logit_row = static_cast<int32_t>(logit_row);
+    ++block.num_draws;
+  }
+}
+
+// A draw after each of the row's tokens; indices are relative to the block.
+void Sampler::PlanVerify(const BatchRow& row, const StepRow& step_row, int32_t verify) {
+  DrawBlock& block = BlockFor(step_row.num_tokens);
+  if (block.num_verify == 0) block.verify_begin = verify;
+  ++block.num_verify;
+  verify_rows_.push_back(
+      {.first_row = static_cast<int32_t>(block.num_draws),
+       .num_drafts = step_row.num_tokens - 1,
+       .first_draft = static_cast<int32_t>(verify * options_.max_drafts),
+       .rule = IsCoupled(row.outputs[0]) ? AcceptRule::kMatch : AcceptRule::kStandard});
+  for (int32_t token = 0; token < step_row.num_tokens; ++token) {
+    SampleRow& draw = AddDraw(row.outputs[0], step_row.position + token + 1, row.prompt_length);
+    draw.logit_row = static_cast<int32_t>(std::ssize(logit_tokens_) - block.logit_begin);
+    logit_tokens_.push_back(step_row.first_token + token);
     ++block.num_draws;
   }
 }
 
 void Sampler::PadDraws(int64_t num_draws) {
-  while (std::ssize(sample_rows_) < num_draws) {
-    DrawBlock& block = BlockOfNextLogits();
+  while (draws_.size() < num_draws) {
+    DrawBlock& block = BlockFor(1);
     logit_tokens_.push_back(0);
-    sample_rows_.push_back({.slot = -1});
+    draws_.AddPadding();
     ++block.num_draws;
   }
 }
 
 void Sampler::Push(StepArena& arena) {
   device_logit_tokens_ = arena.Push(logit_tokens_);
-  uploaded_rows_ = arena.Reserve(std::ssize(sample_rows_), &device_sample_rows_);
+  device_sample_rows_ = draws_.PushRows(arena);
+  device_verify_rows_ = arena.Push(verify_rows_);
   device_score_tokens_ = arena.Push(score_tokens_);
   device_score_targets_ = arena.Push(score_targets_);
-}
-
-// The rows say where theirs lie.
-void Sampler::PushBiases(StepArena& arena) {
-  const TokenBias* biases = arena.Push(biases_);
-  for (size_t draw = 0; draw < sample_rows_.size(); ++draw) {
-    SampleRow& row = sample_rows_[draw];
-    row.biases = row.num_biases > 0 ? biases : nullptr;
-    biases += row.num_biases;
-    uploaded_rows_[draw] = row;
-  }
 }
 
 void Sampler::PlanScores(const BatchRow& row, const StepRow& step_row, int32_t num_top) {
@@ -169,19 +142,21 @@ std::span<const RowOutputs> Sampler::Plan(std::span<const BatchRow> rows, const 
                                           int64_t num_draws, StepArena& arena) {
   row_outputs_.clear();
   logit_tokens_.clear();
-  sample_rows_.clear();
+  draws_.Clear();
+  verify_rows_.clear();
   draw_blocks_.clear();
   score_tokens_.clear();
   score_targets_.clear();
   score_runs_.clear();
-  biases_.clear();
   wanted_ = {};
   for (size_t batch_row = 0; batch_row < rows.size(); ++batch_row) {
     const StepRow& step_row = arrays.rows[static_cast<size_t>(arrays.row_of_batch[batch_row])];
     RowOutputs& outputs = row_outputs_.emplace_back();
-    outputs.draw_begin = std::ssize(sample_rows_);
-    PlanDraws(rows[batch_row], step_row);
-    outputs.draw_end = std::ssize(sample_rows_);
+    if (!HasDrafts(rows[batch_row])) {
+      outputs.draw_begin = draws_.size();
+      PlanDraws(rows[batch_row], step_row);
+      outputs.draw_end = draws_.size();
+    }
     outputs.score_begin = std::ssize(score_tokens_);
     GODWIT_CHECK(rows[batch_row].num_score_top >= 0 &&
                  rows[batch_row].num_score_top <= kMaxTopLogprobs);
@@ -190,11 +165,30 @@ std::span<const RowOutputs> Sampler::Plan(std::span<const BatchRow> rows, const 
     PlanScores(rows[batch_row], step_row, outputs.num_score_top);
     outputs.score_end = std::ssize(score_tokens_);
   }
-  wanted_.num_draws = std::ssize(sample_rows_);
+  PlanVerifies(rows, arrays);
+  wanted_.num_draws = draws_.size();
   wanted_.num_scores = std::ssize(score_tokens_);
   PadDraws(num_draws);
   Push(arena);
   return row_outputs_;
+}
+
+// After all plain rows, so that a block of logits has only one kind.
+void Sampler::PlanVerifies(std::span<const BatchRow> rows, const StepArrays& arrays) {
+  const size_t num_plain = draw_blocks_.size();
+  for (size_t batch_row = 0; batch_row < rows.size(); ++batch_row) {
+    if (!HasDrafts(rows[batch_row])) continue;
+    const StepRow& step_row = arrays.rows[static_cast<size_t>(arrays.row_of_batch[batch_row])];
+    RowOutputs& outputs = row_outputs_[batch_row];
+    outputs.verify = static_cast<int32_t>(verify_rows_.size());
+    outputs.draw_begin = draws_.size();
+    if (draw_blocks_.size() == num_plain) {
+      draw_blocks_.push_back(
+          {.logit_begin = std::ssize(logit_tokens_), .draw_begin = draws_.size()});
+    }
+    PlanVerify(rows[batch_row], step_row, outputs.verify);
+    outputs.draw_end = draws_.size();
+  }
 }
 
 TensorView Sampler::Counts() const {
@@ -223,22 +217,49 @@ absl::StatusOr<TensorView> Sampler::Logits(const TensorView& hidden, int32_t* to
   return logits;
 }
 
-absl::Status Sampler::Draw(const TensorView& hidden, StepOutputs& outputs) {
+absl::Status Sampler::SampleBlock(const DrawBlock& block, const TensorView& logits,
+                                  const OutputArrays& draws) {
+  const int64_t top = block.draw_begin * kMaxTopLogprobs;
+  return ToStatus(backend_->Sample(
+      {.logits = logits,
+       .rows = device_sample_rows_ + block.draw_begin,
+       .num_rows = static_cast<int32_t>(block.num_draws),
+       .counts = Counts(),
+       .tokens = MakeView(draws.tokens + block.draw_begin, DType::kI32, block.num_draws),
+       .logprobs = MakeView(draws.logprobs + block.draw_begin, DType::kF32, block.num_draws),
+       .top_ids = MakeView(draws.top_ids + top, DType::kI32, block.num_draws, kMaxTopLogprobs),
+       .top_logprobs =
+           MakeView(draws.top_logprobs + top, DType::kF32, block.num_draws, kMaxTopLogprobs)}));
+}
+
+absl::Status Sampler::VerifyBlock(const DrawBlock& block, const TensorView& logits,
+                                  const Drafts& drafts, const OutputArrays& draws) {
+  const int64_t top = block.draw_begin * kMaxTopLogprobs;
+  return ToStatus(backend_->VerifyTokens(
+      {.logits = logits,
+       .rows = device_sample_rows_ + block.draw_begin,
+       .num_rows = static_cast<int32_t>(block.num_draws),
+       .verify_rows = device_verify_rows_ + block.verify_begin,
+       .num_verify_rows = static_cast<int32_t>(block.num_verify),
+       .counts = Counts(),
+       .drafts = drafts.tokens,
+       .probabilities = drafts.probabilities,
+       .num_tokens =
+           MakeView(num_tokens_.as<int32_t>() + block.verify_begin, DType::kI32, block.num_verify),
+       .tokens = MakeView(draws.tokens + block.draw_begin, DType::kI32, block.num_draws),
+       .logprobs = MakeView(draws.logprobs + block.draw_begin, DType::kF32, block.num_draws),
+       .top_ids = MakeView(draws.top_ids + top, DType::kI32, block.num_draws, kMaxTopLogprobs),
+       .top_logprobs =
+           MakeView(draws.top_logprobs + top, DType::kF32, block.num_draws, kMaxTopLogprobs)}));
+}
+
+absl::Status Sampler::Draw(const TensorView& hidden, const Drafts& drafts, StepOutputs& outputs) {
   const OutputArrays& draws = outputs.device_draws();
   for (const DrawBlock& block : draw_blocks_) {
     ASSIGN_OR_RETURN(const TensorView logits,
                      Logits(hidden, device_logit_tokens_ + block.logit_begin, block.num_logits));
-    const int64_t top = block.draw_begin * kMaxTopLogprobs;
-    RETURN_IF_ERROR(backend_->Sample(
-        {.logits = logits,
-         .rows = device_sample_rows_ + block.draw_begin,
-         .num_rows = static_cast<int32_t>(block.num_draws),
-         .counts = Counts(),
-         .tokens = MakeView(draws.tokens + block.draw_begin, DType::kI32, block.num_draws),
-         .logprobs = MakeView(draws.logprobs + block.draw_begin, DType::kF32, block.num_draws),
-         .top_ids = MakeView(draws.top_ids + top, DType::kI32, block.num_draws, kMaxTopLogprobs),
-         .top_logprobs =
-             MakeView(draws.top_logprobs + top, DType::kF32, block.num_draws, kMaxTopLogprobs)}));
+    RETURN_IF_ERROR(block.num_verify > 0 ? VerifyBlock(block, logits, drafts, draws)
+                                         : SampleBlock(block, logits, draws));
   }
   return absl::OkStatus();
 }
@@ -277,6 +298,11 @@ absl::Status Sampler::Score(const TensorView& hidden, StepOutputs& outputs) {
 }
 
 absl::Status Sampler::ReadBack(StepId step, StepOutputs& outputs) {
+  if (!verify_rows_.empty()) {
+    RETURN_IF_ERROR(backend_->CopyToHost(host_num_tokens_[step % kMaxStepsInFlight].bytes(),
+                                         num_tokens_.bytes(),
+                                         std::ssize(verify_rows_) * DTypeBytes(DType::kI32)));
+  }
   return outputs.ReadBack(step, wanted_);
 }
 

@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "engine/batch.h"
 #include "engine/device_buffer.h"
+#include "engine/draw_list.h"
 #include "engine/forward_plan.h"
 #include "engine/model.h"
 #include "engine/step_arena.h"
@@ -22,6 +23,7 @@ namespace godwit {
 // Which draws and scores of a step belong to a batch row: half-open ranges.
 struct RowOutputs {
   int64_t draw_begin = 0, draw_end = 0;
+  int32_t verify = -1;  // index among the step's rows with drafts, whose draws are its positions
   int64_t score_begin = 0, score_end = 0;
   int32_t num_score_top = 0;  // BatchRow's, or the vocabulary's size when that is smaller
 };
@@ -31,6 +33,7 @@ struct SamplerOptions {
   int64_t num_slots = 0;
   int64_t vocab_size = 0;
   int64_t d_model = 0;
+  int64_t max_drafts = 0;      // of a row; 0: no draft model
   uint32_t* counts = nullptr;  // device, [num_slots, vocab]
 };
 
@@ -40,7 +43,11 @@ class Sampler {
                                         const SamplerOptions& options);
 
   static int64_t DeviceBytes(const SamplerOptions& options);  // besides counts
-  static int64_t ArenaBytes(int64_t max_tokens_per_step, int64_t num_slots);
+  static int64_t ArenaBytes(const SamplerOptions& options);
+  // Draws of a step at most.
+  static int64_t MaxDraws(const SamplerOptions& options) {
+    return options.num_slots * (options.max_drafts + 1);
+  }
 
   // Step 1, before the arena is uploaded: which rows need logits and how each token is drawn; then
   // padding up to num_draws draws. Pushes what keeps its size from step to step (StepArena). The
@@ -48,23 +55,34 @@ class Sampler {
   std::span<const RowOutputs> Plan(std::span<const BatchRow> rows, const StepArrays& arrays,
                                    int64_t num_draws, StepArena& arena);
   // Pushes what does not, after everything whose address a replay knows.
-  void PushBiases(StepArena& arena);
+  void PushBiases(StepArena& arena) { draws_.PushBiases(arena); }
 
   // Step 2: counts prompt tokens. Forks copy the counts afterwards.
   absl::Status CountPrompts(const StepArrays& arrays, const TensorView& token_ids);
 
-  // Step 3: draws, then scores. hidden: [T, d_model] f32.
-  absl::Status Draw(const TensorView& hidden, StepOutputs& outputs);
+  // Step 3: draws, then scores. hidden: [T, d_model] f32. drafts of the rows that have some: draft
+  // i of the r-th of them at r * max_drafts + i; probabilities likewise.
+  struct Drafts {
+    TensorView tokens, probabilities;
+  };
+  absl::Status Draw(const TensorView& hidden, const Drafts& drafts, StepOutputs& outputs);
   absl::Status Score(const TensorView& hidden, StepOutputs& outputs);
 
   // Queues the copy of all results to the host.
   absl::Status ReadBack(StepId step, StepOutputs& outputs);
 
+  // Tokens that stand of a row with drafts, once the queue has passed the step.
+  int32_t num_tokens(StepId step, int32_t verify) const {
+    return host_num_tokens_[step % kMaxStepsInFlight].as<const int32_t>()[verify];
+  }
+
  private:
-  // Up to LogitRows rows of logits and what is done with them.
+  // Up to LogitRows rows of logits and what is done with them: draws of plain rows, or of rows with
+  // drafts.
   struct DrawBlock {
     int64_t logit_begin = 0, num_logits = 0;
     int64_t draw_begin = 0, num_draws = 0;
+    int64_t verify_begin = 0, num_verify = 0;
   };
   struct ScoreRun {
     int64_t begin = 0, count = 0;  // of score_tokens_
@@ -74,13 +92,19 @@ class Sampler {
   };
 
   Sampler(Backend& backend, Model& model, const SamplerOptions& options);
-  DrawBlock& BlockOfNextLogits();
+  DrawBlock& BlockFor(int64_t num_logits);
+  SampleRow& AddDraw(const RowOutput& output, int64_t position, int64_t prompt_length);
   void PlanDraws(const BatchRow& row, const StepRow& step_row);
+  void PlanVerifies(std::span<const BatchRow> rows, const StepArrays& arrays);
+  void PlanVerify(const BatchRow& row, const StepRow& step_row, int32_t verify);
   void PadDraws(int64_t num_draws);
   void PlanScores(const BatchRow& row, const StepRow& step_row, int32_t num_top);
-  SampleRow MakeSampleRow(const RowOutput& output, const BatchRow& row, const StepRow& step_row);
   void Push(StepArena& arena);
   absl::StatusOr<TensorView> Logits(const TensorView& hidden, int32_t* tokens, int64_t count);
+  absl::Status SampleBlock(const DrawBlock& block, const TensorView& logits,
+                           const OutputArrays& draws);
+  absl::Status VerifyBlock(const DrawBlock& block, const TensorView& logits, const Drafts& drafts,
+                           const OutputArrays& draws);
   absl::Status ScoreBlock(const ScoreRun& run, int64_t begin, const TensorView& logits,
                           const OutputArrays& scores);
   TensorView Counts() const;
@@ -88,27 +112,25 @@ class Sampler {
   Backend* backend_;
   Model* model_;
   SamplerOptions options_;
-  DeviceBuffer gathered_;  // [LogitRows, d_model] f32
-  DeviceBuffer logits_;    // [LogitRows, vocab] f32
+  DeviceBuffer gathered_;    // [LogitRows, d_model] f32
+  DeviceBuffer logits_;      // [LogitRows, vocab] f32
+  DeviceBuffer num_tokens_;  // [num_slots] i32, of the rows with drafts
+  HostBuffer host_num_tokens_[kMaxStepsInFlight];
 
   // Of the step being run.
   std::vector<RowOutputs> row_outputs_;
   std::vector<int32_t> logit_tokens_;  // index in the step's token order, one per row that draws
-  std::vector<SampleRow> sample_rows_;
+  DrawList draws_;
+  std::vector<VerifyRow> verify_rows_;
   std::vector<DrawBlock> draw_blocks_;
   std::vector<int32_t> score_tokens_, score_targets_;
   std::vector<ScoreRun> score_runs_;
-  std::vector<TokenBias> biases_;  // of all draws, in order
   StepOutputs::Wanted wanted_;
-  std::span<SampleRow> uploaded_rows_;  // sample_rows_ in the arena; their biases come last
   int32_t* device_logit_tokens_ = nullptr;
   SampleRow* device_sample_rows_ = nullptr;
+  VerifyRow* device_verify_rows_ = nullptr;
   int32_t* device_score_tokens_ = nullptr;
   int32_t* device_score_targets_ = nullptr;
 };
-
-// The biases of one draw: logit_bias, and a ban of end_token_ids before min_tokens. No token twice.
-void AppendBiases(const SamplingParams& sampling, int64_t output_index,
-                  std::vector<TokenBias>& biases);
 
 }  // namespace godwit

@@ -41,7 +41,7 @@ class StepArena {
   }
 
   void Begin(StepId step) {
-    size_ = 0;
+    size_ = uploaded_ = 0;
     host_ = hosts_[static_cast<size_t>(step % kMaxStepsInFlight)].bytes();
   }
 
@@ -69,9 +69,11 @@ class StepArena {
     return Push(std::span<const T>(values));
   }
 
+  // What was pushed since the last call.
   absl::Status Upload() {
-    return size_ == 0 ? absl::OkStatus()
-                      : ToStatus(backend_->CopyFromHost(device_.bytes(), host_, size_));
+    const int64_t begin = std::exchange(uploaded_, size_);
+    if (begin == size_) return absl::OkStatus();
+    return ToStatus(backend_->CopyFromHost(device_.bytes() + begin, host_ + begin, size_ - begin));
   }
 
  private:
@@ -83,6 +85,7 @@ class StepArena {
   HostBuffer hosts_[kMaxStepsInFlight];
   char* host_ = nullptr;  // of the step that is being built
   int64_t size_ = 0;
+  int64_t uploaded_ = 0;  // bytes of it that are on their way
 };
 
 }  // namespace godwit

@@ -149,6 +149,7 @@ class Llama final : public Model {
   absl::Status SelfAttention(int index, const ForwardPlan& plan, CachePool& pool,
                              const TensorView& x) {
     const Layer& layer = layers_[static_cast<size_t>(index)];
+    const int component = options_.first_component + index;
     const int64_t decode = plan.num_decode_tokens, num_blocks = pool.geometry().num_blocks;
     const TensorView qkv = RowRange(qkv_, 0, plan.num_tokens);  // [T, q_width + 2 kv_width]
     const TensorView o = RowRange(o_, 0, plan.num_tokens);      // [T, q_width]
@@ -168,8 +169,8 @@ class Llama final : public Model {
          .num_kv_heads = static_cast<int32_t>(config_.num_kv_heads),
          .head_dim = static_cast<int32_t>(config_.head_dim),
          .scale = static_cast<float>(1 / std::sqrt(static_cast<double>(config_.head_dim))),
-         .blocks = MakeView(pool.blocks(index), options_.dtype, num_blocks, 2, config_.num_kv_heads,
-                            kPagedBlock * config_.head_dim),
+         .blocks = MakeView(pool.blocks(component), options_.dtype, num_blocks, 2,
+                            config_.num_kv_heads, kPagedBlock * config_.head_dim),
          .block_tables = plan.block_tables,
          .rows = plan.rows,
          .num_rows = plan.num_rows,

@@ -145,6 +145,7 @@ class Transnormer final : public Model {
     const TensorView o = RowRange(o_, 0, plan.num_tokens);        // [T, hidden]
     const TensorView u = ColumnRange(qkvu, 3 * hidden_, hidden_);
     const int64_t d_v = config_.head_dim, d_k = KeyWidth(layer);
+    const int component = options_.first_component + index;
     const int64_t slots = pool.geometry().num_slots, window_rows = pool.geometry().window_rows;
 
     RETURN_IF_ERROR(backend_.Linear({.input = {.x = x, .norm = srms_norm_},
@@ -161,8 +162,8 @@ class Transnormer final : public Model {
          .decay = layer.decay,
          .num_heads = static_cast<int32_t>(config_.num_heads),
          .head_dim = static_cast<int32_t>(config_.head_dim),
-         .state = MakeView(pool.bases(index), DType::kF32, slots, config_.num_heads, d_k, d_v),
-         .window = MakeView(pool.windows(index), options_.dtype, slots, window_rows,
+         .state = MakeView(pool.bases(component), DType::kF32, slots, config_.num_heads, d_k, d_v),
+         .window = MakeView(pool.windows(component), options_.dtype, slots, window_rows,
                             config_.num_heads * (d_k + d_v)),
          .rows = plan.rows,
          .num_rows = plan.num_rows,

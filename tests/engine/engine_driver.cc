@@ -34,13 +34,21 @@ struct Sequence {
   std::shared_ptr<const RopeTable> rope;
   int64_t next = 0;  // prompt tokens submitted
   int64_t num_chunks = 0;
-  int64_t draws_submitted = 0;
-  int64_t steps_in_flight = 0;
-  int64_t resume_step = -1;  // while swapped out
+  std::vector<int64_t> draws_submitted;  // per output; of a step with drafts: once it is collected
+  std::vector<int64_t> steps_in_flight;  // per output
+  int64_t resume_step = -1;              // while swapped out
   bool was_swapped = false;
 
   bool prefilled() const { return next == std::ssize(request->prompt); }
-  bool finished() const { return std::ssize(outputs[0].tokens) == request->max_tokens; }
+  bool finished() const {
+    return std::all_of(outputs.begin(), outputs.end(), [&](const DriverOutput& output) {
+      return std::ssize(output.tokens) == request->max_tokens;
+    });
+  }
+  bool in_flight() const {
+    return std::any_of(steps_in_flight.begin(), steps_in_flight.end(),
+                       [](int64_t count) { return count > 0; });
+  }
 };
 
 class Driver {
@@ -84,6 +92,8 @@ class Driver {
     sequence.rope = Rope(request);
     sequence.leases.resize(static_cast<size_t>(request.num_outputs));
     sequence.outputs.resize(static_cast<size_t>(request.num_outputs));
+    sequence.draws_submitted.resize(sequence.outputs.size());
+    sequence.steps_in_flight.resize(sequence.outputs.size());
     for (int output = 0; output < request.num_outputs; ++output) {
       CacheLease& lease = sequence.leases[static_cast<size_t>(output)];
       lease = Must(
@@ -91,7 +101,8 @@ class Driver {
       sequence.row_outputs.push_back({.lease = &lease,
                                       .sampling = &request.sampling,
                                       .seed = request.seed,
-                                      .output_index = request.output_index + output});
+                                      .output_index = request.output_index + output,
+                                      .coupled = request.coupled});
     }
   }
 
@@ -110,7 +121,7 @@ class Driver {
         for (CacheLease& lease : sequence.leases) Copy(Must(engine_.caches().SwapIn(lease)));
         sequence.resume_step = -1;
       }
-      if (WaitsForSwap(sequence) && sequence.steps_in_flight == 0) {
+      if (WaitsForSwap(sequence) && !sequence.in_flight()) {
         for (CacheLease& lease : sequence.leases) Copy(Must(engine_.caches().SwapOut(lease)));
         sequence.was_swapped = true;
         sequence.resume_step = num_steps_ + request.swap_steps;
@@ -119,7 +130,8 @@ class Driver {
   }
 
   static bool WaitsForSwap(const Sequence& sequence) {
-    return !sequence.was_swapped && sequence.draws_submitted == sequence.request->swap_after;
+    return !sequence.was_swapped && sequence.request->swap_after >= 0 &&
+           sequence.draws_submitted[0] >= sequence.request->swap_after;
   }
 
   void Copy(const CacheCopy& copy) {
@@ -136,11 +148,9 @@ class Driver {
         continue;
       if (!sequence.prefilled()) {
         AddPrefill(sequence);
-      } else if (sequence.draws_submitted < sequence.request->max_tokens) {
+      } else {
         for (size_t output = 0; output < sequence.leases.size(); ++output)
           AddDecode(sequence, output);
-        ++sequence.draws_submitted;
-        ++sequence.steps_in_flight;
       }
     }
     idle_ = step_.rows.empty();
@@ -157,26 +167,41 @@ class Driver {
                     .confirmed_position = sequence.leases[0].position(),
                     .prompt_length = std::ssize(request.prompt),
                     .rope = sequence.rope.get(),
-                    .lease = &sequence.leases[0]};
+                    .lease = &sequence.leases[0],
+                    .max_draft_tokens = request.draft_tokens.empty() ? 0 : 1};
     row.token_ids = std::span(request.prompt)
                         .subspan(static_cast<size_t>(sequence.next), static_cast<size_t>(count));
     sequence.next += count;
     ++sequence.num_chunks;
-    ++sequence.steps_in_flight;
+    ++sequence.steps_in_flight[0];
     if (sequence.prefilled()) {
       row.outputs = sequence.row_outputs;
-      ++sequence.draws_submitted;
+      for (int64_t& draws : sequence.draws_submitted) ++draws;
+      for (size_t fork = 1; fork < sequence.outputs.size(); ++fork)
+        ++sequence.steps_in_flight[fork];
     }
     Push(row, sequence, -1);
   }
 
   void AddDecode(Sequence& sequence, size_t output) {
+    const DriverRequest& request = *sequence.request;
+    const int64_t left = request.max_tokens - sequence.draws_submitted[output];
+    if (left == 0) return;
+    int num_drafts = 0;
+    if (!request.draft_tokens.empty()) {
+      if (sequence.steps_in_flight[output] > 0) return;
+      const size_t index = static_cast<size_t>(num_steps_) % request.draft_tokens.size();
+      num_drafts = static_cast<int>(std::min<int64_t>(request.draft_tokens[index], left - 1));
+    }
+    ++sequence.draws_submitted[output];
+    ++sequence.steps_in_flight[output];
     CacheLease& lease = sequence.leases[output];
     Push({.confirmed_position = lease.position(),
-          .prompt_length = std::ssize(sequence.request->prompt),
+          .prompt_length = std::ssize(request.prompt),
           .rope = sequence.rope.get(),
           .lease = &lease,
-          .outputs = std::span(&sequence.row_outputs[output], 1)},
+          .outputs = std::span(&sequence.row_outputs[output], 1),
+          .max_draft_tokens = num_drafts},
          sequence, static_cast<int>(output));
   }
 
@@ -199,9 +224,15 @@ class Driver {
     for (size_t row = 0; row < step.rows.size(); ++row) {
       Sequence& sequence = *step.sequences[row];
       EXPECT_EQ(result.rows[row].num_computed, step.rows[row].lease->position());
-      if (step.outputs[row] <= 0) --sequence.steps_in_flight;
+      if (result.rows[row].outputs.empty()) --sequence.steps_in_flight[0];
       for (size_t output = 0; output < result.rows[row].outputs.size(); ++output) {
         const size_t to = step.outputs[row] < 0 ? output : static_cast<size_t>(step.outputs[row]);
+        const int64_t num_accepted = std::ssize(result.rows[row].outputs[output]) - 1;
+        --sequence.steps_in_flight[to];
+        sequence.draws_submitted[to] += num_accepted;
+        sequence.outputs[to].num_drafts += result.rows[row].num_drafts;
+        sequence.outputs[to].num_accepted += num_accepted;
+        EXPECT_LE(num_accepted, result.rows[row].num_drafts);
         for (const SampledToken& token : result.rows[row].outputs[output]) {
           sequence.outputs[to].tokens.push_back(token);
         }

@@ -26,6 +26,10 @@ struct DriverRequest {
   int64_t swap_steps = 3;
   int num_outputs = 1;  // forks get output_index + 1, ...
   std::string rope;     // JSON of the request's own method; "": the model's
+  // Drafts asked for in the row of step s: those of s % size; empty: none, and the draft model does
+  // not read the prompt.
+  std::vector<int> draft_tokens;
+  bool coupled = true;
 };
 
 // Everything that can be seen of one output; equal operator compares bits of logits and
@@ -33,6 +37,7 @@ struct DriverRequest {
 struct DriverOutput {
   std::vector<SampledToken> tokens;
   std::vector<float> probe;  // logits of three fixed tokens computed after the last one
+  int64_t num_drafts = 0, num_accepted = 0;
 
   std::vector<int32_t> ids() const;
   bool SameBits(const DriverOutput& other) const;

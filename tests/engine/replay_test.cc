@@ -50,10 +50,13 @@ class ReplayTest : public testing::TestWithParam<Case> {
     return MakeEngine(model_, Options(false), BackendPointer(new WrappedBackend(Device(), {})));
   }
   // *backend is the engine's. On a GPU the device records by itself.
-  std::unique_ptr<Engine> Recording(bool warm_up, WrappedBackend** backend) const {
-    if (OnGpu()) return MakeEngine(model_, Options(warm_up), Device());
+  std::unique_ptr<Engine> Recording(bool warm_up, WrappedBackend** backend,
+                                    const std::string& draft_folder = "") const {
+    EngineOptions options = Options(warm_up);
+    options.draft_folder = draft_folder;
+    if (OnGpu()) return MakeEngine(model_, options, Device());
     *backend = new WrappedBackend(Device(), {.replays = true});
-    return MakeEngine(model_, Options(warm_up), BackendPointer(*backend));
+    return MakeEngine(model_, options, BackendPointer(*backend));
   }
 
   // Of every kind that shares a step: greedy, sampled, penalised, biased, with log-probabilities,
@@ -104,6 +107,40 @@ TEST_P(ReplayTest, ReplayedStepsEqualUnrecordedOnes) {
     }
     if (backend != nullptr) {
       EXPECT_GT(backend->num_replays(), 30);
+    }
+  }
+}
+
+// Steps with drafts stand between recorded ones, and allocate nothing either.
+TEST_P(ReplayTest, SpeculationBetweenReplayedStepsEqualsNone) {
+  const std::vector<DriverOutput> expected = Drive(*Plain(), 2, Requests());
+  const TinyModel other({.family = std::get<0>(GetParam()), .seed = 99, .num_layers = 2});
+  for (const TinyModel* draft : {&std::as_const(model_), &other}) {
+    WrappedBackend* backend = nullptr;
+    const auto engine = Recording(true, &backend, draft->folder());
+    EXPECT_EQ(engine->caches().free_slots(), 24);
+    const int64_t at_start = backend == nullptr ? 0 : backend->num_allocations();
+    std::vector<DriverRequest> requests = Requests();
+    for (size_t index = 0; index < requests.size(); ++index) {
+      const int drafts = static_cast<int>(3 * index % (kMaxDraftTokens + 1));
+      if (index % 4 != 3) requests[index].draft_tokens = {drafts, 0, 2, 0};
+    }
+    const std::vector<DriverOutput> outputs = Drive(*engine, 2, requests);
+    ASSERT_EQ(outputs.size(), expected.size());
+    int64_t num_drafts = 0, num_accepted = 0;
+    for (size_t index = 0; index < outputs.size(); ++index) {
+      EXPECT_EQ(outputs[index].ids(), expected[index].ids()) << "output " << index;
+      EXPECT_TRUE(outputs[index].SameBits(expected[index])) << "output " << index;
+      num_drafts += outputs[index].num_drafts;
+      num_accepted += outputs[index].num_accepted;
+    }
+    EXPECT_GT(num_drafts, 100);
+    if (draft == &model_) {
+      EXPECT_GE(num_accepted, num_drafts * 9 / 10);
+    }
+    if (backend != nullptr) {
+      EXPECT_EQ(backend->num_allocations(), at_start);
+      EXPECT_GT(backend->num_replays(), 10);
     }
   }
 }

@@ -37,6 +37,14 @@ TEST(AppendBiasesTest, ABanReplacesABiasOfTheSameToken) {
   EXPECT_THAT(Biases(sampling, 1), testing::ElementsAre(testing::Pair(2, 50)));
 }
 
+// Each draw has its own, whatever the draws before it banned.
+TEST(AppendBiasesTest, ABanInOneDrawDoesNotServeTheNext) {
+  const SamplingParams sampling = {.min_tokens = 1, .end_token_ids = {2}};
+  std::vector<TokenBias> biases = {{2, -INFINITY}};  // of the draw before
+  AppendBiases(sampling, 0, biases);
+  EXPECT_EQ(biases.size(), 2u);
+}
+
 TEST(StepOutputsTest, ScoreTopsAreDenseInsideABlockOfLogits) {
   EXPECT_EQ(StepOutputs::ScoreTop(0, 0, 3), 0);
   EXPECT_EQ(StepOutputs::ScoreTop(0, 1, 3), 3);

@@ -99,6 +99,9 @@ class WrappedBackend final : public Backend {
     return Op("CountTokens", &Backend::CountTokens, args);
   }
   OpStatus Sample(const SampleArgs& args) override { return Op("Sample", &Backend::Sample, args); }
+  OpStatus VerifyTokens(const VerifyTokensArgs& args) override {
+    return Op("VerifyTokens", &Backend::VerifyTokens, args);
+  }
   OpStatus ScoreTokens(const ScoreTokensArgs& args) override {
     return Op("ScoreTokens", &Backend::ScoreTokens, args);
   }

@@ -1,0 +1,138 @@
+#pragma once
+// The draft model's side of speculation: what it has read of each sequence, and its proposals for a
+// step. The target's side, acceptance, is an op (VerifyTokensArgs). The draft's state lies in the
+// target's slots and blocks, as further components of the same pool, so that a lease, a fork and a
+// copy to host memory cover both; here are positions and the tokens that the draft has still to
+// read.
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "engine/batch.h"
+#include "engine/cache_pool.h"
+#include "engine/device_buffer.h"
+#include "engine/draw_list.h"
+#include "engine/forward_plan.h"
+#include "engine/model.h"
+#include "engine/rope_store.h"
+#include "engine/sampler.h"
+#include "engine/step_arena.h"
+
+namespace godwit {
+
+// A sequence that the draft has not followed for so many tokens is not speculated on again: reading
+// them would take a row's whole step.
+inline constexpr int64_t kMaxDraftLag = 256;
+
+// INVALID_ARGUMENT with the reason when drafts of one cannot be tokens of the other.
+absl::Status CheckDraftFits(const ModelConfig& target, const std::string& target_folder,
+                            const ModelConfig& draft, const std::string& draft_folder);
+
+struct SpeculativeDecoderOptions {
+  int64_t max_tokens_per_step = 0;
+  int64_t num_slots = 0;
+  int64_t num_blocks = 0;
+  int64_t max_drafts = 0;   // of a row
+  int64_t first_draft = 0;  // where they lie among the tokens that were drawn
+};
+
+// Not thread-safe.
+class SpeculativeDecoder {
+ public:
+  // Back end, model and pool outlive it. counts: [num_slots, vocab]; drawn: i32, with room for
+  // num_slots * max_drafts from first_draft on.
+  static absl::StatusOr<std::unique_ptr<SpeculativeDecoder>> Create(
+      Backend& backend, Model& draft, CachePool& pool, const TensorView& counts,
+      const TensorView& drawn, const SpeculativeDecoderOptions& options);
+  static int64_t DeviceBytes(const ModelConfig& draft, const SpeculativeDecoderOptions& options);
+
+  // Reads the prompts, catches up, and proposes tokens: the drafts of the r-th row that has some
+  // are at r * max_drafts. Lowers max_draft_tokens of each row to what was proposed. The proposals
+  // are counted in their slots.
+  absl::Status Draft(StepId step, std::span<BatchRow> rows, std::span<const SlotState> slots);
+  Sampler::Drafts drafts() const;
+
+  // The tokens that one output of a step gained; num_drafts were proposed for it.
+  void Accept(int32_t slot, std::span<const int32_t> tokens, int num_drafts);
+
+  // What happens to a slot's state happens to what is known of it. Forget: it holds no token yet.
+  void Forget(int32_t slot) { slots_[static_cast<size_t>(slot)] = {}; }
+  void Fork(int32_t from_slot, int32_t to_slot);
+  void SwapOut(int32_t slot, int64_t host_id);
+  void SwapIn(int64_t host_id, int32_t slot);
+  void Drop(std::span<const int64_t> host_ids);
+
+ private:
+  struct SlotDraft {
+    int64_t position = 0;         // tokens that the draft has read; at most the target's position
+    int64_t base = 0;             // of its lightning state
+    std::vector<int32_t> unread;  // from there to the next input of the target, which is the last
+    bool lost = false;            // it has fallen behind for good
+  };
+  // A row that reads, and proposes if `draft_row` says which row with drafts it is.
+  struct Reader {
+    BatchRow* row = nullptr;
+    SlotDraft* slot = nullptr;
+    std::span<const int32_t> token_ids;
+    int32_t draft_row = -1;
+    bool is_prefill = false;
+  };
+  // Host arrays of one forward pass.
+  struct Arrays {
+    std::vector<int32_t> token_ids;
+    std::vector<int64_t> positions;
+    std::vector<StepRow> rows;
+    std::vector<int32_t> block_tables;
+    std::vector<int32_t> logit_tokens;  // of the rows that draw
+    int64_t num_decode_tokens = 0;
+    int32_t num_decode_rows = 0;
+    void Clear();
+  };
+
+  SpeculativeDecoder(Backend& backend, Model& draft, CachePool& pool, const TensorView& counts,
+                     const TensorView& drawn, const SpeculativeDecoderOptions& options);
+  absl::Status MakeRope();
+  void ChooseReaders(std::span<BatchRow> rows, std::span<const SlotState> slots);
+  bool ReadsPrompt(const BatchRow& row, const SlotDraft& slot) const;
+  bool CanDraft(const BatchRow& row, const SlotDraft& slot, int64_t tokens_left) const;
+  void AddRead(const Reader& reader);
+  void AddDraft(const Reader& reader, int32_t index);
+  void AddRow(const Reader& reader, StepRow row);
+  void AddDraws(int32_t index);
+  absl::Status RunPass(int32_t index);
+  absl::Status DrawDrafts(const TensorView& hidden, int32_t index, int32_t* logit_tokens,
+                          const SampleRow* rows);
+
+  Backend* backend_;
+  Model* draft_;
+  CachePool* pool_;
+  TensorView counts_, drawn_;
+  SpeculativeDecoderOptions options_;
+  std::unique_ptr<StepArena> arena_;
+  DeviceBuffer gathered_;       // [num_slots, d_model] f32
+  DeviceBuffer logits_;         // [num_slots, vocab] f32
+  DeviceBuffer probabilities_;  // [num_slots * max_drafts, vocab] f32
+  // Of a draft with RoPE. It rotates with its own table, whatever a request's target does: a draft
+  // may be worse for that, a token never is.
+  std::optional<RopeStore> rope_;
+  DeviceBuffer rope_table_ids_;  // [max_tokens_per_step] i32, zeros
+
+  std::vector<SlotDraft> slots_;
+  std::map<int64_t, SlotDraft> host_slots_;  // of swapped sequences, by host id
+
+  // Of the step being run.
+  std::vector<Reader> readers_;
+  std::vector<Reader*> drafters_;  // by draft row
+  Arrays arrays_;
+  DrawList draws_;
+  std::vector<int32_t> logit_rows_;  // scratch of AddDraws, by draft row
+};
+
+}  // namespace godwit
