@@ -74,6 +74,11 @@ void Scheduler::Impl::Apply(StepPlan plan, StepResult result, TimeNs now) {
     if (planned.num_prompt_tokens > 0) {
       ApplyPrompt(group, planned.num_prompt_tokens, std::move(computed.scores), now);
     }
+    if (computed.num_drafts > 0) {
+      const int64_t num_accepted = std::ssize(computed.outputs[0]) - 1;
+      group.speculation.AddRound(computed.num_drafts, num_accepted);
+      speculation_.AddRound(computed.num_drafts, num_accepted);
+    }
     for (size_t output = 0; output < planned.num_outputs; ++output) {
       Sequence& sequence = *record.drawers[planned.first_output + output];
       // The state holds all drawn tokens but the last; a decode row began one token behind.

@@ -73,7 +73,8 @@ void Scheduler::Impl::EndGroup(RequestGroup& group, absl::Status status, TimeNs 
   group.events.push_back({.kind = TokenEvent::Kind::kDone,
                           .status = std::move(status),
                           .phase = group.phase,
-                          .timings = group.timings});
+                          .timings = group.timings,
+                          .speculation = group.speculation});
   group.phase = Phase::kFinished;
   for (Sequence& sequence : group.sequences) sequence.finished = true;
 }

@@ -247,7 +247,8 @@ void EngineLoop::Impl::FinishOldestStep() {
   }
   StepReport report{.num_tokens = result->num_tokens,
                     .num_rows = std::ssize(step.plan.rows),
-                    .forward_ns = static_cast<TimeNs>(result->forward_seconds * 1e9)};
+                    .forward_ns = static_cast<TimeNs>(result->forward_seconds * 1e9),
+                    .draft_ns = static_cast<TimeNs>(result->draft_seconds * 1e9)};
   scheduler.Apply(std::move(step.plan), *std::move(result), Now());
   const TimeNs end = Now();
   report.step_ns = end - std::max(step.planned, last_step_end);

@@ -20,6 +20,7 @@ struct StepReport {
   TimeNs step_ns =
       0;  // to the end of Apply, from Plan or from the end of the step before, the later
   TimeNs forward_ns = 0;  // of which the executor's own time
+  TimeNs draft_ns = 0;    // of which the draft model's
   SchedulerStats stats;
 };
 

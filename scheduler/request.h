@@ -1,6 +1,7 @@
 #pragma once
 // A request as the scheduler knows it: token ids, limits, priorities. No text, no gRPC, no device.
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -47,6 +48,16 @@ struct RequestTimings {  // all TimeNs; kNever when it did not happen
   int64_t num_preemptions = 0;
 };
 
+// Drafts and what became of them.
+struct SpeculationStats {
+  int64_t num_rounds = 0;  // steps of a sequence that verified drafts
+  int64_t num_drafts = 0, num_accepted = 0;
+  // By place in the round, from 0: how often there was a draft, and how often it was accepted.
+  std::array<int64_t, kMaxDraftTokens> drafted_at{}, accepted_at{};
+
+  void AddRound(int64_t num_drafts, int64_t num_accepted);
+};
+
 // What the engine thread tells the request's owner. Pushed in order; never blocks.
 struct TokenEvent {
   enum class Kind {
@@ -65,6 +76,7 @@ struct TokenEvent {
       status;  // kDone: OK, CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE, RESOURCE_EXHAUSTED, INTERNAL
   Phase phase = Phase::kWaiting;  // kDone with an error: where it happened
   RequestTimings timings;         // kDone
+  SpeculationStats speculation;   // kDone
 };
 
 // The consumer side of a request. Push runs on the engine thread; Drain and Cancel on any thread.
@@ -96,6 +108,9 @@ struct GenerateRequest {
   std::vector<int32_t> token_ids;  // >= 1
   SamplingParams sampling;
   uint64_t seed = 0;
+  // The seed was the client's: the tokens are a function of it, speculation or not.
+  bool seed_is_given = true;
+  int max_draft_tokens = 0;            // that the draft model proposes in a step; 0: no speculation
   int32_t num_outputs = 1;             // n; prefills once and forks
   int64_t max_tokens = 0;              // per output; 0: prompt scoring only (Score)
   std::vector<int32_t> eos_token_ids;  // empty with ignore_eos

@@ -24,6 +24,16 @@ void StepPlan::Record::Clear() {
   num_tokens = 0;
 }
 
+void SpeculationStats::AddRound(int64_t num_drafts, int64_t num_accepted) {
+  ++num_rounds;
+  this->num_drafts += num_drafts;
+  this->num_accepted += num_accepted;
+  for (int64_t place = 0; place < num_drafts; ++place) {
+    ++drafted_at[static_cast<size_t>(place)];
+    accepted_at[static_cast<size_t>(place)] += place < num_accepted;
+  }
+}
+
 int64_t RequestGroup::num_live() const {
   return std::count_if(sequences.begin(), sequences.end(),
                        [](const Sequence& sequence) { return !sequence.finished; });
@@ -86,6 +96,7 @@ void Scheduler::Impl::PlanDecodeRows(StepPlan& plan) {
   for (const GroupPtr& group : running_) {
     if (group->held || !group->prompt_submitted()) continue;
     for (Sequence& sequence : group->sequences) {
+      if (group->speculates() && sequence.steps_in_flight > 0) continue;
       if (!sequence.finished && sequence.num_drawn < group->request.max_tokens) {
         ready_.push_back(&sequence);
       }
@@ -99,7 +110,12 @@ void Scheduler::Impl::PlanDecodeRows(StepPlan& plan) {
     });
     ready_.resize(static_cast<size_t>(max_rows));
   }
-  for (Sequence* sequence : ready_) AddDecodeRow(*sequence, plan);
+  const int64_t num_speculating =
+      std::count_if(ready_.begin(), ready_.end(),
+                    [](const Sequence* sequence) { return sequence->group->speculates(); });
+  const int64_t max_drafts =
+      (max_rows - std::ssize(ready_)) / std::max<int64_t>(num_speculating, 1);
+  for (Sequence* sequence : ready_) AddDecodeRow(*sequence, max_drafts, plan);
 }
 
 void Scheduler::Impl::PlanPrompts(StepPlan& plan, TimeNs now) {
@@ -136,7 +152,8 @@ void Scheduler::Impl::AddPromptRow(RequestGroup& group, int64_t num_tokens, Step
                .confirmed_position = sequence.confirmed_position,
                .prompt_length = group.prompt_length,
                .rope = group.request.rope.get(),
-               .lease = &sequence.lease};
+               .lease = &sequence.lease,
+               .max_draft_tokens = group.request.max_draft_tokens};
   if (group.request.prompt_logprobs >= 0) {
     row.score_targets = token_ids.subspan(first + 1, count);
     row.num_score_top = group.request.prompt_logprobs;
@@ -155,13 +172,18 @@ void Scheduler::Impl::AddPromptRow(RequestGroup& group, int64_t num_tokens, Step
   }
 }
 
-void Scheduler::Impl::AddDecodeRow(Sequence& sequence, StepPlan& plan) {
+void Scheduler::Impl::AddDecodeRow(Sequence& sequence, int64_t max_drafts, StepPlan& plan) {
+  // The last token of an output needs no draft: the target draws it after the drafts.
+  const GenerateRequest& request = sequence.group->request;
+  const int64_t num_drafts = std::min(
+      {int64_t{request.max_draft_tokens}, max_drafts, request.max_tokens - sequence.num_drawn - 1});
   plan.rows.push_back({.confirmed_position = sequence.confirmed_position,
                        .prompt_length = sequence.group->prompt_length,
                        .rope = sequence.group->request.rope.get(),
-                       .lease = &sequence.lease});
+                       .lease = &sequence.lease,
+                       .max_draft_tokens = static_cast<int>(num_drafts)});
   plan.record->rows.push_back({.sequence = &sequence, .first_output = plan.record->outputs.size()});
-  ++plan.record->num_tokens;
+  plan.record->num_tokens += 1 + num_drafts;
   ++sequence.steps_in_flight;
   AddOutput(sequence, plan);
 }
@@ -171,7 +193,8 @@ void Scheduler::Impl::AddOutput(Sequence& sequence, StepPlan& plan) {
   plan.record->outputs.push_back({.lease = &sequence.lease,
                                   .sampling = &request.sampling,
                                   .seed = request.seed,
-                                  .output_index = sequence.output_index});
+                                  .output_index = sequence.output_index,
+                                  .coupled = request.seed_is_given});
   plan.record->drawers.push_back(&sequence);
   ++plan.record->rows.back().num_outputs;
   ++sequence.num_drawn;
@@ -200,7 +223,8 @@ SchedulerStats Scheduler::Impl::Stats() const {
           .num_preemptions = num_preemptions_,
           .num_steps = num_steps_,
           .prompt_tokens = prompt_tokens_,
-          .generation_tokens = generation_tokens_};
+          .generation_tokens = generation_tokens_,
+          .speculation = speculation_};
 }
 
 Scheduler::Scheduler(SchedulerOptions options, CacheManager& caches)

@@ -19,7 +19,9 @@
 // then
 //   the request keeps what becomes free and nothing behind it starts before it.
 // Rows: every running sequence decodes one token a step, unless the budget is too small for all of
-// them and a prompt block; then those served longest ago go first. Prompts: aged, then priority,
+// them and a prompt block; then those served longest ago go first. What decoding leaves of the
+// budget, but for that block, is for drafts, in equal parts. A sequence with drafts waits for its
+// step to be collected: only then is its position known. Prompts: aged, then priority,
 // then order of admission.
 
 #include <cstdint>
@@ -50,6 +52,7 @@ struct SchedulerStats {
   int64_t num_waiting = 0, num_waiting_tokens = 0, num_running = 0, num_swapped = 0;
   int64_t slots_used = 0, slots_total = 0, blocks_used = 0, blocks_total = 0;
   int64_t num_preemptions = 0, num_steps = 0, prompt_tokens = 0, generation_tokens = 0;
+  SpeculationStats speculation;
 };
 
 // No smaller max_tokens_per_step: one prompt block beside kPrefillBlock decode rows. Whoever parses

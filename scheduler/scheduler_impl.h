@@ -37,7 +37,7 @@ struct Scheduler::Impl {
   void PlanDecodeRows(StepPlan& plan);
   void PlanPrompts(StepPlan& plan, TimeNs now);
   void AddPromptRow(RequestGroup& group, int64_t num_tokens, StepPlan& plan);
-  void AddDecodeRow(Sequence& sequence, StepPlan& plan);
+  void AddDecodeRow(Sequence& sequence, int64_t max_drafts, StepPlan& plan);
   void AddOutput(Sequence& sequence, StepPlan& plan);
   void Publish(StepPlan& plan);
   bool prompt_pending() const;
@@ -94,6 +94,7 @@ struct Scheduler::Impl {
   int64_t next_order_ = 0, next_admission_ = 0, next_step_ = 0;
   int steps_in_flight_ = 0;
   int64_t num_preemptions_ = 0, num_steps_ = 0, prompt_tokens_ = 0, generation_tokens_ = 0;
+  SpeculationStats speculation_;
 };
 
 }  // namespace godwit

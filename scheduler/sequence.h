@@ -45,6 +45,7 @@ struct RequestGroup {
   bool held = false;        // gets no rows in this plan, so that it can be preempted in the next
 
   RequestTimings timings;
+  SpeculationStats speculation;
   std::vector<SampledToken> prompt_scores;
   std::vector<TokenEvent> events;  // of this step, pushed at its end
 
@@ -52,6 +53,7 @@ struct RequestGroup {
   int64_t num_reserved() const { return prompt_length + request.max_tokens; }
   int64_t num_live() const;  // sequences that have not finished
   int64_t steps_in_flight() const;
+  bool speculates() const { return request.max_draft_tokens > 0; }
   bool prompt_submitted() const { return num_prompt_submitted == prompt_length; }
 };
 

@@ -10,11 +10,10 @@
 namespace godwit {
 namespace {
 
-HarnessOptions Options(int steps_in_flight, int max_extra_tokens = 0) {
+HarnessOptions Options(int steps_in_flight) {
   HarnessOptions options;
   options.geometry = FakeGeometry(4, true, 256);
   options.scheduler.max_steps_in_flight = steps_in_flight;
-  options.executor.max_extra_tokens = max_extra_tokens;
   return options;
 }
 
@@ -34,13 +33,19 @@ FindStop StopAfter(int64_t count, int32_t stop_index) {
   };
 }
 
+// Steps in flight, and drafts of a step.
 class FinishTest : public testing::TestWithParam<std::pair<int, int>> {
  protected:
-  HarnessOptions options() const { return Options(GetParam().first, GetParam().second); }
+  HarnessOptions options() const { return Options(GetParam().first); }
+  static GenerateRequest Request(int64_t num_prompt, int64_t max_tokens, uint64_t seed) {
+    GenerateRequest request = Harness::Request(num_prompt, max_tokens, seed);
+    request.max_draft_tokens = GetParam().second;
+    return request;
+  }
 };
 
 TEST_P(FinishTest, EosEndsTheOutputAndIsNotDelivered) {
-  GenerateRequest request = Harness::Request(70, 50, 3);
+  GenerateRequest request = Request(70, 50, 3);
   const std::vector<int32_t> plain = Tokens(request);
   request.eos_token_ids = {-5, plain[20]};
   request.stop_token_ids = {plain[20]};  // EOS is looked at first
@@ -56,7 +61,7 @@ TEST_P(FinishTest, EosEndsTheOutputAndIsNotDelivered) {
 }
 
 TEST_P(FinishTest, StopTokenEndsTheOutputAndIsNotDelivered) {
-  GenerateRequest request = Harness::Request(70, 50, 4);
+  GenerateRequest request = Request(70, 50, 4);
   const std::vector<int32_t> plain = Tokens(request);
   request.eos_token_ids = {-5};
   request.stop_token_ids = {-7, plain[0]};  // the very first token
@@ -72,7 +77,7 @@ TEST_P(FinishTest, StopTokenEndsTheOutputAndIsNotDelivered) {
 
 TEST_P(FinishTest, StopStringKeepsUpToItsLastTokenAndDropsTheRest) {
   for (int64_t count : {1, 2, 13, 49, 50}) {
-    GenerateRequest request = Harness::Request(70, 50, 5);
+    GenerateRequest request = Request(70, 50, 5);
     const std::vector<int32_t> plain = Tokens(request);
     request.find_stop = {StopAfter(count, 2)};
     Harness harness(options());
@@ -87,7 +92,7 @@ TEST_P(FinishTest, StopStringKeepsUpToItsLastTokenAndDropsTheRest) {
 }
 
 TEST_P(FinishTest, FindStopNeverSeesTheEosOrWhatFollows) {
-  GenerateRequest request = Harness::Request(70, 50, 6);
+  GenerateRequest request = Request(70, 50, 6);
   const std::vector<int32_t> plain = Tokens(request);
   request.eos_token_ids = {plain[10]};
   std::vector<int32_t> seen;
@@ -104,7 +109,7 @@ TEST_P(FinishTest, FindStopNeverSeesTheEosOrWhatFollows) {
 }
 
 TEST_P(FinishTest, EachOutputEndsOnItsOwn) {
-  GenerateRequest request = Harness::Request(130, 40, 8);
+  GenerateRequest request = Request(130, 40, 8);
   request.num_outputs = 4;
   request.eos_token_ids = {Tokens(request, 1)[5]};
   for (int32_t output : {0, 2, 3}) ASSERT_EQ(Tokens(request, output).size(), 40u);
@@ -124,9 +129,32 @@ TEST_P(FinishTest, EachOutputEndsOnItsOwn) {
   harness.ExpectClean();
 }
 
+// Drafts stop one before max_tokens, and what was proposed and accepted is told.
+TEST_P(FinishTest, DraftsAreCountedAndEndWithTheOutput) {
+  Harness harness(options());
+  const GenerateRequest request = Request(70, 50, 9);
+  const Client& client = harness.Add(request);
+  harness.Run();
+  harness.ExpectReference(client, request);
+  EXPECT_EQ(std::ssize(client.tokens[0]), 50);
+  const SpeculationStats& stats = client.speculation;
+  EXPECT_EQ(stats.num_drafts > 0, request.max_draft_tokens > 0);
+  EXPECT_EQ(harness.scheduler->stats().speculation.num_drafts, stats.num_drafts);
+  int64_t drafts = 0, accepted = 0;
+  for (size_t place = 0; place < kMaxDraftTokens; ++place) {
+    drafts += stats.drafted_at[place];
+    accepted += stats.accepted_at[place];
+    EXPECT_LE(stats.accepted_at[place], stats.drafted_at[place]);
+  }
+  EXPECT_EQ(drafts, stats.num_drafts);
+  EXPECT_EQ(accepted, stats.num_accepted);
+  EXPECT_LE(stats.drafted_at[0], stats.num_rounds);
+  harness.ExpectClean();
+}
+
 INSTANTIATE_TEST_SUITE_P(All, FinishTest,
                          testing::Values(std::pair(1, 0), std::pair(2, 0), std::pair(1, 3),
-                                         std::pair(2, 3)));
+                                         std::pair(2, 3), std::pair(1, 15)));
 
 TEST(ApplyTest, AFailedStepEndsItsRequestsAndNoOthers) {
   for (const char* planted : {"submit", "collect"}) {

@@ -76,7 +76,8 @@ absl::StatusOr<StepId> FakeExecutor::Submit(std::span<const BatchRow> rows) {
     step.result.rows.push_back(ComputeRow(row, step));
   }
   for (const BatchRow& row : rows) {
-    step.result.num_tokens += row.token_ids.empty() ? 1 : std::ssize(row.token_ids);
+    step.result.num_tokens +=
+        row.token_ids.empty() ? 1 + row.max_draft_tokens : std::ssize(row.token_ids);
   }
   Check(step.result.num_tokens <= options_.max_tokens_per_step, "token budget exceeded");
   const StepId id = step.id;
@@ -104,7 +105,16 @@ void FakeExecutor::CheckRow(const BatchRow& row, Step& step) {
   if (row.token_ids.empty()) {
     Check(!row.lease->fresh() && state.next_token >= 0, "nothing to continue from");
     Check(row.outputs.size() == 1, "a decode row has one output");
-    Check(position + 1 <= row.lease->reserved_tokens(), "decodes past its reservation");
+    Check(row.max_draft_tokens >= 0 && row.max_draft_tokens <= kMaxDraftTokens,
+          "drafts out of range");
+    Check(position + 1 + row.max_draft_tokens <= row.lease->reserved_tokens(),
+          "decodes past its reservation");
+    for (const Step& other : in_flight_) {
+      const bool drafts = row.max_draft_tokens > 0 || other.drafting.contains(row.lease->slot());
+      Check(!drafts || !other.slots.contains(row.lease->slot()),
+            "a row with drafts beside a step in flight");
+    }
+    if (row.max_draft_tokens > 0) step.drafting.insert(row.lease->slot());
     Check(position >= row.prompt_length, "decodes inside the prompt");
   } else {
     const int64_t end = row.first_position + std::ssize(row.token_ids);
@@ -185,13 +195,10 @@ RowResult FakeExecutor::ComputeRow(const BatchRow& row, Step& step) {
   for (const RowOutput& output : row.outputs) {
     SlotState& drawer = slots_[static_cast<size_t>(output.lease->slot())];
     int64_t num_tokens = 1;
-    if (!prompt && options_.max_extra_tokens > 0) {
-      const uint64_t z =
-          Mix(drawer.hash, 11) % static_cast<uint64_t>(options_.max_extra_tokens + 1);
-      // Room stays for the row that may follow before this result is seen.
-      const int64_t room =
-          output.lease->reserved_tokens() - drawer.position - options_.max_steps_in_flight;
-      num_tokens += std::clamp<int64_t>(room, 0, static_cast<int64_t>(z));
+    if (!prompt && row.max_draft_tokens > 0) {
+      result.num_drafts = row.max_draft_tokens;
+      num_tokens += static_cast<int64_t>(Mix(drawer.hash, 11) %
+                                         static_cast<uint64_t>(row.max_draft_tokens + 1));
     }
     std::vector<SampledToken>& tokens = result.outputs.emplace_back();
     for (int64_t token = 0; token < num_tokens; ++token) {

@@ -26,7 +26,6 @@ struct FakeExecutorOptions {
   int32_t vocab_size = 1000;
   int64_t max_tokens_per_step = 2048;
   int max_steps_in_flight = 1;
-  int max_extra_tokens = 0;  // a decode row returns 1..1 + this many tokens, as with speculation
   // Called before each Submit, Collect and Copy ("submit", 0-based count); not OK: that call fails.
   std::function<absl::Status(const std::string& call, int64_t count)> fault;
 };
@@ -69,6 +68,7 @@ class FakeExecutor final : public StepExecutor {
     StepResult result;
     std::vector<std::pair<CacheLease*, int64_t>> positions;  // to report
     std::map<int32_t, const CacheLease*> slots;              // in use
+    std::set<int32_t> drafting;                              // of these, with drafts
   };
 
   void Check(bool ok, const std::string& what);

@@ -41,6 +41,7 @@ void Client::ReadOne(TokenEvent event) {
       status = event.status;
       phase = event.phase;
       timings = event.timings;
+      speculation = event.speculation;
       break;
   }
 }

@@ -34,6 +34,7 @@ struct Client {
   absl::Status status;
   Phase phase = Phase::kWaiting;
   RequestTimings timings;
+  SpeculationStats speculation;
   std::vector<std::string> errors;
 
  private:

@@ -78,7 +78,6 @@ HarnessOptions Simulation::Options() {
                        .max_steps_in_flight = static_cast<int>(Uniform(1, 2)),
                        .context_length = Uniform(200, 2000)};
   options.executor.vocab_size = kVocabSize;
-  options.executor.max_extra_tokens = Chance(25) ? 3 : 0;
   if (Chance(20)) {
     options.executor.fault = [](const std::string& call, int64_t count) {
       const bool fails = count % 211 == 17 && (call != "copy" || count % 2 == 1);
@@ -92,6 +91,7 @@ GenerateRequest Simulation::RandomRequest() {
   const int64_t num_prompt = Chance(20) ? Uniform(1, 700) : Uniform(1, 90);
   GenerateRequest request = Harness::Request(num_prompt, Uniform(1, longest_output_), random_());
   if (Chance(20)) request.num_outputs = static_cast<int32_t>(Uniform(2, 4));
+  if (Chance(30)) request.max_draft_tokens = static_cast<int>(Uniform(1, kMaxDraftTokens));
   if (Chance(5)) request.num_outputs = 1, request.max_tokens = 0;
   if (Chance(50)) request.priority = static_cast<int32_t>(Uniform(-3, 3));
   if (Chance(50)) request.eos_token_ids = {2};
@@ -251,6 +251,7 @@ TEST(SimulationTest, OutcomesDoNotDependOnTheSchedule) {
                                1 + static_cast<int64_t>(random() % 40), random());
           request.num_outputs = 1 + static_cast<int32_t>(random() % 3);
           request.priority = static_cast<int32_t>(random() % 5);
+          request.max_draft_tokens = random() % 2 == 0 ? 0 : static_cast<int>(random() % 8);
           requests.push_back(request);
           harness.Add(request);
           for (uint64_t step = random() % 6; step > 0; --step) harness.Step();
