@@ -18,6 +18,7 @@ namespace {
 struct ServeFlags {
   ModelFlags model;
   ServerOptions server;
+  std::string speculation = "on";
   double kv_gib = 0, swap_gib = 0;
   double max_wait_s = 30, drain_timeout_s = 30;
 };
@@ -43,6 +44,10 @@ void PrintReady(const Server& server, const ServerOptions& options) {
   if (geometry.has_paged()) {
     absl::StrAppendFormat(&line, ", %d KV blocks of %d tokens", geometry.num_blocks, kPagedBlock);
   }
+  if (server.card().max_draft_tokens > 0) {
+    absl::StrAppendFormat(&line, ", draft model of %.2f M parameters",
+                          static_cast<double>(server.card().draft_num_parameters) / 1e6);
+  }
   if (server.metrics_port() != 0) {
     absl::StrAppendFormat(&line, "; /metrics on port %d", server.metrics_port());
   }
@@ -63,6 +68,7 @@ int RunServe(ServeFlags flags) {
   if (flags.server.model_name.empty()) flags.server.model_name = flags.model.shape;
   flags.server.engine.rope_override = flags.model.rope;
   flags.server.engine.dtype = ParseDType(flags.model.dtype);
+  flags.server.limits.speculate = flags.speculation == "on";
   flags.server.engine.kv_bytes = Bytes(flags.kv_gib);
   flags.server.engine.deterministic = flags.model.deterministic;
   flags.server.engine.swap_bytes = Bytes(flags.swap_gib);
@@ -119,6 +125,19 @@ void AddListenFlags(CLI::App& command, ServerOptions& options) {
       ->check(CLI::Range(int64_t{1024}, int64_t{1} << 31));
 }
 
+void AddSpeculationFlags(CLI::App& command, ServeFlags& flags) {
+  command
+      .add_option("--draft-model", flags.server.engine.draft_folder,
+                  "folder of a draft model with the same tokenizer: speculation")
+      ->type_name("DIR");
+  command.add_option("--speculation", flags.speculation, "of requests that do not say")
+      ->check(CLI::IsMember({"on", "off"}));
+  command
+      .add_option("--max-draft-tokens", flags.server.limits.max_draft_tokens,
+                  "proposed in a step, of a request that does not say")
+      ->check(CLI::Range(1, kMaxDraftTokens));
+}
+
 void AddCapacityFlags(CLI::App& command, ServeFlags& flags) {
   EngineOptions& engine = flags.server.engine;
   command
@@ -169,10 +188,12 @@ void AddCapacityFlags(CLI::App& command, ServeFlags& flags) {
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 31));
   command.add_option("--max-tokens", limits.max_tokens, "cap per output; more is INVALID_ARGUMENT")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 31));
-  command.add_option("--max-request-rope-factor", limits.max_rope_factor,
-                     "requests may choose their own RoPE scaling up to this factor; 0: they may not")
+  command
+      .add_option("--max-request-rope-factor", limits.max_rope_factor,
+                  "requests may choose their own RoPE scaling up to this factor; 0: they may not")
       ->check(CLI::Range(0.0, 1e6));
-  command.add_option("--max-n", limits.max_n, "cap of outputs per request")->check(CLI::Range(1, 1024));
+  command.add_option("--max-n", limits.max_n, "cap of outputs per request")
+      ->check(CLI::Range(1, 1024));
 }
 
 }  // namespace
@@ -185,6 +206,7 @@ void AddServeCommand(CLI::App& app, int& exit_code) {
   AddComputeFlags(*command, flags->model);
   command->add_option("--name", flags->server.model_name,
                       "name of the model for clients and metrics; default: the folder's");
+  AddSpeculationFlags(*command, *flags);
   AddListenFlags(*command, flags->server);
   AddCapacityFlags(*command, *flags);
   command->callback([flags, &exit_code] { exit_code = RunServe(*flags); });

@@ -16,7 +16,7 @@ namespace godwit {
 
 // Measured per step, called on the engine thread; must be short and not block.
 struct StepReport {
-  int64_t num_tokens = 0, num_rows = 0;
+  int64_t num_tokens = 0, num_rows = 0, num_drafts = 0;
   TimeNs step_ns =
       0;  // to the end of Apply, from Plan or from the end of the step before, the later
   TimeNs forward_ns = 0;  // of which the executor's own time

@@ -69,7 +69,7 @@ void EventEncoder::Encode(std::vector<TokenEvent> events, std::vector<v1::Genera
       case TokenEvent::Kind::kDone:
         done_ = true;
         status_ = event.status.ok() ? event.status : RunError(event.status, event.phase);
-        if (status_.ok()) EncodeSummary(event.timings, out);
+        if (status_.ok()) EncodeSummary(event, out);
         break;
     }
   }
@@ -146,7 +146,7 @@ void EventEncoder::EncodeFinished(const TokenEvent& event, std::vector<v1::Gener
   }
 }
 
-void EventEncoder::EncodeSummary(const RequestTimings& timings,
+void EventEncoder::EncodeSummary(const TokenEvent& event,
                                  std::vector<v1::GenerateEvent>* out) const {
   v1::Summary& summary = *NewEvent(0, out).mutable_summary();
   int64_t num_tokens = 0;
@@ -155,9 +155,24 @@ void EventEncoder::EncodeSummary(const RequestTimings& timings,
   usage.set_prompt_tokens(std::ssize(prompt_));
   usage.set_completion_tokens(num_tokens);
   usage.set_total_tokens(std::ssize(prompt_) + num_tokens);
-  *summary.mutable_timings() = EncodeTimings(timings, num_tokens / std::ssize(writers_));
+  *summary.mutable_timings() = EncodeTimings(event.timings, num_tokens / std::ssize(writers_));
+  if (event.speculation.num_rounds > 0) {
+    *summary.mutable_speculation() = EncodeSpeculation(event.speculation);
+  }
   summary.set_seed(seed_);
   summary.set_model(model_.name());
+}
+
+v1::SpeculationStats EncodeSpeculation(const SpeculationStats& stats) {
+  v1::SpeculationStats encoded;
+  encoded.set_draft_tokens(stats.num_drafts);
+  encoded.set_accepted_tokens(stats.num_accepted);
+  encoded.set_num_rounds(stats.num_rounds);
+  for (size_t place = 0; place < stats.drafted_at.size() && stats.drafted_at[place] > 0; ++place) {
+    encoded.add_draft_tokens_at(stats.drafted_at[place]);
+    encoded.add_accepted_tokens_at(stats.accepted_at[place]);
+  }
+  return encoded;
 }
 
 v1::TokenLogprob EncodeLogprob(const ServedModel& model, const SampledToken& token) {

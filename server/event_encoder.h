@@ -35,7 +35,7 @@ class EventEncoder {
   void EncodeDelta(int32_t output_index, TextDelta delta,
                    std::vector<v1::GenerateEvent>* out) const;
   void EncodeFinished(const TokenEvent& event, std::vector<v1::GenerateEvent>* out);
-  void EncodeSummary(const RequestTimings& timings, std::vector<v1::GenerateEvent>* out) const;
+  void EncodeSummary(const TokenEvent& event, std::vector<v1::GenerateEvent>* out) const;
 
   const ServedModel& model_;
   const std::string request_id_;
@@ -52,6 +52,7 @@ class EventEncoder {
 
 // Shared with Score.
 v1::TokenLogprob EncodeLogprob(const ServedModel& model, const SampledToken& token);
+v1::SpeculationStats EncodeSpeculation(const SpeculationStats& stats);
 v1::Timings EncodeTimings(const RequestTimings& timings, int64_t tokens_per_output);
 
 // The unary answer: `event` put at the end of what is there.

@@ -13,6 +13,8 @@ struct RequestLimits {
   double max_rope_factor = 0;            // of a rope that a request chooses; 0: it may choose none
   int64_t max_prompt_bytes = 8 << 20;    // of a text to split into tokens
   int64_t max_message_bytes = 16 << 20;  // of one request on the wire
+  bool speculate = true;     // with a draft model, where the request leaves it to the server
+  int max_draft_tokens = 4;  // of a request that does not say
 };
 
 inline constexpr int kMaxStopStrings = 16;

@@ -9,6 +9,7 @@
 #include <prometheus/text_serializer.h>
 
 #include <algorithm>
+#include <array>
 #include <exception>
 #include <mutex>
 #include <utility>
@@ -107,6 +108,16 @@ class LoopCollector final : public prometheus::Collectable {
         Counter("prompt_tokens_total", "Prompt tokens computed.", stats.prompt_tokens),
         Counter("generation_tokens_total", "Tokens generated.", stats.generation_tokens),
         Counter("engine_steps_total", "Steps of the engine.", stats.num_steps),
+        // The names of vLLM.
+        Counter("spec_decode_num_drafts_total", "Rounds of drafts.", stats.speculation.num_rounds),
+        Counter("spec_decode_num_draft_tokens_total", "Drafted tokens.",
+                stats.speculation.num_drafts),
+        Counter("spec_decode_num_accepted_tokens_total", "Drafted tokens that were accepted.",
+                stats.speculation.num_accepted),
+        ByPlace("spec_decode_num_draft_tokens_per_pos_total", "Drafted tokens by place.",
+                stats.speculation.drafted_at),
+        ByPlace("spec_decode_num_accepted_tokens_per_pos_total",
+                "Drafted tokens that were accepted, by place.", stats.speculation.accepted_at),
     };
   }
 
@@ -131,6 +142,20 @@ class LoopCollector final : public prometheus::Collectable {
   MetricFamily Counter(const char* name, const char* help, int64_t value) const {
     MetricFamily family = Family(name, help, MetricType::Counter);
     family.metric[0].counter.value = static_cast<double>(value);
+    return family;
+  }
+
+  template <size_t kPlaces>
+  MetricFamily ByPlace(const char* name, const char* help,
+                       const std::array<int64_t, kPlaces>& values) const {
+    MetricFamily family = Family(name, help, MetricType::Counter);
+    family.metric.clear();
+    for (size_t place = 0; place < kPlaces; ++place) {
+      ClientMetric& metric = family.metric.emplace_back();
+      metric.label = labels_;
+      metric.label.push_back({"position", absl::StrCat(place)});
+      metric.counter.value = static_cast<double>(values[place]);
+    }
     return family;
   }
 
@@ -170,6 +195,12 @@ struct Metrics::Impl {
     num_outputs = &Add("request_params_n", "n of a request.", kNumOutputs);
     iteration_tokens = &Add("iteration_tokens", "Tokens computed in one step.", kIterationTokens);
     step_time = &Add("step_seconds", "One step, from plan to applied result.", kStepSeconds);
+    if (card.max_draft_tokens > 0) {
+      draft_time =
+          &Add("spec_decode_draft_seconds", "The draft model's part of a step.", kStepSeconds);
+      verify_time = &Add("spec_decode_verify_seconds", "The model's part of a step with drafts.",
+                         kStepSeconds);
+    }
     step_overhead =
         &Add("step_overhead_seconds", "One step less the time of the model.", kStepSeconds);
     AddFamilies(card);
@@ -235,6 +266,7 @@ struct Metrics::Impl {
   Histogram *inference_time, *prefill_time, *decode_time, *prompt_tokens, *generation_tokens,
       *max_tokens;
   Histogram *num_outputs, *iteration_tokens, *step_time, *step_overhead;
+  Histogram *draft_time = nullptr, *verify_time = nullptr;  // with a draft model
   prometheus::Family<prometheus::Counter>*success, *failed, *rejected, *handled;
   prometheus::Family<Histogram>* handling;
   std::unique_ptr<prometheus::Exposer> exposer;
@@ -249,6 +281,9 @@ void Metrics::OnStep(const StepReport& report) {
   impl_->iteration_tokens->Observe(static_cast<double>(report.num_tokens));
   impl_->step_time->Observe(ToSeconds(report.step_ns));
   impl_->step_overhead->Observe(ToSeconds(std::max<TimeNs>(0, report.step_ns - report.forward_ns)));
+  if (impl_->draft_time == nullptr || report.num_drafts == 0) return;
+  impl_->draft_time->Observe(ToSeconds(report.draft_ns));
+  impl_->verify_time->Observe(ToSeconds(report.forward_ns - report.draft_ns));
 }
 
 void Metrics::WatchLoop(const EngineLoop* loop) { impl_->collector->Watch(loop); }

@@ -57,6 +57,16 @@ v1::RopeCard EncodeRope(const ServedModel& model) {
   return encoded;
 }
 
+void EncodeDraftModel(const ServedModel& model, v1::DraftModelCard& draft) {
+  const ModelCard& card = model.card();
+  draft.set_family(card.draft_config.family);
+  draft.set_num_parameters(card.draft_num_parameters);
+  draft.set_num_layers(card.draft_config.num_layers);
+  draft.set_on_by_default(model.limits().speculate);
+  draft.set_default_draft_tokens(model.limits().max_draft_tokens);
+  draft.set_max_draft_tokens(card.max_draft_tokens);
+}
+
 v1::ModelCard EncodeCard(const ServedModel& model) {
   const ModelCard& card = model.card();
   const ModelConfig& config = card.config;
@@ -84,6 +94,7 @@ v1::ModelCard EncodeCard(const ServedModel& model) {
   *encoded.mutable_limits() = EncodeLimits(model);
   if (config.rope) *encoded.mutable_rope() = EncodeRope(model);
   encoded.set_context_note(config.context_note);
+  if (card.max_draft_tokens > 0) EncodeDraftModel(model, *encoded.mutable_draft_model());
   return encoded;
 }
 

@@ -78,9 +78,6 @@ absl::Status CheckScheduling(const v1::SchedulingOptions& scheduling) {
 
 absl::Status CheckImplemented(const v1::GenerateRequest& request) {
   if (request.has_state()) return UnimplementedField(FirstSetField("state", request.state()));
-  if (request.has_speculation()) {
-    return UnimplementedField(FirstSetField("speculation", request.speculation()));
-  }
   if (request.has_guided()) return UnimplementedField(FirstSetField("guided", request.guided()));
   return CheckScheduling(request.scheduling());
 }
@@ -163,6 +160,7 @@ void ReadSampling(const v1::SamplingOptions& from, const ServedModel& model,
   check.InRange("sampling.frequency_penalty", to.frequency_penalty, -2.0f, 2.0f);
   ReadLogitBias(from, model, to, check);
   request.seed = from.has_seed() ? from.seed() : RandomU64();
+  request.seed_is_given = from.has_seed();
   if (from.has_n()) request.num_outputs = from.n();
   check.InRange("sampling.n", request.num_outputs, 1, model.limits().max_n);
 }
@@ -238,6 +236,28 @@ void ReadResponse(const v1::ResponseOptions& from, const ServedModel& model,
   prepared.logprobs = from.logprobs();
   if (from.logprobs()) prepared.request.sampling.num_logprobs = from.top_logprobs();
   if (from.has_prompt_logprobs()) prepared.request.prompt_logprobs = from.prompt_logprobs();
+}
+
+absl::Status ReadSpeculation(const v1::SpeculationOptions& from, const ServedModel& model,
+                             GenerateRequest& request, Checker& check) {
+  const int most = model.card().max_draft_tokens;
+  const bool is_on = from.mode() == v1::SpeculationOptions::MODE_ON;
+  if (most == 0) {
+    if (!is_on && !from.has_max_draft_tokens()) return absl::OkStatus();
+    return WithErrorInfo(absl::FailedPreconditionError(absl::StrCat(
+                             is_on ? "speculation.mode" : "speculation.max_draft_tokens",
+                             ": this server has no draft model")),
+                         "NO_DRAFT_MODEL");
+  }
+  const int wanted =
+      from.has_max_draft_tokens() ? from.max_draft_tokens() : model.limits().max_draft_tokens;
+  check.InRange("speculation.max_draft_tokens", wanted, 1, most);
+  if (!v1::SpeculationOptions::Mode_IsValid(from.mode())) {
+    check.Fail("speculation.mode", absl::StrCat("is unknown: ", static_cast<int>(from.mode())));
+  }
+  const bool is_off = from.mode() == v1::SpeculationOptions::MODE_OFF;
+  if (is_on || (!is_off && model.limits().speculate)) request.max_draft_tokens = wanted;
+  return absl::OkStatus();
 }
 
 void ReadScheduling(const v1::SchedulingOptions& from, GenerateRequest& request, Checker& check) {
@@ -334,6 +354,7 @@ absl::StatusOr<PreparedGenerate> PrepareGenerate(const v1::GenerateRequest& from
   ReadStopping(from.stopping(), model, arrival, prepared, check);
   ReadResponse(from.response(), model, prepared, check);
   ReadScheduling(from.scheduling(), request, check);
+  RETURN_IF_ERROR(ReadSpeculation(from.speculation(), model, request, check));
   // The prompt last: splitting a long text is the dear part, and is for nothing when a knob is
   // wrong.
   RETURN_IF_ERROR(check.status());

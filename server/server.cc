@@ -75,6 +75,10 @@ absl::Status ValidateServerOptions(const ServerOptions& options) {
     RETURN_IF_ERROR(
         AtLeast("max_tokens_per_step", options.engine.max_tokens_per_step, kMinTokensPerStep));
   }
+  if (limits.max_draft_tokens < 1 || limits.max_draft_tokens > kMaxDraftTokens) {
+    return absl::InvalidArgumentError(absl::StrCat("max_draft_tokens ", limits.max_draft_tokens,
+                                                   " not in [1, ", kMaxDraftTokens, "]"));
+  }
   if (limits.default_max_tokens > limits.max_tokens) {
     return absl::InvalidArgumentError(absl::StrCat("default_max_tokens ", limits.default_max_tokens,
                                                    " is more than max_tokens ", limits.max_tokens));

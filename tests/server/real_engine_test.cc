@@ -224,6 +224,52 @@ TEST_P(TinyServerTest, TwoStepsInFlightGiveTheSameTokens) {
   EXPECT_EQ(Ids(one.outputs(0)), Ids(two.outputs(0)));
 }
 
+// Speculation by the model itself: nearly all is accepted, nothing changes, and the numbers add up.
+TEST_P(TinyServerTest, SpeculationGivesTheSameTokensAndSaysWhatItDid) {
+  ServerOptions options = OptionsFor(model_.folder());
+  v1::GenerateResponse plain;
+  v1::GenerateRequest request = Request(13, 60);
+  request.mutable_sampling()->set_n(2);
+  {
+    RealServer server(options);
+    ASSERT_TRUE(server.ok());
+    ASSERT_TRUE(server.Generate(request, &plain).ok());
+    EXPECT_FALSE(plain.summary().has_speculation());
+  }
+  options.engine.draft_folder = model_.folder();
+  options.limits.max_draft_tokens = 5;
+  RealServer server(options);
+  ASSERT_TRUE(server.ok());
+  const auto expect_same = [&](const v1::GenerateResponse& response) {
+    for (int output = 0; output < 2; ++output) {
+      EXPECT_EQ(Ids(response.outputs(output)), Ids(plain.outputs(output)));
+    }
+  };
+  v1::GenerateResponse response;
+  ASSERT_TRUE(server.Generate(request, &response).ok());
+  expect_same(response);
+  const v1::SpeculationStats& stats = response.summary().speculation();
+  EXPECT_GT(stats.accepted_tokens(), stats.draft_tokens() / 2);
+  EXPECT_EQ(stats.draft_tokens_at_size(), 5);
+  EXPECT_EQ(stats.draft_tokens_at(0), stats.num_rounds());
+  // Each output: the prompt's token, one of each round or plain step, and those accepted.
+  EXPECT_LE(2 + stats.num_rounds() + stats.accepted_tokens(), 120);
+
+  request.mutable_speculation()->set_mode(v1::SpeculationOptions::MODE_OFF);
+  ASSERT_TRUE(server.Generate(request, &response).ok());
+  expect_same(response);
+  EXPECT_FALSE(response.summary().has_speculation());
+
+  request.mutable_speculation()->set_mode(v1::SpeculationOptions::MODE_ON);
+  request.mutable_speculation()->set_max_draft_tokens(2);
+  ASSERT_TRUE(server.Generate(request, &response).ok());
+  expect_same(response);
+  EXPECT_EQ(response.summary().speculation().draft_tokens_at_size(), 2);
+
+  request.mutable_speculation()->set_max_draft_tokens(16);
+  EXPECT_EQ(server.Generate(request, &response).error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+}
+
 TEST_P(TinyServerTest, LogitBiasAndPenaltiesReachTheSampler) {
   RealServer server(OptionsFor(model_.folder()));
   ASSERT_TRUE(server.ok());
