@@ -242,7 +242,9 @@ class Driver {
 
   void Probe(Sequence& sequence, size_t output) {
     CacheLease& lease = sequence.leases[output];
-    const std::vector<int32_t> tokens = {sequence.outputs[output].tokens.back().token_id, 7, 9};
+    const auto vocab = static_cast<int32_t>(engine_.card().config.vocab_size);
+    const std::vector<int32_t> tokens = {sequence.outputs[output].tokens.back().token_id, 7 % vocab,
+                                         9 % vocab};
     std::vector<float>& probe = sequence.outputs[output].probe;
     probe.resize(tokens.size() * static_cast<size_t>(engine_.card().config.vocab_size));
     const BatchRow row = {.token_ids = tokens,

@@ -3,6 +3,7 @@
 // (docs/architecture.md section 3.2).
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <string>
 #include <tuple>
@@ -12,6 +13,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "tests/chi_square.h"
 #include "tests/engine/engine_driver.h"
 
 namespace godwit {
@@ -176,10 +178,10 @@ TEST_P(SpeculationTest, StandardRuleLeavesTheStateOfItsTokens) {
   }
   const std::vector<DriverOutput> outputs = Drive(*engine, 1, requests);
   // Decoding is led along the same tokens by a bias that leaves no other.
+  const auto reference = Make(false);
   for (size_t index = 0; index < requests.size(); ++index) {
     SCOPED_TRACE(index);
     const std::vector<int32_t> ids = outputs[index].ids();
-    const auto reference = Make(false);
     CacheLease lease = *reference->caches().Reserve(std::ssize(requests[index].prompt) + 64);
     std::vector<float> probe;
     SamplingParams forced = {.temperature = 0};
@@ -225,6 +227,74 @@ INSTANTIATE_TEST_SUITE_P(
                      testing::Values(DType::kF32, DType::kBF16),
                      testing::Values(DraftKind::kSame, DraftKind::kOther, DraftKind::kOtherFamily)),
     CaseName);
+
+// The whole engine, sampled without a seed: three-token texts of a model with 8 tokens against
+// their probabilities from its own logits.
+TEST(StandardRuleTest, TextsOfAnEngineFollowItsModel) {
+  constexpr int kVocab = 8;
+  const TinyModelOptions small = {.vocab_size = kVocab, .num_layers = 2, .scale = 1.0};
+  TinyModelOptions other = small;
+  other.seed = 5;
+  const TinyModel target(small), draft(other);
+  const auto engine = MakeEngine(
+      target, {.draft_folder = draft.folder(), .dtype = DType::kF32, .max_sequences = 256});
+  const std::vector<int32_t> prompt = {3, 4, 5, 6, 7};
+  const float penalty = 0.4f;
+
+  const auto next = [&](const std::vector<int32_t>& text) {
+    std::vector<int32_t> tokens = prompt;
+    tokens.insert(tokens.end(), text.begin(), text.end());
+    CacheLease lease = *engine->caches().Reserve(16);
+    std::vector<float> logits(tokens.size() * kVocab);
+    const BatchRow row = {.token_ids = tokens,
+                          .prompt_length = std::ssize(tokens),
+                          .lease = &lease,
+                          .logits = logits.data()};
+    EXPECT_TRUE(engine->Collect(*engine->Submit(std::span(&row, 1))).ok());
+    std::vector<double> p(logits.end() - kVocab, logits.end());
+    double sum = 0;
+    for (int32_t id = 0; id < kVocab; ++id) {
+      double& value = p[static_cast<size_t>(id)];
+      value -= static_cast<double>(penalty) *
+               static_cast<double>(std::count(text.begin(), text.end(), id));
+      sum += value = std::exp(value);
+    }
+    for (double& value : p) value /= sum;
+    return p;
+  };
+  std::vector<double> probabilities;
+  const std::vector<double> first = next({});
+  for (int32_t a = 0; a < kVocab; ++a) {
+    const std::vector<double> second = next({a});
+    for (int32_t b = 0; b < kVocab; ++b) {
+      for (const double third : next({a, b})) {
+        probabilities.push_back(first[static_cast<size_t>(a)] * second[static_cast<size_t>(b)] *
+                                third);
+      }
+    }
+  }
+
+  std::vector<int64_t> counts(probabilities.size());
+  int64_t num_drafts = 0, num_accepted = 0;
+  for (uint64_t run = 0; run < 60; ++run) {
+    std::vector<DriverRequest> requests(256, {.prompt = prompt, .seed = run, .max_tokens = 5});
+    for (size_t index = 0; index < requests.size(); ++index) {
+      requests[index].output_index = static_cast<int32_t>(index);
+      requests[index].sampling.frequency_penalty = penalty;
+      requests[index].coupled = false;
+      requests[index].draft_tokens = {3};
+    }
+    for (const DriverOutput& output : Drive(*engine, 1, requests)) {
+      const std::vector<int32_t> ids = output.ids();
+      ++counts[static_cast<size_t>((ids[0] * kVocab + ids[1]) * kVocab + ids[2])];
+      num_drafts += output.num_drafts;
+      num_accepted += output.num_accepted;
+    }
+  }
+  EXPECT_GT(ChiSquarePValue(counts, probabilities), 1e-6);
+  EXPECT_GT(num_accepted, num_drafts / 10) << "something is accepted";
+  EXPECT_LT(num_accepted, num_drafts * 9 / 10) << "and something rejected";
+}
 
 // A request may rotate its target otherwise; the draft rotates as its own model does.
 TEST(DraftModelTest, RopeOfARequestIsTheTargetsAlone) {
