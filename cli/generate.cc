@@ -23,10 +23,12 @@ struct GenerateFlags {
   int32_t top_k = 0;
   std::optional<uint64_t> seed;
   int64_t chunk = 0;
+  int max_draft_tokens = 4;
   bool ignore_eos = false, json = false;
 };
 
-absl::StatusOr<std::vector<int32_t>> PromptIds(const GenerateFlags& flags, const Tokenizer* tokenizer,
+absl::StatusOr<std::vector<int32_t>> PromptIds(const GenerateFlags& flags,
+                                               const Tokenizer* tokenizer,
                                                const ModelConfig& config) {
   if (!flags.prompt) return ParseTokenIds(flags.token_ids);
   std::vector<int32_t> ids = tokenizer->Encode(*flags.prompt);
@@ -57,6 +59,8 @@ nlohmann::ordered_json ToJson(const Tokenizer* tokenizer, const std::vector<int3
           {"finish_reason", result.ended_by_eos ? "eos" : "length"},
           {"prompt_token_ids", prompt},
           {"seed", seed},
+          {"num_drafts", result.num_drafts},
+          {"num_accepted", result.num_accepted},
           {"prefill_seconds", result.prefill_seconds},
           {"decode_seconds", result.decode_seconds}};
 }
@@ -65,7 +69,8 @@ int RunGenerate(const GenerateFlags& flags) {
   std::string tokenizer_error;
   const std::unique_ptr<Tokenizer> tokenizer = LoadTokenizer(flags.model.model, &tokenizer_error);
   if (tokenizer == nullptr && flags.prompt) {
-    return Report(absl::NotFoundError("--prompt needs a tokenizer: " + tokenizer_error), kCannotLoad);
+    return Report(absl::NotFoundError("--prompt needs a tokenizer: " + tokenizer_error),
+                  kCannotLoad);
   }
   if (absl::StatusOr<std::vector<int32_t>> ids = ParseTokenIds(flags.token_ids); !ids.ok()) {
     return Report(ids.status(), kUsage);
@@ -84,6 +89,8 @@ int RunGenerate(const GenerateFlags& flags) {
   options.max_tokens = flags.max_tokens;
   options.ignore_eos = flags.ignore_eos;
   options.chunk = flags.chunk;
+  if (!flags.model.draft_model.empty()) options.max_draft_tokens = flags.max_draft_tokens;
+  options.coupled = flags.seed.has_value();
   if (!flags.json) {
     options.on_token = [&](const SampledToken& token) {
       if (tokenizer != nullptr) {
@@ -114,6 +121,11 @@ void AddGenerateCommand(CLI::App& app, int& exit_code) {
   auto flags = std::make_shared<GenerateFlags>();
   CLI::App* command = app.add_subcommand("generate", "A completion without a server (offline)");
   AddModelFlags(*command, flags->model);
+  AddDraftModelFlag(*command, flags->model);
+  command
+      ->add_option("--max-draft-tokens", flags->max_draft_tokens,
+                   "proposed in a step, with --draft-model")
+      ->check(CLI::Range(1, kMaxDraftTokens));
   auto* input = command->add_option_group("input")->require_option(1);
   input->add_option("--prompt", flags->prompt, "text");
   input->add_option("--token-ids", flags->token_ids, "e.g. 1,5,9");
@@ -124,10 +136,13 @@ void AddGenerateCommand(CLI::App& app, int& exit_code) {
   command->add_option("--top-p", flags->top_p, "(0, 1]");
   command->add_option("--min-p", flags->min_p, "[0, 1]");
   command->add_option("--seed", flags->seed, "absent: a random one, named in the JSON");
-  command->add_option("--chunk", flags->chunk, "prompt tokens computed at once, any N; 0: the engine's choice")
+  command
+      ->add_option("--chunk", flags->chunk,
+                   "prompt tokens computed at once, any N; 0: the engine's choice")
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 20));
   command->add_flag("--ignore-eos", flags->ignore_eos, "go on after the end of text");
-  command->add_flag("--json", flags->json, "stdout is one JSON object: token_ids and text of the completion");
+  command->add_flag("--json", flags->json,
+                    "stdout is one JSON object: token_ids and text of the completion");
   command->callback([flags, &exit_code] { exit_code = RunGenerate(*flags); });
 }
 

@@ -59,6 +59,13 @@ void AddModelFlags(CLI::App& command, ModelFlags& flags) {
   AddComputeFlags(command, flags);
 }
 
+CLI::Option* AddDraftModelFlag(CLI::App& command, ModelFlags& flags) {
+  return command
+      .add_option("--draft-model", flags.draft_model,
+                  "folder of a draft model with the same tokenizer: speculation")
+      ->type_name("DIR");
+}
+
 std::string ConfigOf(const ModelFlags& flags) {
   return flags.shape.empty() ? "" : ConfigOfShape(flags.shape).value();  // CLI11 has checked it
 }
@@ -77,6 +84,7 @@ EngineOptions OfflineOptions(const ModelFlags& flags) {
   options.model_folder = flags.model;
   options.config_json = ConfigOf(flags);
   options.rope_override = flags.rope;
+  options.draft_folder = flags.draft_model;
   options.dtype = ParseDType(flags.dtype);
   // Whoever runs a model offline decides how far: the checkpoint's length is a limit for serving.
   options.context_length = std::numeric_limits<int32_t>::max();

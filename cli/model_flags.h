@@ -17,14 +17,16 @@ struct ModelFlags {
   std::string dtype = "bf16";
   std::string backend = "auto";
   std::string rope;
+  std::string draft_model;
   int threads = 0;
   bool deterministic = false;
 };
 
 void AddModelOrShape(CLI::App& command, ModelFlags& flags);  // --model or --shape, one of them
 void AddBackendFlags(CLI::App& command, ModelFlags& flags);  // --backend, --threads
-void AddComputeFlags(CLI::App& command, ModelFlags& flags);  // all but --model
+void AddComputeFlags(CLI::App& command, ModelFlags& flags);  // all but --model and --draft-model
 void AddModelFlags(CLI::App& command, ModelFlags& flags);    // those and --model, required
+CLI::Option* AddDraftModelFlag(CLI::App& command, ModelFlags& flags);
 
 // config.json of --shape; "" without it.
 std::string ConfigOf(const ModelFlags& flags);

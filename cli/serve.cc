@@ -68,6 +68,7 @@ int RunServe(ServeFlags flags) {
   if (flags.server.model_name.empty()) flags.server.model_name = flags.model.shape;
   flags.server.engine.rope_override = flags.model.rope;
   flags.server.engine.dtype = ParseDType(flags.model.dtype);
+  flags.server.engine.draft_folder = flags.model.draft_model;
   flags.server.limits.speculate = flags.speculation == "on";
   flags.server.engine.kv_bytes = Bytes(flags.kv_gib);
   flags.server.engine.deterministic = flags.model.deterministic;
@@ -126,10 +127,7 @@ void AddListenFlags(CLI::App& command, ServerOptions& options) {
 }
 
 void AddSpeculationFlags(CLI::App& command, ServeFlags& flags) {
-  command
-      .add_option("--draft-model", flags.server.engine.draft_folder,
-                  "folder of a draft model with the same tokenizer: speculation")
-      ->type_name("DIR");
+  AddDraftModelFlag(command, flags.model);
   command.add_option("--speculation", flags.speculation, "of requests that do not say")
       ->check(CLI::IsMember({"on", "off"}));
   command

@@ -45,9 +45,13 @@ absl::StatusOr<int64_t> ChunkTokens(const ModelCard& card, int64_t chunk) {
       absl::StrCat("chunk ", chunk, " not in [0, ", card.max_tokens_per_step, "]"));
 }
 
-absl::StatusOr<RowResult> RunRow(Engine& engine, const BatchRow& row) {
+absl::StatusOr<StepResult> RunStep(Engine& engine, const BatchRow& row) {
   ASSIGN_OR_RETURN(const StepId id, engine.Submit(std::span(&row, 1)));
-  ASSIGN_OR_RETURN(StepResult result, engine.Collect(id));
+  return engine.Collect(id);
+}
+
+absl::StatusOr<RowResult> RunRow(Engine& engine, const BatchRow& row) {
+  ASSIGN_OR_RETURN(StepResult result, RunStep(engine, row));
   return std::move(result.rows[0]);
 }
 
@@ -66,6 +70,38 @@ absl::StatusOr<RowResult> Prefill(Engine& engine, std::span<const int32_t> promp
   return result;
 }
 
+// A decode step, counted in `result`.
+absl::StatusOr<RowResult> Decode(Engine& engine, const OfflineGenerateOptions& options,
+                                 BatchRow row, OfflineGenerateResult& result) {
+  const int64_t left = options.max_tokens - std::ssize(result.tokens);
+  row.confirmed_position = row.lease->position();
+  row.max_draft_tokens = static_cast<int>(std::min<int64_t>(options.max_draft_tokens, left - 1));
+  ASSIGN_OR_RETURN(StepResult step, RunStep(engine, row));
+  RowResult& decoded = step.rows[0];
+  ++result.num_steps;
+  result.draft_seconds += step.draft_seconds;
+  result.verify_seconds += step.forward_seconds - step.draft_seconds;
+  if (decoded.num_drafts > 0) ++result.num_rounds;
+  result.num_drafts += decoded.num_drafts;
+  result.num_accepted += std::ssize(decoded.outputs[0]) - 1;
+  return std::move(decoded);
+}
+
+// Keeps the tokens of a step up to the end of the output; true: it has ended.
+bool Keep(const std::vector<SampledToken>& tokens, const std::vector<int32_t>& end_tokens,
+          const OfflineGenerateOptions& options, OfflineGenerateResult& result) {
+  for (const SampledToken& token : tokens) {
+    if (std::find(end_tokens.begin(), end_tokens.end(), token.token_id) != end_tokens.end()) {
+      result.ended_by_eos = true;
+      return true;
+    }
+    if (options.on_token) options.on_token(token);
+    result.tokens.push_back(token);
+    if (std::ssize(result.tokens) == options.max_tokens) return true;
+  }
+  return false;
+}
+
 // EOS ids of the model, unless they are ordinary tokens here.
 std::vector<int32_t> EndTokens(const ModelCard& card, const OfflineGenerateOptions& options) {
   return options.ignore_eos ? std::vector<int32_t>() : card.config.eos_token_ids;
@@ -80,6 +116,10 @@ absl::StatusOr<OfflineGenerateResult> GenerateOffline(Engine& engine,
   if (options.max_tokens < 1) {
     return absl::InvalidArgumentError(absl::StrCat("max_tokens ", options.max_tokens, " not >= 1"));
   }
+  if (options.max_draft_tokens < 0 || options.max_draft_tokens > card.max_draft_tokens) {
+    return absl::InvalidArgumentError(absl::StrCat("max_draft_tokens ", options.max_draft_tokens,
+                                                   " not in [0, ", card.max_draft_tokens, "]"));
+  }
   RETURN_IF_ERROR(CheckTokens(card, prompt, options.max_tokens));
   const std::vector<int32_t> end_tokens = EndTokens(card, options);
   SamplingParams sampling = options.sampling;
@@ -89,30 +129,23 @@ absl::StatusOr<OfflineGenerateResult> GenerateOffline(Engine& engine,
   ASSIGN_OR_RETURN(CacheLease lease,
                    engine.caches().Reserve(std::ssize(prompt) + options.max_tokens));
 
-  const RowOutput output = {.lease = &lease, .sampling = &sampling, .seed = options.seed};
+  const RowOutput output = {
+      .lease = &lease, .sampling = &sampling, .seed = options.seed, .coupled = options.coupled};
   ASSIGN_OR_RETURN(const auto rope,
                    RopeOfRequest(card.config, nullptr,
                                  NumRotatedPositions(std::ssize(prompt), options.max_tokens)));
   BatchRow row = {.prompt_length = std::ssize(prompt),
                   .rope = rope.get(),
                   .lease = &lease,
-                  .outputs = std::span(&output, 1)};
+                  .outputs = std::span(&output, 1),
+                  .max_draft_tokens = options.max_draft_tokens};
   OfflineGenerateResult result;
   Clock::time_point start = Clock::now();
   ASSIGN_OR_RETURN(RowResult step, Prefill(engine, prompt, chunk, row));
   result.prefill_seconds = SecondsSince(start);
   start = Clock::now();
-  while (true) {
-    const SampledToken& token = step.outputs[0][0];
-    if (std::find(end_tokens.begin(), end_tokens.end(), token.token_id) != end_tokens.end()) {
-      result.ended_by_eos = true;
-      break;
-    }
-    if (options.on_token) options.on_token(token);
-    result.tokens.push_back(token);
-    if (std::ssize(result.tokens) == options.max_tokens) break;
-    row.confirmed_position = lease.position();
-    ASSIGN_OR_RETURN(step, RunRow(engine, row));
+  while (!Keep(step.outputs[0], end_tokens, options, result)) {
+    ASSIGN_OR_RETURN(step, Decode(engine, options, row, result));
   }
   result.decode_seconds = SecondsSince(start);
   return result;

@@ -20,6 +20,8 @@ struct OfflineGenerateOptions {
   bool ignore_eos = false;
   int64_t chunk =
       0;  // prompt tokens per step, any N; 0: the engine's own (multiples of kPrefillBlock)
+  int max_draft_tokens = 0;  // of a step; 0: no speculation
+  bool coupled = true;       // RowOutput's
   // Called with each drawn token that belongs to the output (not EOS); may be empty.
   std::function<void(const SampledToken&)> on_token;
 };
@@ -28,6 +30,9 @@ struct OfflineGenerateResult {
   std::vector<SampledToken> tokens;  // without the EOS that ended it
   bool ended_by_eos = false;
   double prefill_seconds = 0, decode_seconds = 0;
+  // Decode steps; of these with drafts; drafts, and those accepted; the device's part of the time.
+  int64_t num_steps = 0, num_rounds = 0, num_drafts = 0, num_accepted = 0;
+  double draft_seconds = 0, verify_seconds = 0;
 };
 
 // INVALID_ARGUMENT: empty prompt, id out of range, prompt + max_tokens over the context.
