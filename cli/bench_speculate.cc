@@ -40,9 +40,12 @@ struct Run {
   int64_t num_tokens = 0, num_steps = 0, num_drafts = 0, num_accepted = 0;
 };
 
-// All prompts with one number of drafts, 0: no speculation.
+// All prompts in one way. Fixed numbers come first, 0: no speculation.
 struct Arm {
+  std::string name;
   int num_drafts = 0;
+  DraftPolicy policy = DraftPolicy::kFixed;
+  float threshold = 0;
   std::vector<Run> runs;
 };
 
@@ -102,11 +105,13 @@ absl::StatusOr<std::vector<int32_t>> MakePrompt(Engine& engine, uint64_t seed, i
 }
 
 absl::StatusOr<Run> RunPrompt(Engine& engine, const BenchSpeculateFlags& flags,
-                              const std::vector<int32_t>& prompt, uint64_t seed, int num_drafts) {
+                              const std::vector<int32_t>& prompt, uint64_t seed, const Arm& arm) {
   OfflineGenerateOptions options = {.seed = seed,
                                     .max_tokens = flags.num_tokens,
                                     .ignore_eos = true,
-                                    .max_draft_tokens = num_drafts,
+                                    .max_draft_tokens = arm.num_drafts,
+                                    .draft_policy = arm.policy,
+                                    .draft_threshold = arm.threshold,
                                     .coupled = flags.coupled};
   options.sampling.temperature = flags.temperature;
   ASSIGN_OR_RETURN(const OfflineGenerateResult result, GenerateOffline(engine, prompt, options));
@@ -120,8 +125,18 @@ absl::StatusOr<Run> RunPrompt(Engine& engine, const BenchSpeculateFlags& flags,
 }
 
 absl::StatusOr<std::vector<Arm>> RunArms(Engine& engine, const BenchSpeculateFlags& flags) {
-  std::vector<Arm> arms(static_cast<size_t>(flags.max_drafts) + 1);
-  for (size_t arm = 0; arm < arms.size(); ++arm) arms[arm].num_drafts = static_cast<int>(arm);
+  std::vector<Arm> arms;
+  for (int drafts = 0; drafts <= flags.max_drafts; ++drafts) {
+    arms.push_back({.name = absl::StrCat(drafts), .num_drafts = drafts});
+  }
+  for (const float threshold : {0.4f, 0.6f, 0.8f}) {
+    arms.push_back({.name = absl::StrFormat("margin %.1f", threshold),
+                    .num_drafts = flags.max_drafts,
+                    .policy = DraftPolicy::kMargin,
+                    .threshold = threshold});
+  }
+  arms.push_back(
+      {.name = "throughput", .num_drafts = flags.max_drafts, .policy = DraftPolicy::kThroughput});
   for (int64_t index = -1; index < flags.num_prompts; ++index) {
     const uint64_t seed = flags.seed + static_cast<uint64_t>(index + 1);
     ASSIGN_OR_RETURN(const std::vector<int32_t> prompt,
@@ -129,7 +144,7 @@ absl::StatusOr<std::vector<Arm>> RunArms(Engine& engine, const BenchSpeculateFla
     for (size_t turn = 0; turn < arms.size(); ++turn) {
       // Another one begins each time, so that a drift of the machine favours none.
       Arm& arm = arms[(turn + static_cast<size_t>(index + 1)) % arms.size()];
-      ASSIGN_OR_RETURN(const Run run, RunPrompt(engine, flags, prompt, seed, arm.num_drafts));
+      ASSIGN_OR_RETURN(const Run run, RunPrompt(engine, flags, prompt, seed, arm));
       if (index >= 0) arm.runs.push_back(run);  // the first prompt warms up
     }
     if (index >= 0) std::cerr << absl::StrFormat("\rprompt %d of %d", index + 1, flags.num_prompts);
@@ -138,10 +153,11 @@ absl::StatusOr<std::vector<Arm>> RunArms(Engine& engine, const BenchSpeculateFla
   return arms;
 }
 
-const Arm& BestFixed(const std::vector<Arm>& arms, const PromptIndices& prompts) {
-  return *std::max_element(arms.begin() + 1, arms.end(), [&](const Arm& a, const Arm& b) {
-    return TokensPerSecond(a, prompts) < TokensPerSecond(b, prompts);
-  });
+const Arm& BestFixed(const std::vector<Arm>& arms, int max_drafts, const PromptIndices& prompts) {
+  return *std::max_element(arms.begin() + 1, arms.begin() + 1 + max_drafts,
+                           [&](const Arm& a, const Arm& b) {
+                             return TokensPerSecond(a, prompts) < TokensPerSecond(b, prompts);
+                           });
 }
 
 nlohmann::ordered_json ArmToJson(const Arm& arm, const Arm& off, const PromptIndices& all,
@@ -152,7 +168,8 @@ nlohmann::ordered_json ArmToJson(const Arm& arm, const Arm& off, const PromptInd
   const auto drafts = static_cast<double>(sum.num_drafts),
              accepted = static_cast<double>(sum.num_accepted);
   const Interval speedup = Ratio(arm, off, all, random);
-  return {{"drafts", arm.num_drafts},
+  return {{"name", arm.name},
+          {"drafts", arm.num_drafts},
           {"tokens_per_s", TokensPerSecond(arm, all)},
           {"speedup", speedup.value},
           {"speedup_low", speedup.low},
@@ -175,16 +192,25 @@ nlohmann::ordered_json Results(const std::vector<Arm>& arms, const BenchSpeculat
   nlohmann::ordered_json results;
   for (const Arm& arm : arms) results["arms"].push_back(ArmToJson(arm, arms[0], all, random));
   // Chosen on one half of the prompts, reported on the other.
-  const Arm& best = BestFixed(arms, even);
+  const Arm& best = BestFixed(arms, flags.max_drafts, even);
   const Interval gain = Ratio(best, arms[0], odd, random);
   results["best_fixed"] = {{"drafts", best.num_drafts},
                            {"speedup", gain.value},
                            {"speedup_low", gain.low},
                            {"speedup_high", gain.high}};
+  for (const Arm& arm : arms) {
+    if (arm.policy == DraftPolicy::kFixed) continue;
+    const Interval over_best = Ratio(arm, best, odd, random);
+    results["over_best_fixed"].push_back({{"name", arm.name},
+                                          {"ratio", over_best.value},
+                                          {"ratio_low", over_best.low},
+                                          {"ratio_high", over_best.high}});
+  }
   // Time of one draft, and of one more verified row, in units of a plain step.
   const double plain = results["arms"][0]["verify_ms_per_step"];
-  const double most = results["arms"].back()["verify_ms_per_step"];
-  const double draft = results["arms"].back()["draft_ms_per_token"];
+  const auto most_drafts = static_cast<size_t>(flags.max_drafts);
+  const double most = results["arms"][most_drafts]["verify_ms_per_step"];
+  const double draft = results["arms"][most_drafts]["draft_ms_per_token"];
   results["plain_step_ms"] = plain;
   results["draft_cost"] = draft / plain;
   results["row_cost"] = (most - plain) / flags.max_drafts / plain;
@@ -196,20 +222,27 @@ void PrintTable(const nlohmann::ordered_json& results) {
       "plain step %.3f ms; a draft costs %.3f of it, a verified row %.3f\n",
       results["plain_step_ms"].get<double>(), results["draft_cost"].get<double>(),
       results["row_cost"].get<double>());
-  std::cout << "drafts  tokens/s  speedup            tokens/step  verified  discarded  accepted\n";
+  std::cout
+      << "drafts      tokens/s  speedup            tokens/step  verified  discarded  accepted\n";
   for (const auto& arm : results["arms"]) {
     std::cout << absl::StrFormat(
-        "%6d  %8.1f  %.3f [%.3f, %.3f]  %8.3f     %6.3f    %6.3f     %6.3f\n",
-        arm["drafts"].get<int>(), arm["tokens_per_s"].get<double>(), arm["speedup"].get<double>(),
-        arm["speedup_low"].get<double>(), arm["speedup_high"].get<double>(),
-        arm["tokens_per_step"].get<double>(), arm["verification_rate"].get<double>(),
-        arm["discard_rate"].get<double>(), arm["acceptance"].get<double>());
+        "%-10s  %8.1f  %.3f [%.3f, %.3f]  %8.3f     %6.3f    %6.3f     %6.3f\n",
+        arm["name"].get<std::string>(), arm["tokens_per_s"].get<double>(),
+        arm["speedup"].get<double>(), arm["speedup_low"].get<double>(),
+        arm["speedup_high"].get<double>(), arm["tokens_per_step"].get<double>(),
+        arm["verification_rate"].get<double>(), arm["discard_rate"].get<double>(),
+        arm["acceptance"].get<double>());
   }
   const auto& best = results["best_fixed"];
   std::cout << absl::StrFormat(
       "best number of drafts on one half of the prompts: %d; on the other %.3f [%.3f, %.3f]\n",
       best["drafts"].get<int>(), best["speedup"].get<double>(), best["speedup_low"].get<double>(),
       best["speedup_high"].get<double>());
+  for (const auto& arm : results["over_best_fixed"]) {
+    std::cout << absl::StrFormat("%s over that, on the other half: %.3f [%.3f, %.3f]\n",
+                                 arm["name"].get<std::string>(), arm["ratio"].get<double>(),
+                                 arm["ratio_low"].get<double>(), arm["ratio_high"].get<double>());
+  }
 }
 
 int RunBenchSpeculate(const BenchSpeculateFlags& flags) {

@@ -18,7 +18,7 @@ namespace {
 struct ServeFlags {
   ModelFlags model;
   ServerOptions server;
-  std::string speculation = "on";
+  std::string speculation = "on", draft_policy = "throughput";
   double kv_gib = 0, swap_gib = 0;
   double max_wait_s = 30, drain_timeout_s = 30;
 };
@@ -28,6 +28,11 @@ volatile std::sig_atomic_t g_num_signals = 0;  // SIGTERM or SIGINT: 1 drains, 2
 void OnSignal(int) {
   g_num_signals = g_num_signals + 1;
   if (g_num_signals >= 2) std::_Exit(kFailed);
+}
+
+DraftPolicy ParseDraftPolicy(const std::string& policy) {  // CLI11 has checked it
+  if (policy == "fixed") return DraftPolicy::kFixed;
+  return policy == "margin" ? DraftPolicy::kMargin : DraftPolicy::kThroughput;
 }
 
 int64_t Bytes(double gib) { return static_cast<int64_t>(gib * 1024.0 * 1024.0 * 1024.0); }
@@ -69,6 +74,7 @@ int RunServe(ServeFlags flags) {
   flags.server.engine.rope_override = flags.model.rope;
   flags.server.engine.dtype = ParseDType(flags.model.dtype);
   flags.server.engine.draft_folder = flags.model.draft_model;
+  flags.server.limits.draft_policy = ParseDraftPolicy(flags.draft_policy);
   flags.server.limits.speculate = flags.speculation == "on";
   flags.server.engine.kv_bytes = Bytes(flags.kv_gib);
   flags.server.engine.deterministic = flags.model.deterministic;
@@ -130,6 +136,14 @@ void AddSpeculationFlags(CLI::App& command, ServeFlags& flags) {
   AddDraftModelFlag(command, flags.model);
   command.add_option("--speculation", flags.speculation, "of requests that do not say")
       ->check(CLI::IsMember({"on", "off"}));
+  command
+      .add_option("--draft-policy", flags.draft_policy,
+                  "how many drafts a step proposes, of a request that does not say")
+      ->check(CLI::IsMember({"fixed", "margin", "throughput"}));
+  command
+      .add_option("--draft-threshold", flags.server.limits.draft_threshold,
+                  "margin: the probability of a rejection at which it stops")
+      ->check(CLI::Range(0.0, 1.0));
   command
       .add_option("--max-draft-tokens", flags.server.limits.max_draft_tokens,
                   "proposed in a step, of a request that does not say")

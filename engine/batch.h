@@ -29,6 +29,13 @@ struct RowOutput {
   bool coupled = true;
 };
 
+// What decides how many of max_draft_tokens a step proposes (draft_policy.h).
+enum class DraftPolicy {
+  kFixed,       // all of them
+  kMargin,      // until P(any of them is rejected), by the draft's margins, exceeds the threshold
+  kThroughput,  // while one more makes the batch faster, by what drafts and rows cost here
+};
+
 // Pointers and spans must stay valid until the step is collected.
 struct BatchRow {
   std::span<const int32_t>
@@ -45,6 +52,8 @@ struct BatchRow {
   // speculation off. A prompt row: other than 0, the draft model reads the prompt too, without
   // which the sequence is not speculated on. No other step of a row that speculates is in flight.
   int max_draft_tokens = 0;
+  DraftPolicy draft_policy = DraftPolicy::kFixed;
+  float draft_threshold = 0.5f;  // kMargin
 
   // Scoring of given tokens (prompt log-probabilities): target i is the token whose log-probability
   // row token_ids[i] predicts (the next prompt token), -1 for none. Same length as token_ids, or

@@ -201,6 +201,7 @@ struct Engine::Impl {
   RowResult Result(const Step& step, size_t row) const;
   bool AppendScores(const Step& step, size_t row, RowResult& result) const;
   void ResolveTokens(Step& step);
+  void Measure(const Step& step, const StepResult& result);
   absl::Status CopyOne(const CacheCopy& copy);
   void DropReleasedHostCopies();
 
@@ -442,6 +443,7 @@ absl::Status Engine::WarmUp() {
     num_rows = PaddedRows(num_rows + 1, most);
     for (int run = 0; run < kRunsToRecord; ++run) RETURN_IF_ERROR(impl.RunPadding(num_rows));
   }
+  if (impl.speculator != nullptr) impl.speculator->ForgetCosts();
   return absl::OkStatus();
 }
 
@@ -722,10 +724,22 @@ void Engine::Impl::ResolveTokens(Step& step) {
         state.pending_step = -1;
       }
       if (speculator != nullptr) {
-        speculator->Accept(output.lease->slot(), tokens, HasDrafts(row) ? row.max_draft_tokens : 0);
+        speculator->Accept(step.id, output.lease->slot(), tokens,
+                           HasDrafts(row) ? row.max_draft_tokens : 0);
       }
     }
   }
+}
+
+// What a step without prompts cost.
+void Engine::Impl::Measure(const Step& step, const StepResult& result) {
+  int64_t num_tokens = 0;
+  for (size_t row = 0; row < step.rows.size(); ++row) {
+    if (!step.rows[row].token_ids.empty()) return;
+    num_tokens += NumTokens(step, row);
+  }
+  speculator->Measure(step.id, result.draft_seconds, step.num_tokens,
+                      result.forward_seconds - result.draft_seconds, num_tokens);
 }
 
 absl::StatusOr<StepResult> Engine::Collect(StepId id) {
@@ -745,6 +759,7 @@ absl::StatusOr<StepResult> Engine::Collect(StepId id) {
   RETURN_IF_ERROR(impl.backend->SecondsBetween(Impl::BeginMark(id), Impl::DraftMark(id),
                                                &result.draft_seconds));
   impl.ResolveTokens(step);
+  if (impl.speculator != nullptr) impl.Measure(step, result);
   result.rows.reserve(step.rows.size());
   for (size_t row = 0; row < step.rows.size(); ++row) result.rows.push_back(impl.Result(step, row));
   return result;

@@ -138,7 +138,9 @@ absl::StatusOr<OfflineGenerateResult> GenerateOffline(Engine& engine,
                   .rope = rope.get(),
                   .lease = &lease,
                   .outputs = std::span(&output, 1),
-                  .max_draft_tokens = options.max_draft_tokens};
+                  .max_draft_tokens = options.max_draft_tokens,
+                  .draft_policy = options.draft_policy,
+                  .draft_threshold = options.draft_threshold};
   OfflineGenerateResult result;
   Clock::time_point start = Clock::now();
   ASSIGN_OR_RETURN(RowResult step, Prefill(engine, prompt, chunk, row));

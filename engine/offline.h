@@ -21,7 +21,9 @@ struct OfflineGenerateOptions {
   int64_t chunk =
       0;  // prompt tokens per step, any N; 0: the engine's own (multiples of kPrefillBlock)
   int max_draft_tokens = 0;  // of a step; 0: no speculation
-  bool coupled = true;       // RowOutput's
+  DraftPolicy draft_policy = DraftPolicy::kFixed;
+  float draft_threshold = 0.5f;
+  bool coupled = true;  // RowOutput's
   // Called with each drawn token that belongs to the output (not EOS); may be empty.
   std::function<void(const SampledToken&)> on_token;
 };

@@ -17,6 +17,16 @@ namespace {
 
 int64_t RoundDown(int64_t value, int64_t multiple) { return value / multiple * multiple; }
 
+constexpr int kFirstPassMark = 6;  // two of its own, besides those of steps in flight
+static_assert(kFirstPassMark + 2 <= kNumMarks);
+constexpr int64_t kExplorePeriod = 32;
+constexpr int64_t kWarmUpObservations = 100;  // of a class, before its estimates are trusted
+
+AcceptanceClass ClassOf(const RowOutput& output) {
+  if (output.sampling->temperature == 0) return AcceptanceClass::kGreedy;
+  return output.coupled ? AcceptanceClass::kCoupled : AcceptanceClass::kStandard;
+}
+
 // Bytes of a pass of `tokens` tokens of `rows` rows, without draws.
 int64_t PassBytes(int64_t tokens, int64_t rows, int64_t num_blocks) {
   return StepArena::Footprint(tokens * DTypeBytes(DType::kI32)) +
@@ -80,7 +90,8 @@ int64_t SpeculativeDecoder::DeviceBytes(const ModelConfig& draft,
                                               options.max_tokens_per_step * DTypeBytes(DType::kI32)
                                         : 0;
   return ArenaBytes(options) + rope_bytes +
-         row_bytes * (draft.d_model + draft.vocab_size * (1 + options.max_drafts));
+         row_bytes *
+             (draft.d_model + options.max_drafts + draft.vocab_size * (1 + options.max_drafts));
 }
 
 SpeculativeDecoder::SpeculativeDecoder(Backend& backend, Model& draft, CachePool& pool,
@@ -110,6 +121,14 @@ absl::StatusOr<std::unique_ptr<SpeculativeDecoder>> SpeculativeDecoder::Create(
   ASSIGN_OR_RETURN(decoder->logits_, DeviceBuffer::Allocate(backend, row_bytes * vocab_size));
   ASSIGN_OR_RETURN(decoder->probabilities_,
                    DeviceBuffer::Allocate(backend, row_bytes * options.max_drafts * vocab_size));
+  ASSIGN_OR_RETURN(decoder->margins_,
+                   DeviceBuffer::Allocate(backend, row_bytes * options.max_drafts));
+  for (HostBuffer& host : decoder->host_margins_) {
+    ASSIGN_OR_RETURN(host, HostBuffer::Allocate(backend, row_bytes * options.max_drafts));
+  }
+  // Where ops run behind the host, a decision takes what the pass before the last one said: the
+  // device has the last one to do meanwhile, and a pass at most is for nothing.
+  decoder->lag_ = backend.Info().replays ? 1 : 0;
   RETURN_IF_ERROR(decoder->MakeRope());
   return decoder;
 }
@@ -149,7 +168,7 @@ bool SpeculativeDecoder::CanDraft(const BatchRow& row, const SlotDraft& slot,
   return !slot.lost && num_unread <= tokens_left && (limit == 0 || end <= limit);
 }
 
-// Rows that decode, then rows that read a prompt or a long gap, as a step orders them.
+// Rows that read a prompt, and rows that can draft.
 void SpeculativeDecoder::ChooseReaders(std::span<BatchRow> rows, std::span<const SlotState> slots) {
   readers_.clear();
   drafters_.clear();
@@ -167,7 +186,6 @@ void SpeculativeDecoder::ChooseReaders(std::span<BatchRow> rows, std::span<const
       slot.unread.clear();
     }
   }
-  int32_t num_drafters = 0;
   for (BatchRow& row : rows) {
     if (!HasDrafts(row)) continue;
     SlotDraft& slot = slots_[static_cast<size_t>(row.lease->slot())];
@@ -178,12 +196,22 @@ void SpeculativeDecoder::ChooseReaders(std::span<BatchRow> rows, std::span<const
     }
     const int64_t position = slots[static_cast<size_t>(row.lease->slot())].position;
     GODWIT_CHECK(slot.position + num_unread == position + 1);
+    slot.acceptance_class = ClassOf(row.outputs[0]);
     readers_.push_back({.row = &row,
                         .slot = &slot,
                         .token_ids = slot.unread,
-                        .draft_row = num_drafters++,
+                        .draft_row = 0,  // until they are counted
                         .is_prefill = num_unread > kWindow});
     tokens_left -= num_unread;
+  }
+}
+
+// Numbers the rows with drafts in the order of the batch, as the target's step does; and rows that
+// decode before those that read as a prompt does.
+void SpeculativeDecoder::OrderReaders() {
+  int32_t num_drafters = 0;
+  for (Reader& reader : readers_) {
+    if (reader.draft_row >= 0) reader.draft_row = reader.slot->draft_row = num_drafters++;
   }
   std::stable_partition(readers_.begin(), readers_.end(),
                         [](const Reader& reader) { return !reader.is_prefill; });
@@ -286,12 +314,16 @@ absl::Status SpeculativeDecoder::DrawDrafts(const TensorView& hidden, int32_t in
   const int64_t num_draws = std::ssize(drafters_);
   TensorView tokens = RowRange(drawn_, options_.first_draft + index, num_draws);
   tokens.row_stride = options_.max_drafts;
-  return ToStatus(backend_->Sample({.logits = logits,
-                                    .rows = rows,
-                                    .num_rows = static_cast<int32_t>(num_draws),
-                                    .counts = counts_,
-                                    .tokens = tokens,
-                                    .probabilities = drafts().probabilities}));
+  return ToStatus(backend_->Sample(
+      {.logits = logits,
+       .rows = rows,
+       .num_rows = static_cast<int32_t>(num_draws),
+       .counts = counts_,
+       .tokens = tokens,
+       .probabilities = drafts().probabilities,
+       .margins = !adapts_ ? TensorView()
+                           : MakeView(margins_.as<float>() + index * options_.num_slots,
+                                      DType::kF32, num_draws)}));
 }
 
 // One forward pass, and with drafters the draft `index` of each.
@@ -321,32 +353,140 @@ absl::Status SpeculativeDecoder::RunPass(int32_t index) {
   return DrawDrafts(hidden, index, logit_tokens, draws);
 }
 
+// --- How far
+
+const float* SpeculativeDecoder::Margins(StepId step, int32_t index) const {
+  return host_margins_[step % kMaxStepsInFlight].as<const float>() + index * options_.num_slots;
+}
+
+absl::Status SpeculativeDecoder::ReadMargins(StepId step, int32_t index) {
+  const int64_t offset = index * options_.num_slots * DTypeBytes(DType::kF32);
+  RETURN_IF_ERROR(backend_->CopyToHost(host_margins_[step % kMaxStepsInFlight].bytes() + offset,
+                                       margins_.bytes() + offset,
+                                       std::ssize(drafters_) * DTypeBytes(DType::kF32)));
+  return ToStatus(backend_->SetMark(kFirstPassMark + index % 2));
+}
+
+// Now and then, and until something is known, a step proposes all that it may: an estimate that
+// learns only from drafts it trusts would never trust another.
+bool SpeculativeDecoder::Explores() {
+  return num_decisions_++ % kExplorePeriod == 0 || !costs_.known();
+}
+
+// Whether there is a first draft, of rows that ask for throughput; those without read nothing.
+void SpeculativeDecoder::DecideFirst() {
+  candidates_.clear();
+  candidate_readers_.clear();
+  for (Reader& reader : readers_) {
+    if (reader.draft_row < 0) continue;
+    DraftCandidate& candidate = candidates_.emplace_back(Candidate(reader));
+    if (candidate.policy == DraftPolicy::kMargin) candidate.policy = DraftPolicy::kFixed;
+    candidate_readers_.push_back(&reader);
+  }
+  DecideDrafts(costs_, candidates_);
+  for (size_t candidate = 0; candidate < candidates_.size(); ++candidate) {
+    if (!candidates_[candidate].goes_on) {
+      candidate_readers_[candidate]->row->max_draft_tokens = 0;
+    }
+  }
+  std::erase_if(readers_, [](const Reader& reader) {
+    return reader.draft_row >= 0 && reader.row->max_draft_tokens == 0;
+  });
+}
+
+// Without drafts so far. A policy is followed once the estimates are worth it.
+DraftCandidate SpeculativeDecoder::Candidate(const Reader& reader) const {
+  const AcceptanceClass acceptance_class = reader.slot->acceptance_class;
+  const bool is_known = estimator_.num_observed(acceptance_class) >= kWarmUpObservations;
+  return {.policy = is_known ? reader.row->draft_policy : DraftPolicy::kFixed,
+          .threshold = reader.row->draft_threshold,
+          .acceptance = estimator_.Mean(acceptance_class)};
+}
+
+// P(the reader's drafts are all accepted): by the margins of the first num_known, by the mean for
+// the others.
+double SpeculativeDecoder::Survival(StepId step, const Reader& reader, int32_t num_known,
+                                    int32_t num_drafts) const {
+  const AcceptanceClass acceptance_class = reader.slot->acceptance_class;
+  double survival = 1;
+  for (int32_t index = 0; index < num_drafts; ++index) {
+    survival *= index < num_known ? estimator_.Predict(acceptance_class, index,
+                                                       Margins(step, index)[reader.draft_row])
+                                  : estimator_.Mean(acceptance_class);
+  }
+  return survival;
+}
+
+// Which rows go on after draft `index`.
+void SpeculativeDecoder::Decide(StepId step, int32_t index) {
+  candidates_.clear();
+  candidate_readers_.clear();
+  const int32_t num_known = std::max(index + 1 - lag_, 0);
+  for (Reader* reader : drafters_) {
+    if (reader->row->max_draft_tokens <= index + 1) continue;
+    candidates_.push_back(Candidate(*reader));
+    candidates_.back().survival = Survival(step, *reader, num_known, index + 1);
+    candidate_readers_.push_back(reader);
+  }
+  DecideDrafts(costs_, candidates_);
+  for (size_t candidate = 0; candidate < candidates_.size(); ++candidate) {
+    if (!candidates_[candidate].goes_on) {
+      candidate_readers_[candidate]->row->max_draft_tokens = index + 1;
+    }
+  }
+}
+
 absl::Status SpeculativeDecoder::Draft(StepId step, std::span<BatchRow> rows,
                                        std::span<const SlotState> slots) {
+  num_passes_[step % kMaxStepsInFlight] = 0;
+  adapts_ = std::any_of(rows.begin(), rows.end(), [](const BatchRow& row) {
+    return HasDrafts(row) && row.draft_policy != DraftPolicy::kFixed;
+  });
+  learns_[step % kMaxStepsInFlight] = adapts_;
+  const bool decides = adapts_ && !Explores();
   ChooseReaders(rows, slots);
+  if (decides) DecideFirst();
+  OrderReaders();
   if (readers_.empty()) return absl::OkStatus();
   arena_->Begin(step);
   draws_.Clear();
   arrays_.Clear();
   for (const Reader& reader : readers_) AddRead(reader);
   RETURN_IF_ERROR(RunPass(0));
-  for (int32_t index = 1;; ++index) {
+  for (int32_t index = 0; !drafters_.empty(); ++index) {
+    ++num_passes_[step % kMaxStepsInFlight];
+    if (adapts_) RETURN_IF_ERROR(ReadMargins(step, index));
+    if (decides) {
+      if (index >= lag_) {
+        RETURN_IF_ERROR(backend_->WaitMark(kFirstPassMark + (index - lag_) % 2));
+      }
+      Decide(step, index);
+    }
     arrays_.Clear();
     for (const Reader& reader : readers_) {
-      if (reader.draft_row >= 0 && reader.row->max_draft_tokens > index) AddDraft(reader, index);
+      if (reader.draft_row >= 0 && reader.row->max_draft_tokens > index + 1) {
+        AddDraft(reader, index + 1);
+      }
     }
-    if (arrays_.rows.empty()) return absl::OkStatus();
-    RETURN_IF_ERROR(RunPass(index));
+    if (arrays_.rows.empty()) break;
+    RETURN_IF_ERROR(RunPass(index + 1));
   }
+  return absl::OkStatus();
 }
 
 // --- What the host learns
 
-void SpeculativeDecoder::Accept(int32_t slot_index, std::span<const int32_t> tokens,
+void SpeculativeDecoder::Accept(StepId step, int32_t slot_index, std::span<const int32_t> tokens,
                                 int num_drafts) {
   SlotDraft& slot = slots_[static_cast<size_t>(slot_index)];
   if (slot.lost) return;
   if (num_drafts > 0) {
+    const auto num_accepted = static_cast<int>(tokens.size()) - 1;
+    const bool learns = learns_[step % kMaxStepsInFlight];
+    for (int index = 0; learns && index <= num_accepted && index < num_drafts; ++index) {
+      estimator_.Observe(slot.acceptance_class, index, Margins(step, index)[slot.draft_row],
+                         index < num_accepted);
+    }
     // The draft read the target's input and its own proposals but the last. Those that stand are
     // read for good.
     const int64_t num_read = std::min<int64_t>(std::ssize(tokens), num_drafts) - 1;
@@ -358,6 +498,12 @@ void SpeculativeDecoder::Accept(int32_t slot_index, std::span<const int32_t> tok
   if (std::ssize(slot.unread) <= kMaxDraftLag) return;
   slot.lost = true;
   slot.unread.clear();
+}
+
+void SpeculativeDecoder::Measure(StepId step, double draft_seconds, int64_t num_rows,
+                                 double verify_seconds, int64_t num_tokens) {
+  costs_.Observe(num_passes_[step % kMaxStepsInFlight], draft_seconds, num_rows, verify_seconds,
+                 num_tokens);
 }
 
 void SpeculativeDecoder::Fork(int32_t from_slot, int32_t to_slot) {

@@ -18,6 +18,7 @@
 #include "engine/batch.h"
 #include "engine/cache_pool.h"
 #include "engine/device_buffer.h"
+#include "engine/draft_policy.h"
 #include "engine/draw_list.h"
 #include "engine/forward_plan.h"
 #include "engine/model.h"
@@ -59,8 +60,13 @@ class SpeculativeDecoder {
   absl::Status Draft(StepId step, std::span<BatchRow> rows, std::span<const SlotState> slots);
   Sampler::Drafts drafts() const;
 
-  // The tokens that one output of a step gained; num_drafts were proposed for it.
-  void Accept(int32_t slot, std::span<const int32_t> tokens, int num_drafts);
+  // Once the step has ended: the tokens that one output gained; num_drafts were proposed for it.
+  void Accept(StepId step, int32_t slot, std::span<const int32_t> tokens, int num_drafts);
+  // And what a step of decode rows only took.
+  void Measure(StepId step, double draft_seconds, int64_t num_rows, double verify_seconds,
+               int64_t num_tokens);
+
+  void ForgetCosts() { costs_ = {}; }  // of steps that were like no later one
 
   // What happens to a slot's state happens to what is known of it. Forget: it holds no token yet.
   void Forget(int32_t slot) { slots_[static_cast<size_t>(slot)] = {}; }
@@ -75,6 +81,8 @@ class SpeculativeDecoder {
     int64_t base = 0;             // of its lightning state
     std::vector<int32_t> unread;  // from there to the next input of the target, which is the last
     bool lost = false;            // it has fallen behind for good
+    int32_t draft_row = -1;       // in the last step that it had drafts in
+    AcceptanceClass acceptance_class = AcceptanceClass::kGreedy;
   };
   // A row that reads, and proposes if `draft_row` says which row with drafts it is.
   struct Reader {
@@ -102,6 +110,14 @@ class SpeculativeDecoder {
   void ChooseReaders(std::span<BatchRow> rows, std::span<const SlotState> slots);
   bool ReadsPrompt(const BatchRow& row, const SlotDraft& slot) const;
   bool CanDraft(const BatchRow& row, const SlotDraft& slot, int64_t tokens_left) const;
+  void OrderReaders();
+  bool Explores();
+  DraftCandidate Candidate(const Reader& reader) const;
+  void DecideFirst();
+  void Decide(StepId step, int32_t index);
+  double Survival(StepId step, const Reader& reader, int32_t num_known, int32_t num_drafts) const;
+  const float* Margins(StepId step, int32_t index) const;
+  absl::Status ReadMargins(StepId step, int32_t index);
   void AddRead(const Reader& reader);
   void AddDraft(const Reader& reader, int32_t index);
   void AddRow(const Reader& reader, StepRow row);
@@ -116,9 +132,12 @@ class SpeculativeDecoder {
   TensorView counts_, drawn_;
   SpeculativeDecoderOptions options_;
   std::unique_ptr<StepArena> arena_;
-  DeviceBuffer gathered_;       // [num_slots, d_model] f32
-  DeviceBuffer logits_;         // [num_slots, vocab] f32
-  DeviceBuffer probabilities_;  // [num_slots * max_drafts, vocab] f32
+  DeviceBuffer gathered_;                       // [num_slots, d_model] f32
+  DeviceBuffer logits_;                         // [num_slots, vocab] f32
+  DeviceBuffer probabilities_;                  // [num_slots * max_drafts, vocab] f32
+  DeviceBuffer margins_;                        // [max_drafts, num_slots] f32
+  HostBuffer host_margins_[kMaxStepsInFlight];  // the same, of a step
+  int32_t lag_ = 0;                             // passes whose margins the host does not wait for
   // Of a draft with RoPE. It rotates with its own table, whatever a request's target does: a draft
   // may be worse for that, a token never is.
   std::optional<RopeStore> rope_;
@@ -127,7 +146,16 @@ class SpeculativeDecoder {
   std::vector<SlotDraft> slots_;
   std::map<int64_t, SlotDraft> host_slots_;  // of swapped sequences, by host id
 
+  AcceptanceEstimator estimator_;
+  SpeculationCosts costs_;
+  int64_t num_passes_[kMaxStepsInFlight] = {};  // with drafts, of a step
+  bool learns_[kMaxStepsInFlight] = {};         // a step's margins are read back
+  int64_t num_decisions_ = 0;
+  bool adapts_ = false;  // some row's policy is another than kFixed, in the step being run
+
   // Of the step being run.
+  std::vector<DraftCandidate> candidates_;
+  std::vector<Reader*> candidate_readers_;
   std::vector<Reader> readers_;
   std::vector<Reader*> drafters_;  // by draft row
   Arrays arrays_;

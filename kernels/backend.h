@@ -40,7 +40,7 @@ struct BackendLimits {
                                // the cuts at multiples of P
 };
 
-inline constexpr int kNumMarks = 6;
+inline constexpr int kNumMarks = 8;
 
 // Not thread-safe: one owner thread calls it. Ops are queued in order and may still be running when
 // the call returns; arguments structs are read before it returns, device data they point to when

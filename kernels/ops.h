@@ -259,6 +259,9 @@ struct SampleArgs {
   // f32 [n, V], or absent: receives the distribution that the token was drawn from (after
   // everything; a point mass where the draw is an argmax) of each row with a probability_row.
   TensorView probabilities;
+  // f32 [num_rows], or absent: distance of the two largest logits after bias and penalties; 0 where
+  // it is not finite, or V = 1. Not written for padding and rows that draw -1.
+  TensorView margins;
 };
 
 // Speculation. What a draft model proposed is checked against the target's own distributions, and

@@ -347,6 +347,10 @@ OpStatus Validate(const SampleArgs& args) {
     CheckTop(check, args.top_ids, args.top_logprobs, args.num_rows, args.top_ids.row_elements());
   }
   if (args.probabilities) CheckProbabilities(check, args.probabilities, args.logits);
+  if (args.margins) {
+    check.Type("margins", args.margins, DType::kF32);
+    check.Shape("margins", args.margins, {args.num_rows});
+  }
   return check.status();
 }
 

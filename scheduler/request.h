@@ -110,7 +110,9 @@ struct GenerateRequest {
   uint64_t seed = 0;
   // The seed was the client's: the tokens are a function of it, speculation or not.
   bool seed_is_given = true;
-  int max_draft_tokens = 0;            // that the draft model proposes in a step; 0: no speculation
+  int max_draft_tokens = 0;  // that the draft model proposes in a step; 0: no speculation
+  DraftPolicy draft_policy = DraftPolicy::kFixed;
+  float draft_threshold = 0.5f;        // kMargin
   int32_t num_outputs = 1;             // n; prefills once and forks
   int64_t max_tokens = 0;              // per output; 0: prompt scoring only (Score)
   std::vector<int32_t> eos_token_ids;  // empty with ignore_eos

@@ -181,7 +181,9 @@ void Scheduler::Impl::AddDecodeRow(Sequence& sequence, int64_t max_drafts, StepP
                        .prompt_length = sequence.group->prompt_length,
                        .rope = sequence.group->request.rope.get(),
                        .lease = &sequence.lease,
-                       .max_draft_tokens = static_cast<int>(num_drafts)});
+                       .max_draft_tokens = static_cast<int>(num_drafts),
+                       .draft_policy = request.draft_policy,
+                       .draft_threshold = request.draft_threshold});
   plan.record->rows.push_back({.sequence = &sequence, .first_output = plan.record->outputs.size()});
   plan.record->num_tokens += 1 + num_drafts;
   ++sequence.steps_in_flight;

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "engine/batch.h"
+
 namespace godwit {
 
 struct RequestLimits {
@@ -13,8 +15,11 @@ struct RequestLimits {
   double max_rope_factor = 0;            // of a rope that a request chooses; 0: it may choose none
   int64_t max_prompt_bytes = 8 << 20;    // of a text to split into tokens
   int64_t max_message_bytes = 16 << 20;  // of one request on the wire
-  bool speculate = true;     // with a draft model, where the request leaves it to the server
-  int max_draft_tokens = 4;  // of a request that does not say
+  bool speculate = true;  // with a draft model, where the request leaves it to the server
+  // Of a request that does not say.
+  int max_draft_tokens = 8;
+  DraftPolicy draft_policy = DraftPolicy::kThroughput;
+  float draft_threshold = 0.5f;
 };
 
 inline constexpr int kMaxStopStrings = 16;

@@ -238,17 +238,49 @@ void ReadResponse(const v1::ResponseOptions& from, const ServedModel& model,
   if (from.has_prompt_logprobs()) prepared.request.prompt_logprobs = from.prompt_logprobs();
 }
 
+void ReadDraftPolicy(const v1::SpeculationOptions& from, const ServedModel& model,
+                     GenerateRequest& request, Checker& check) {
+  request.draft_policy = model.limits().draft_policy;
+  switch (from.policy()) {
+    case v1::SpeculationOptions::POLICY_UNSPECIFIED:
+      break;
+    case v1::SpeculationOptions::POLICY_FIXED:
+      request.draft_policy = DraftPolicy::kFixed;
+      break;
+    case v1::SpeculationOptions::POLICY_MARGIN:
+      request.draft_policy = DraftPolicy::kMargin;
+      break;
+    case v1::SpeculationOptions::POLICY_THROUGHPUT:
+      request.draft_policy = DraftPolicy::kThroughput;
+      break;
+    default:
+      check.Fail("speculation.policy",
+                 absl::StrCat("is unknown: ", static_cast<int>(from.policy())));
+  }
+  request.draft_threshold =
+      from.has_threshold() ? from.threshold() : model.limits().draft_threshold;
+  check.InRange("speculation.threshold", request.draft_threshold, 0.0f, 1.0f);
+  if (from.has_threshold() && request.draft_policy != DraftPolicy::kMargin) {
+    check.Fail("speculation.threshold", "needs POLICY_MARGIN");
+  }
+}
+
 absl::Status ReadSpeculation(const v1::SpeculationOptions& from, const ServedModel& model,
                              GenerateRequest& request, Checker& check) {
   const int most = model.card().max_draft_tokens;
   const bool is_on = from.mode() == v1::SpeculationOptions::MODE_ON;
   if (most == 0) {
-    if (!is_on && !from.has_max_draft_tokens()) return absl::OkStatus();
+    const char* field = is_on                         ? "mode"
+                        : from.has_max_draft_tokens() ? "max_draft_tokens"
+                        : from.has_policy()           ? "policy"
+                        : from.has_threshold()        ? "threshold"
+                                                      : nullptr;
+    if (field == nullptr) return absl::OkStatus();
     return WithErrorInfo(absl::FailedPreconditionError(absl::StrCat(
-                             is_on ? "speculation.mode" : "speculation.max_draft_tokens",
-                             ": this server has no draft model")),
+                             "speculation.", field, ": this server has no draft model")),
                          "NO_DRAFT_MODEL");
   }
+  ReadDraftPolicy(from, model, request, check);
   const int wanted =
       from.has_max_draft_tokens() ? from.max_draft_tokens() : model.limits().max_draft_tokens;
   check.InRange("speculation.max_draft_tokens", wanted, 1, most);

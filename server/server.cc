@@ -79,6 +79,10 @@ absl::Status ValidateServerOptions(const ServerOptions& options) {
     return absl::InvalidArgumentError(absl::StrCat("max_draft_tokens ", limits.max_draft_tokens,
                                                    " not in [1, ", kMaxDraftTokens, "]"));
   }
+  if (!(limits.draft_threshold >= 0 && limits.draft_threshold <= 1)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("draft_threshold ", limits.draft_threshold, " not in [0, 1]"));
+  }
   if (limits.default_max_tokens > limits.max_tokens) {
     return absl::InvalidArgumentError(absl::StrCat("default_max_tokens ", limits.default_max_tokens,
                                                    " is more than max_tokens ", limits.max_tokens));

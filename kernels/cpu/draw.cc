@@ -54,6 +54,21 @@ void Filter(const IsaTable& isa, const SampleRow& row, float* logits, float* wei
       {.x = logits, .by = weights, .n = vocab, .threshold = std::min(row.min_p, 1.0f)});
 }
 
+// max: the largest. 0 where the second is not finite.
+float Margin(const float* logits, int64_t vocab, float max) {
+  float second = -INFINITY;
+  bool is_first = true;
+  for (int64_t id = 0; id < vocab; ++id) {
+    if (logits[id] <= second) continue;
+    if (logits[id] == max && is_first) {
+      is_first = false;
+    } else {
+      second = logits[id];
+    }
+  }
+  return std::isfinite(second) ? max - second : 0;
+}
+
 }  // namespace
 
 bool HasBadLogits(const IsaTable& isa, const float* raw, int64_t vocab) {
@@ -63,20 +78,24 @@ bool HasBadLogits(const IsaTable& isa, const float* raw, int64_t vocab) {
 }
 
 DrawPlan PrepareDraw(const IsaTable& isa, const SampleRow& row, const float* raw,
-                     const uint32_t* counts, int64_t vocab, float* logits, float* weights) {
+                     const uint32_t* counts, int64_t vocab, float* logits, float* weights,
+                     bool with_margin) {
   std::copy(raw, raw + vocab, logits);
   AddBiases(row, logits, vocab);
   if (counts != nullptr) ApplyPenalties(row, counts, logits, vocab);
   ScanLogitsArgs scan = {.x = logits, .n = vocab};
   isa.scan_logits(scan);
+  const float margin = with_margin ? Margin(logits, vocab, scan.max) : 0;
   if (row.temperature == 0 || scan.max == -INFINITY) {
-    return {.is_argmax = true, .argmax = std::find(logits, logits + vocab, scan.max) - logits};
+    return {.is_argmax = true,
+            .argmax = std::find(logits, logits + vocab, scan.max) - logits,
+            .margin = margin};
   }
   // Relative to the largest: a tiny temperature drives the others to -inf, never the largest to
   // inf.
   isa.temper({.x = logits, .n = vocab, .max = scan.max, .temperature = row.temperature});
   Filter(isa, row, logits, weights, vocab);
-  return {};
+  return {.margin = margin};
 }
 
 int64_t DrawToken(const IsaTable& isa, const SampleRow& row, const DrawPlan& plan, int64_t position,

@@ -24,7 +24,9 @@ void SampleOne(const IsaTable& isa, const SampleArgs& args, int32_t index, float
     return;
   }
   const uint32_t* const counts = args.counts ? args.counts.row<const uint32_t>(row.slot) : nullptr;
-  const DrawPlan plan = PrepareDraw(isa, row, raw, counts, vocab, logits, weights);
+  const DrawPlan plan =
+      PrepareDraw(isa, row, raw, counts, vocab, logits, weights, args.margins.data != nullptr);
+  if (args.margins) *args.margins.row<float>(index) = plan.margin;
   const int64_t token = DrawToken(isa, row, plan, row.position, logits, vocab);
   *args.tokens.row<int32_t>(index) = static_cast<int32_t>(token);
   if (args.counts) ++args.counts.row<uint32_t>(row.slot)[token];

@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(kRowThreads, 4)
     return;
   }
   uint32_t* counts = args.counts.data != nullptr ? Row<uint32_t>(args.counts, row.slot) : nullptr;
-  const DrawPlan plan = PrepareDraw(ops, row, largest, counts);
+  float* margin = args.margins.data != nullptr ? Row<float>(args.margins, index) : nullptr;
+  const DrawPlan plan = PrepareDraw(ops, row, largest, counts, margin);
   const int32_t token = DrawToken(ops, row, plan, row.position);
   if (ops.writes()) {
     *Row<int32_t>(args.tokens, index) = token;

@@ -239,6 +239,16 @@ class RowOps {
     return team_.MaxKey(best);
   }
 
+  // The largest key below `limit`; 0: there is none, and its value is no number.
+  __device__ uint64_t LargestBelow(uint64_t limit) {
+    uint64_t best = 0;
+    ForEach([&](float value, uint32_t id) {
+      const uint64_t key = KeyOf(value, id);
+      if (key < limit) best = max(best, key);
+    });
+    return team_.MaxKey(best);
+  }
+
   // value <- (value - max) / temperature.
   __device__ void Temper(float max, float temperature) {
     ForEach([&](float& value, uint32_t) { value = (value - max) / temperature; });
@@ -615,14 +625,18 @@ struct DrawPlan {
 };
 
 // Of a row that Load has read, whose result was `largest` and not kBadKey. counts: of the row's
-// slot, or null.
+// slot, or null. margin: receives the distance of the two largest, or null.
 template <int kCluster>
 __device__ DrawPlan PrepareDraw(RowOps<kCluster>& ops, const SampleRow& row, uint64_t largest,
-                                const uint32_t* counts) {
+                                const uint32_t* counts, float* margin = nullptr) {
   DrawPlan plan = {.largest = largest, .raw_max = ValueOf(largest)};
   const bool penalised = counts != nullptr && HasPenalties(row);
   plan.changed = penalised || row.num_biases > 0;
   if (plan.changed) plan.largest = ops.Adjust(row, penalised ? counts : nullptr);
+  if (margin != nullptr) {
+    const float distance = ValueOf(plan.largest) - ValueOf(ops.LargestBelow(plan.largest));
+    if (ops.writes()) *margin = isfinite(distance) ? distance : 0;
+  }
   if (row.temperature == 0 || ValueOf(plan.largest) == -INFINITY) return plan;
   ops.Temper(ValueOf(plan.largest), row.temperature);
   ops.Filter(row);

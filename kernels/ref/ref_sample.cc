@@ -145,6 +145,11 @@ int32_t Draw(const SampleRow& row, int64_t position, const std::vector<double>& 
   return best;
 }
 
+double Margin(std::vector<double> logits) {
+  std::sort(logits.rbegin(), logits.rend());
+  return logits.size() < 2 || std::isinf(logits[1]) ? 0 : logits[0] - logits[1];
+}
+
 struct VerifiedToken {
   int32_t token = -1;
   bool accepted = false;
@@ -193,6 +198,7 @@ void RefSample(const SampleArgs& args) {
     const std::vector<double> raw = RowOf(args.logits, row.logit_row);
     std::vector<double> logits = raw;
     Penalise(row, args.counts, logits);
+    if (args.margins) Set(args.margins, r, 0, Margin(logits));
     const std::vector<double> p = Distribution(row, logits);
     const int32_t token = Draw(row, row.position, p);
     *args.tokens.row<int32_t>(r) = token;

@@ -201,7 +201,9 @@ class Driver {
           .rope = sequence.rope.get(),
           .lease = &lease,
           .outputs = std::span(&sequence.row_outputs[output], 1),
-          .max_draft_tokens = num_drafts},
+          .max_draft_tokens = num_drafts,
+          .draft_policy = request.draft_policy,
+          .draft_threshold = request.draft_threshold},
          sequence, static_cast<int>(output));
   }
 

@@ -29,6 +29,8 @@ struct DriverRequest {
   // Drafts asked for in the row of step s: those of s % size; empty: none, and the draft model does
   // not read the prompt.
   std::vector<int> draft_tokens;
+  DraftPolicy draft_policy = DraftPolicy::kFixed;
+  float draft_threshold = 0.5f;
   bool coupled = true;
 };
 

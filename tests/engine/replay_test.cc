@@ -124,6 +124,7 @@ TEST_P(ReplayTest, SpeculationBetweenReplayedStepsEqualsNone) {
     for (size_t index = 0; index < requests.size(); ++index) {
       const int drafts = static_cast<int>(3 * index % (kMaxDraftTokens + 1));
       if (index % 4 != 3) requests[index].draft_tokens = {drafts, 0, 2, 0};
+      requests[index].draft_policy = static_cast<DraftPolicy>(index % 3);
     }
     const std::vector<DriverOutput> outputs = Drive(*engine, 2, requests);
     ASSERT_EQ(outputs.size(), expected.size());
@@ -134,7 +135,7 @@ TEST_P(ReplayTest, SpeculationBetweenReplayedStepsEqualsNone) {
       num_drafts += outputs[index].num_drafts;
       num_accepted += outputs[index].num_accepted;
     }
-    EXPECT_GT(num_drafts, 100);
+    EXPECT_GT(num_drafts, 30);
     if (draft == &model_) {
       EXPECT_GE(num_accepted, num_drafts * 9 / 10);
     }

@@ -1,4 +1,5 @@
-// The shipped models against the greedy continuations that the training code (PyTorch, f32) wrote beside them.
+// The shipped models against the greedy continuations that the training code (PyTorch, f32) wrote
+// beside them.
 
 #include <gtest/gtest.h>
 
@@ -61,8 +62,51 @@ TEST_P(ShippedModelTest, ContinuesAsTheTrainingCodeDoes) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Models, ShippedModelTest, testing::Values("godwit-tale", "godwit-tale-draft"),
+INSTANTIATE_TEST_SUITE_P(Models, ShippedModelTest,
+                         testing::Values("godwit-tale", "godwit-tale-draft"),
                          [](const auto& info) { return info.index == 0 ? "Target" : "Draft"; });
+
+// The shipped pair: each prompt and seed with every policy gives the tokens of the target alone.
+TEST(ShippedPairTest, SpeculationChangesNoToken) {
+  const char* source = std::getenv("GODWIT_SOURCE_DIR");
+  const std::string models = std::string(source == nullptr ? "." : source) + "/models/";
+  const auto make = [&](const std::string& draft_folder) {
+    auto engine = Engine::Create(
+        {.model_folder = models + "godwit-tale", .draft_folder = draft_folder, .max_sequences = 1},
+        *CreateCpuBackend({}));
+    EXPECT_TRUE(engine.ok()) << engine.status();
+    return *std::move(engine);
+  };
+  const auto plain = make(""), pair = make(models + "godwit-tale-draft");
+  int64_t num_drafts = 0, num_accepted = 0;
+  for (uint64_t seed = 1; seed <= 24; ++seed) {
+    const std::vector<int32_t> start = {1};
+    OfflineGenerateOptions options = {
+        .seed = seed, .max_tokens = 24 + static_cast<int64_t>(seed), .ignore_eos = true};
+    const auto prompt_tokens = GenerateOffline(*plain, start, options);
+    ASSERT_TRUE(prompt_tokens.ok()) << prompt_tokens.status();
+    std::vector<int32_t> prompt = start;
+    for (const SampledToken& token : prompt_tokens->tokens) prompt.push_back(token.token_id);
+
+    options.max_tokens = 96;
+    options.ignore_eos = false;
+    options.sampling.temperature = seed % 2 == 0 ? 0.0f : 0.9f;
+    if (seed % 3 == 0) options.sampling.repetition_penalty = 1.15f;
+    const auto expected = GenerateOffline(*plain, prompt, options);
+    options.max_draft_tokens = 1 + static_cast<int>(seed) % kMaxDraftTokens;
+    options.draft_policy = static_cast<DraftPolicy>(seed % 3);
+    const auto actual = GenerateOffline(*pair, prompt, options);
+    ASSERT_TRUE(expected.ok() && actual.ok()) << actual.status();
+    ASSERT_EQ(actual->tokens.size(), expected->tokens.size()) << seed;
+    for (size_t i = 0; i < actual->tokens.size(); ++i) {
+      ASSERT_EQ(actual->tokens[i].token_id, expected->tokens[i].token_id) << seed << " at " << i;
+    }
+    EXPECT_EQ(actual->ended_by_eos, expected->ended_by_eos);
+    num_drafts += actual->num_drafts;
+    num_accepted += actual->num_accepted;
+  }
+  EXPECT_GT(num_accepted, num_drafts / 5);
+}
 
 }  // namespace
 }  // namespace godwit

@@ -129,11 +129,29 @@ TEST_P(SpeculationTest, MixedBatchEqualsNone) {
       if (index % 3 == 0) request.cuts = {64};
       const int drafts = static_cast<int>(index) - 1;  // two without
       if (drafts > 0) request.draft_tokens = {drafts % kMaxDraftTokens + 1, 0, 3};
+      request.draft_policy = static_cast<DraftPolicy>(index % 3);
+      request.draft_threshold = 0.2f * static_cast<float>(index % 5);
     }
     const std::vector<DriverOutput> outputs = Drive(*engine, steps_in_flight, requests);
     ExpectSame(outputs, Plain(requests));
     EXPECT_GT(TotalDrafts(outputs), 100);
   }
+}
+
+// By now the estimates are trusted: rows stop where they please.
+TEST_P(SpeculationTest, PoliciesThatHaveLearntEqualNone) {
+  const auto engine = Make(true);
+  std::vector<DriverRequest> requests;
+  for (uint64_t index = 0; index < 12; ++index) {
+    requests.push_back(Request(600 + index, 20 + static_cast<int64_t>(index), 120));
+    DriverRequest& request = requests.back();
+    request.draft_tokens = {index % 2 == 0 ? 8 : 15};
+    request.draft_policy = index < 6 ? DraftPolicy::kMargin : DraftPolicy::kThroughput;
+    request.draft_threshold = 0.1f * static_cast<float>(index);
+  }
+  const std::vector<DriverOutput> expected = Plain(requests);
+  ExpectSame(Drive(*engine, 1, requests), expected);
+  ExpectSame(Drive(*engine, 1, requests), expected);
 }
 
 // A pause leaves the draft behind, once too far to catch up.
@@ -283,6 +301,8 @@ TEST(StandardRuleTest, TextsOfAnEngineFollowItsModel) {
       requests[index].sampling.frequency_penalty = penalty;
       requests[index].coupled = false;
       requests[index].draft_tokens = {3};
+      requests[index].draft_policy = static_cast<DraftPolicy>(index % 3);
+      requests[index].draft_threshold = 0.4f;
     }
     for (const DriverOutput& output : Drive(*engine, 1, requests)) {
       const std::vector<int32_t> ids = output.ids();

@@ -800,13 +800,16 @@ TEST_P(ConformanceTest, SampleProbabilities) {
     args.tokens =
         arena.Upload<int32_t>(DType::kI32, {args.num_rows}, std::vector<int32_t>(rows.size(), -1));
     args.probabilities = arena.Output(DType::kF32, {12, vocab});
+    args.margins = arena.Output(DType::kF32, {12});
     ExpectOk(backend.Sample(args));
-    return arena.Download(args.probabilities);
+    return std::pair(arena.Download(args.probabilities), arena.Download(args.margins));
   };
-  const std::vector<float> expected = run(*ref_);
+  const auto [expected, expected_margins] = run(*ref_);
+  const auto [actual, actual_margins] = run(*backend_);
   std::vector<double> tolerance;
   for (const float p : expected) tolerance.push_back(std::ldexp(1.0, -17) * static_cast<double>(p));
-  EXPECT_TRUE(Within(run(*backend_), expected, tolerance));
+  EXPECT_TRUE(Within(actual, expected, tolerance));
+  EXPECT_TRUE(Within(actual_margins, expected_margins, std::vector<double>(12, 1e-6)));
 }
 
 // Sequences of both rules, some of whose drafts the target would draw too, one of which failed and

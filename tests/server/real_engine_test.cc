@@ -238,6 +238,7 @@ TEST_P(TinyServerTest, SpeculationGivesTheSameTokensAndSaysWhatItDid) {
   }
   options.engine.draft_folder = model_.folder();
   options.limits.max_draft_tokens = 5;
+  options.limits.draft_policy = DraftPolicy::kFixed;
   RealServer server(options);
   ASSERT_TRUE(server.ok());
   const auto expect_same = [&](const v1::GenerateResponse& response) {
@@ -266,6 +267,16 @@ TEST_P(TinyServerTest, SpeculationGivesTheSameTokensAndSaysWhatItDid) {
   expect_same(response);
   EXPECT_EQ(response.summary().speculation().draft_tokens_at_size(), 2);
 
+  for (const auto policy :
+       {v1::SpeculationOptions::POLICY_MARGIN, v1::SpeculationOptions::POLICY_THROUGHPUT}) {
+    request.mutable_speculation()->set_policy(policy);
+    ASSERT_TRUE(server.Generate(request, &response).ok());
+    expect_same(response);
+  }
+  request.mutable_speculation()->set_threshold(0.5f);
+  EXPECT_EQ(server.Generate(request, &response).error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  request.mutable_speculation()->set_policy(v1::SpeculationOptions::POLICY_MARGIN);
+  EXPECT_TRUE(server.Generate(request, &response).ok());
   request.mutable_speculation()->set_max_draft_tokens(16);
   EXPECT_EQ(server.Generate(request, &response).error_code(), grpc::StatusCode::INVALID_ARGUMENT);
 }

@@ -1,0 +1,87 @@
+#pragma once
+// How far to draft: what a draft's own certainty says of its acceptance, learnt online, and when
+// one more draft pays. Pure: no device, no model, no clock.
+//
+// Whether a draft is verified may depend on the distribution that it is drawn from, on all before
+// it, and on earlier rounds, but never on the drawn token: else what remains is no longer
+// distributed as the target (a retrospective trim; tests/kernels/cpu/verify_tokens_test.cc plants
+// it). So scores are of the distribution, and every draft that was drawn is verified.
+
+#include <cstdint>
+#include <vector>
+
+#include "engine/batch.h"
+
+namespace godwit {
+
+// Greedy rows, rows that match a seed and rows of the standard rule accept differently.
+enum class AcceptanceClass { kGreedy, kCoupled, kStandard };
+inline constexpr int kNumAcceptanceClasses = 3;
+
+// P(draft is accepted | all before it are): logistic in log(1 + margin), margin = distance of the
+// two largest logits that the draft is drawn from; one for each class and place in the round.
+// Learnt from verified drafts by Newton steps whose memory fades, 2 numbers a place.
+class AcceptanceEstimator {
+ public:
+  AcceptanceEstimator();
+
+  double Predict(AcceptanceClass acceptance_class, int place, double margin) const;
+  void Observe(AcceptanceClass acceptance_class, int place, double margin, bool accepted);
+
+  // Over all margins: recent share of accepted drafts.
+  double Mean(AcceptanceClass acceptance_class) const;
+  int64_t num_observed(AcceptanceClass acceptance_class) const;
+
+ private:
+  struct Logistic {
+    double weight[2] = {0, 1};
+    double hessian[3] = {4, 0, 4};  // 00, 01, 11; also the strength of the prior
+  };
+  struct Class {
+    Logistic places[kMaxDraftTokens];
+    double accepted = 1, total = 2;
+    int64_t num_observed = 0;
+  };
+  Class classes_[kNumAcceptanceClasses];
+};
+
+// Seconds per pass of the draft model and per row of the target, and the tokens per second that
+// they have to beat, from the steps that ran.
+class SpeculationCosts {
+ public:
+  // A step of decode rows only: passes and seconds of the draft, rows and seconds of the target,
+  // tokens gained.
+  void Observe(int64_t num_passes, double draft_seconds, int64_t num_rows, double verify_seconds,
+               int64_t num_tokens);
+
+  bool known() const { return steps_ > 0 && passes_ > 0; }
+  double tokens_per_second() const { return tokens_ / (draft_seconds_ + verify_seconds_); }
+  double seconds_per_pass() const { return draft_seconds_ / passes_; }
+  // Slope of the target's time over its rows; 0 while all steps had as many.
+  double seconds_per_row() const;
+
+ private:
+  double steps_ = 0, tokens_ = 0;  // sums that fade
+  double passes_ = 0, draft_seconds_ = 0;
+  double verify_seconds_ = 0;
+  double rows_ = 0, rows_squared_ = 0, rows_seconds_ = 0;
+};
+
+// A row that has drafts in this step and could have one more.
+struct DraftCandidate {
+  DraftPolicy policy = DraftPolicy::kFixed;
+  float threshold = 0;
+  double survival = 1;    // P(all its drafts are accepted)
+  double acceptance = 1;  // of the next one, before anything is known of it
+  bool goes_on = true;    // the answer
+};
+
+// fixed: go on. margin: while 1 - survival <= threshold. throughput: rows whose next token is worth
+// its row of the target go on together, if that pays for the pass of the draft model too:
+//   survival * acceptance > tokens/s * seconds per row, and the sum of what is left over > tokens/s
+//   * seconds per pass, unless others pay for it anyway. This maximises tokens per second
+//   (Dinkelbach)
+// because survival only falls. Where costs are unknown it goes on.
+void DecideDrafts(const SpeculationCosts& costs, std::vector<DraftCandidate>& candidates);
+
+}  // namespace godwit
