@@ -57,10 +57,21 @@ class SpeculationCosts {
   bool known() const { return steps_ > 0 && passes_ > 0; }
   double tokens_per_second() const { return tokens_ / (draft_seconds_ + verify_seconds_); }
   double seconds_per_pass() const { return draft_seconds_ / passes_; }
-  // Slope of the target's time over its rows; 0 while all steps had as many.
-  double seconds_per_row() const;
+  // The target's time for `added` rows on top of num_rows. A step's time jumps where a product
+  // takes another tile, so it is kept by number of rows, as far as rows are few; between two
+  // numbers that were seen, and beyond them, by a line.
+  double SecondsOfRows(int64_t num_rows, int64_t added) const;
 
  private:
+  static constexpr int64_t kMaxCounted = 128;
+  struct Mean {
+    double seconds = 0;
+    int64_t num_steps = 0;
+  };
+  double SlopeOfRows() const;
+  double SecondsAt(int64_t num_rows) const;
+
+  Mean by_rows_[kMaxCounted + 1];
   double steps_ = 0, tokens_ = 0;  // sums that fade
   double passes_ = 0, draft_seconds_ = 0;
   double verify_seconds_ = 0;
@@ -76,12 +87,14 @@ struct DraftCandidate {
   bool goes_on = true;    // the answer
 };
 
-// fixed: go on. margin: while 1 - survival <= threshold. throughput: rows whose next token is worth
-// its row of the target go on together, if that pays for the pass of the draft model too:
-//   survival * acceptance > tokens/s * seconds per row, and the sum of what is left over > tokens/s
-//   * seconds per pass, unless others pay for it anyway. This maximises tokens per second
-//   (Dinkelbach)
-// because survival only falls. Where costs are unknown it goes on.
-void DecideDrafts(const SpeculationCosts& costs, std::vector<DraftCandidate>& candidates);
+// fixed: go on. margin: while 1 - survival <= threshold. throughput: while some number of further
+// drafts, up to 4, is worth its rows of the target and its passes of the draft model:
+//   survival * (acceptance + acceptance^2 + ...) > tokens/s * seconds of the rows, each row for
+//   itself, and the sum of what is left over > tokens/s * seconds of the passes, unless others run
+//   them.
+// At that rate of tokens/s, more would make the batch slower (Dinkelbach). Where costs are unknown
+// it goes on. num_rows: of the target's step so far.
+void DecideDrafts(const SpeculationCosts& costs, int64_t num_rows,
+                  std::vector<DraftCandidate>& candidates);
 
 }  // namespace godwit

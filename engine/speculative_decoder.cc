@@ -367,10 +367,18 @@ absl::Status SpeculativeDecoder::ReadMargins(StepId step, int32_t index) {
   return ToStatus(backend_->SetMark(kFirstPassMark + index % 2));
 }
 
-// Now and then, and until something is known, a step proposes all that it may: an estimate that
-// learns only from drafts it trusts would never trust another.
-bool SpeculativeDecoder::Explores() {
-  return num_decisions_++ % kExplorePeriod == 0 || !costs_.known();
+// Now and then, and until something is known, a step proposes a number of drafts that no estimate
+// chose, each in turn: what learns only from drafts it trusts would never trust another, and what
+// a row costs is known only of numbers of rows that were tried.
+bool SpeculativeDecoder::Explores(std::span<BatchRow> rows) {
+  if (num_decisions_++ % kExplorePeriod != 0 && costs_.known() && !warms_up_) return false;
+  const auto turn = static_cast<int>(num_explored_++ % options_.max_drafts);
+  for (BatchRow& row : rows) {
+    if (!HasDrafts(row) || row.draft_policy == DraftPolicy::kFixed) continue;
+    row.max_draft_tokens = 1 + turn % row.max_draft_tokens;
+    row.draft_policy = DraftPolicy::kFixed;
+  }
+  return true;
 }
 
 // Whether there is a first draft, of rows that ask for throughput; those without read nothing.
@@ -383,7 +391,7 @@ void SpeculativeDecoder::DecideFirst() {
     if (candidate.policy == DraftPolicy::kMargin) candidate.policy = DraftPolicy::kFixed;
     candidate_readers_.push_back(&reader);
   }
-  DecideDrafts(costs_, candidates_);
+  DecideDrafts(costs_, num_rows_, candidates_);
   for (size_t candidate = 0; candidate < candidates_.size(); ++candidate) {
     if (!candidates_[candidate].goes_on) {
       candidate_readers_[candidate]->row->max_draft_tokens = 0;
@@ -394,13 +402,11 @@ void SpeculativeDecoder::DecideFirst() {
   });
 }
 
-// Without drafts so far. A policy is followed once the estimates are worth it.
+// Without drafts so far.
 DraftCandidate SpeculativeDecoder::Candidate(const Reader& reader) const {
-  const AcceptanceClass acceptance_class = reader.slot->acceptance_class;
-  const bool is_known = estimator_.num_observed(acceptance_class) >= kWarmUpObservations;
-  return {.policy = is_known ? reader.row->draft_policy : DraftPolicy::kFixed,
+  return {.policy = reader.row->draft_policy,
           .threshold = reader.row->draft_threshold,
-          .acceptance = estimator_.Mean(acceptance_class)};
+          .acceptance = estimator_.Mean(reader.slot->acceptance_class)};
 }
 
 // P(the reader's drafts are all accepted): by the margins of the first num_known, by the mean for
@@ -428,7 +434,7 @@ void SpeculativeDecoder::Decide(StepId step, int32_t index) {
     candidates_.back().survival = Survival(step, *reader, num_known, index + 1);
     candidate_readers_.push_back(reader);
   }
-  DecideDrafts(costs_, candidates_);
+  DecideDrafts(costs_, num_rows_, candidates_);
   for (size_t candidate = 0; candidate < candidates_.size(); ++candidate) {
     if (!candidates_[candidate].goes_on) {
       candidate_readers_[candidate]->row->max_draft_tokens = index + 1;
@@ -443,8 +449,14 @@ absl::Status SpeculativeDecoder::Draft(StepId step, std::span<BatchRow> rows,
     return HasDrafts(row) && row.draft_policy != DraftPolicy::kFixed;
   });
   learns_[step % kMaxStepsInFlight] = adapts_;
-  const bool decides = adapts_ && !Explores();
+  warms_up_ = std::any_of(rows.begin(), rows.end(), [this](const BatchRow& row) {
+    return HasDrafts(row) && row.draft_policy != DraftPolicy::kFixed &&
+           estimator_.num_observed(ClassOf(row.outputs[0])) < kWarmUpObservations;
+  });
+  const bool decides = adapts_ && !Explores(rows);
   ChooseReaders(rows, slots);
+  num_rows_ = std::count_if(rows.begin(), rows.end(),
+                            [](const BatchRow& row) { return row.token_ids.empty(); });
   if (decides) DecideFirst();
   OrderReaders();
   if (readers_.empty()) return absl::OkStatus();
@@ -455,6 +467,9 @@ absl::Status SpeculativeDecoder::Draft(StepId step, std::span<BatchRow> rows,
   RETURN_IF_ERROR(RunPass(0));
   for (int32_t index = 0; !drafters_.empty(); ++index) {
     ++num_passes_[step % kMaxStepsInFlight];
+    num_rows_ += std::count_if(drafters_.begin(), drafters_.end(), [&](const Reader* reader) {
+      return reader->row->max_draft_tokens > index;
+    });
     if (adapts_) RETURN_IF_ERROR(ReadMargins(step, index));
     if (decides) {
       if (index >= lag_) {

@@ -111,7 +111,7 @@ class SpeculativeDecoder {
   bool ReadsPrompt(const BatchRow& row, const SlotDraft& slot) const;
   bool CanDraft(const BatchRow& row, const SlotDraft& slot, int64_t tokens_left) const;
   void OrderReaders();
-  bool Explores();
+  bool Explores(std::span<BatchRow> rows);
   DraftCandidate Candidate(const Reader& reader) const;
   void DecideFirst();
   void Decide(StepId step, int32_t index);
@@ -150,8 +150,10 @@ class SpeculativeDecoder {
   SpeculationCosts costs_;
   int64_t num_passes_[kMaxStepsInFlight] = {};  // with drafts, of a step
   bool learns_[kMaxStepsInFlight] = {};         // a step's margins are read back
-  int64_t num_decisions_ = 0;
-  bool adapts_ = false;  // some row's policy is another than kFixed, in the step being run
+  int64_t num_decisions_ = 0, num_explored_ = 0;
+  bool warms_up_ = false;  // some row's estimates are not worth following, in the step being run
+  int64_t num_rows_ = 0;   // of the target, so far
+  bool adapts_ = false;    // some row's policy is another than kFixed, in the step being run
 
   // Of the step being run.
   std::vector<DraftCandidate> candidates_;

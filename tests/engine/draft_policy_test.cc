@@ -47,8 +47,22 @@ TEST(SpeculationCostsTest, TellsWhatPassesAndRowsCost) {
   }
   ASSERT_TRUE(costs.known());
   EXPECT_NEAR(costs.seconds_per_pass(), 0.2, 1e-9);
-  EXPECT_NEAR(costs.seconds_per_row(), 0.1, 1e-9);
+  EXPECT_NEAR(costs.SecondsOfRows(2, 1), 0.1, 1e-9);
+  EXPECT_NEAR(costs.SecondsOfRows(5, 2), 0.2, 1e-9) << "beyond what was seen";
   EXPECT_NEAR(costs.tokens_per_second(), 1.8 / 1.6, 0.02);
+}
+
+TEST(SpeculationCostsTest, KnowsWhereAStepsTimeJumps) {
+  SpeculationCosts costs;
+  for (int step = 0; step < 300; ++step) {
+    const int rows = 1 + step % 8;
+    if (rows == 3) continue;
+    costs.Observe(rows - 1, 0.1 * (rows - 1), rows, rows <= 4 ? 1 : 2, 1);
+  }
+  EXPECT_NEAR(costs.SecondsOfRows(1, 1), 0, 1e-9);
+  EXPECT_NEAR(costs.SecondsOfRows(2, 1), 0, 1e-9) << "between two that were seen";
+  EXPECT_NEAR(costs.SecondsOfRows(4, 1), 1, 1e-9);
+  EXPECT_NEAR(costs.SecondsOfRows(5, 3), 0, 1e-9);
 }
 
 TEST(DecideDraftsTest, FixedGoesOnAndMarginStopsAtItsThreshold) {
@@ -56,7 +70,7 @@ TEST(DecideDraftsTest, FixedGoesOnAndMarginStopsAtItsThreshold) {
       {.policy = DraftPolicy::kFixed, .survival = 0},
       {.policy = DraftPolicy::kMargin, .threshold = 0.5f, .survival = 0.51},
       {.policy = DraftPolicy::kMargin, .threshold = 0.5f, .survival = 0.49}};
-  DecideDrafts(SpeculationCosts(), candidates);
+  DecideDrafts(SpeculationCosts(), 3, candidates);
   EXPECT_TRUE(candidates[0].goes_on);
   EXPECT_TRUE(candidates[1].goes_on);
   EXPECT_FALSE(candidates[2].goes_on);
@@ -73,16 +87,16 @@ TEST(DecideDraftsTest, RowsShareThePassThatOneAloneCannotPay) {
   const DraftCandidate one = {
       .policy = DraftPolicy::kThroughput, .survival = 0.5, .acceptance = 0.6};
   std::vector<DraftCandidate> candidates = {one};
-  DecideDrafts(costs, candidates);
+  DecideDrafts(costs, 2, candidates);
   EXPECT_FALSE(candidates[0].goes_on) << "0.3 tokens for 0.4 s";
   candidates = {one, one, one};
   candidates.push_back({.policy = DraftPolicy::kThroughput, .survival = 0.1, .acceptance = 0.6});
-  DecideDrafts(costs, candidates);
+  DecideDrafts(costs, 2, candidates);
   EXPECT_TRUE(candidates[0].goes_on && candidates[1].goes_on && candidates[2].goes_on)
       << "0.9 tokens for 0.6 s";
   EXPECT_FALSE(candidates[3].goes_on) << "0.06 tokens for a row of 0.1 s";
   candidates = {one, {.policy = DraftPolicy::kFixed}};
-  DecideDrafts(costs, candidates);
+  DecideDrafts(costs, 2, candidates);
   EXPECT_TRUE(candidates[0].goes_on) << "another row pays for the pass";
 }
 
@@ -104,7 +118,7 @@ TEST(DecideDraftsTest, ThroughputBeatsTheBestFixedNumberWhereAcceptanceVaries) {
       while (drafts < kMaxDraftTokens) {
         std::vector<DraftCandidate> candidates = {
             {.policy = DraftPolicy::kThroughput, .survival = survival, .acceptance = 0.74}};
-        DecideDrafts(costs, candidates);
+        DecideDrafts(costs, 1 + drafts, candidates);
         if (fixed >= 0 ? drafts == fixed : !candidates[0].goes_on) break;
         survival *= p[drafts++];
       }
