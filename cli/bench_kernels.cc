@@ -470,6 +470,62 @@ Case SampleCase(Arena& arena, const Scale& scale, int64_t batch, const SampleKin
           }};
 }
 
+// Drafts of sequences without a seed, all of which stand: a draft that its model gave no chance is
+// always accepted, so that every position is looked at.
+Case VerifyCase(Arena& arena, const Scale& scale, int64_t batch, int32_t num_drafts) {
+  const int64_t num_sequences = scale.rows(batch), vocab = scale.vocab_size;
+  const int64_t num_rows = num_sequences * (num_drafts + 1),
+                all_drafts = num_sequences * num_drafts;
+  std::vector<SampleRow> rows;
+  std::vector<VerifyRow> verify_rows;
+  std::vector<int32_t> drafts;
+  std::vector<uint32_t> counts(static_cast<size_t>(num_sequences * vocab));
+  for (int64_t sequence = 0; sequence < num_sequences; ++sequence) {
+    verify_rows.push_back({.first_row = static_cast<int32_t>(rows.size()),
+                           .num_drafts = num_drafts,
+                           .first_draft = static_cast<int32_t>(drafts.size()),
+                           .rule = AcceptRule::kStandard});
+    for (int32_t index = 0; index <= num_drafts; ++index) {
+      rows.push_back({.logit_row = static_cast<int32_t>(rows.size()),
+                      .slot = static_cast<int32_t>(sequence),
+                      .position = 100 + index,
+                      .seed = static_cast<uint64_t>(sequence),
+                      .temperature = 0.8f});
+      if (index == num_drafts) break;
+      drafts.push_back(static_cast<int32_t>((sequence + 7 * index) % vocab));
+      ++counts[static_cast<size_t>(sequence * vocab + drafts.back())];
+    }
+  }
+  VerifyTokensArgs args;
+  args.rows = arena.Upload(rows);
+  args.num_rows = static_cast<int32_t>(num_rows);
+  args.verify_rows = arena.Upload(verify_rows);
+  args.num_verify_rows = static_cast<int32_t>(num_sequences);
+  args.counts = MakeView(arena.Upload(counts), DType::kU32, num_sequences, vocab);
+  args.drafts = MakeView(arena.Upload(drafts), DType::kI32, all_drafts);
+  args.probabilities = Matrix2(arena.Zeros(DType::kF32, all_drafts, vocab));
+  args.num_tokens =
+      MakeView(arena.Zeros(DType::kI32, num_sequences, 1).data, DType::kI32, num_sequences);
+  args.tokens = MakeView(arena.Zeros(DType::kI32, num_rows, 1).data, DType::kI32, num_rows);
+  args.logprobs = MakeView(arena.Zeros(DType::kF32, num_rows, 1).data, DType::kF32, num_rows);
+  args.top_ids = Matrix2(arena.Zeros(DType::kI32, num_rows, kMaxTopLogprobs));
+  args.top_logprobs = Matrix2(arena.Zeros(DType::kF32, num_rows, kMaxTopLogprobs));
+  const double bytes = static_cast<double>(num_rows * vocab) * 4;
+  auto copies = std::make_shared<std::vector<VerifyTokensArgs>>();
+  const int num_calls = CopiesBeyondCaches(scale, bytes);
+  for (int copy = 0; copy < num_calls; ++copy) {
+    args.logits = Matrix2(arena.Random(DType::kF32, num_rows, vocab));
+    copies->push_back(args);
+  }
+  return {.op = "verify",
+          .shape = absl::StrFormat("%dx%dx%d standard", num_sequences, num_drafts + 1, vocab),
+          .bytes = bytes,
+          .num_calls = num_calls,
+          .run = [copies, &arena](int call) {
+            return ToStatus(arena.backend().VerifyTokens((*copies)[static_cast<size_t>(call)]));
+          }};
+}
+
 using MakeCase = std::function<Case(Arena& arena, const Scale& scale)>;
 
 // By op: what the flag --filter chooses from before any memory is taken.
@@ -516,6 +572,10 @@ std::vector<std::pair<std::string, MakeCase>> AllCases() {
   for (const SampleKind& kind : kSampleKinds) {
     add("sample",
         [=](Arena& arena, const Scale& scale) { return SampleCase(arena, scale, 256, kind); });
+  }
+  for (const int64_t batch : {1, 32, 128}) {
+    add("verify",
+        [=](Arena& arena, const Scale& scale) { return VerifyCase(arena, scale, batch, 4); });
   }
   return cases;
 }
@@ -657,7 +717,7 @@ void AddBenchKernelsCommand(CLI::App& bench, int& exit_code) {
       ->check(CLI::IsMember({"7b", "tiny"}));
   command->add_option("--filter", flags->filter,
                       "part of lightning_prefill, lightning_step, paged_decode, paged_prefill, "
-                      "product or sample");
+                      "product, sample or verify");
   command->add_flag("--json", flags->json, "stdout is one JSON object");
   command->add_option("--output", flags->output, "also write the JSON there")->type_name("FILE");
   command->callback([flags, &exit_code] { exit_code = RunBenchKernels(*flags); });
