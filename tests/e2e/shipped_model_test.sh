@@ -15,6 +15,7 @@ trap cleanup EXIT
 fail() { echo "FAILED: $*"; cat "$work"/*.log; exit 1; }
 
 for model in godwit-tale godwit-tale-draft; do
+  : > "$work/serve.log"  # now, not when the server starts: the last one's first line would be found
   "$godwit" serve --model "$models/$model" --listen 127.0.0.1:0 --metrics-listen 127.0.0.1:0 \
     > "$work/serve.log" 2>&1 &
   server=$!
