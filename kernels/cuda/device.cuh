@@ -25,8 +25,14 @@ __device__ inline float Round(float x) {
   return Load(&rounded);
 }
 
-// x / (1 + exp(-x)), good to 4 roundings; 0 where exp(-x) overflows.
-__device__ inline float Silu(float x) { return __fdividef(x, 1.0f + expf(-x)); }
+// x / (1 + exp(-x)) in 5 instructions: good to 6 roundings of itself for x > -1, and elsewhere to
+// 2^-21 of a value below 0.28; -0 where exp(-x) overflows.
+__device__ inline float Silu(float x) {
+  float power, quotient;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.44269504f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(quotient) : "f"(1.0f + power));
+  return x * quotient;
+}
 
 // sin and cos of theta * position; the product in double, reduced there to a turn.
 __device__ inline void SineAndCosine(float theta, double position, float* sine, float* cosine) {
