@@ -9,17 +9,19 @@
 // step crosses a multiple of W, whole blocks of W rows are folded in these registers; the same
 // registers are stored where base_after says so.
 //
-// Sums, in a fixed order for every number of tokens: a warp forms, over its 32 rows of S (its 32
-// columns of q and k),
-//   lambda^(i+1) sum_d q_d S_d  +  sum_{j <= i} (lambda^(i-j) sum_d q_d k_jd) v_j
+// Sums, in a fixed order for every number of tokens: scores s_ij = lambda^(i-j) sum_d q_id k_jd in
+// f32, 8 columns a lane and a tree over the lanes of a row, are the block's. A warp forms, over its
+// 32 rows of S and its share of the rows j of the window,
+//   lambda^(i+1) sum_d q_d S_d  +  sum_{j <= i} s_ij v_j
 // for its 32 columns, and the partial sums of the d_k / 32 warps are added in ascending order. The
-// first term is f32 fused multiply-adds. The second, and the sums over 16 rows of a fold, are
-// matrix products of bf16 terms accumulated in f32: k and v are bf16 anyway, and q, the scores and
-// lambda^(15-j) k_j are split into three terms that hold all 24 bits.
+// sums over 16 rows of a fold are matrix products of bf16 terms accumulated in f32: v is bf16
+// anyway, and lambda^(15-j) k_j is split into three terms that hold all 24 bits.
+//
+// What precedes S (forming, scores) is done while it is on its way; what follows is short, so that
+// blocks come and go at nearly the pace of a kernel that only reads.
 //
 // Bytes per row and head at d 128: 64 KiB of S, 7.5 x 512 of the window, 4 KiB a step of folds (64
-// KiB once in 16 tokens). Flops are 32 k a token; at 16 tokens and a fold about half the issue
-// slots that the reading of S leaves.
+// KiB once in 16 tokens). Flops are 40 k a token.
 
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/launch.h"
@@ -31,18 +33,22 @@ namespace {
 constexpr int kTile = 32;     // rows, and columns, of S that a warp holds
 constexpr int kPerChunk = 8;  // bf16 of a 16-byte access
 
-// kKeyDim: d_k. kGroups: warps side by side over the columns of S.
-template <int kKeyDim_, bool kLrpe_, int kGroups_>
+// kKeyDim: d_k.
+template <int kKeyDim_, bool kLrpe_>
 struct Shape {
   static constexpr int kKeyDim = kKeyDim_;
   static constexpr bool kLrpe = kLrpe_;
-  static constexpr int kGroups = kGroups_;
   static constexpr int kHeadDim = kLrpe ? kKeyDim / 2 : kKeyDim;
-  static constexpr int kKeyWarps = kKeyDim / kTile;
-  static constexpr int kThreads = kWarp * kKeyWarps * kGroups;
+  static constexpr int kGroups = 2;  // warps side by side over the columns of S
   static constexpr int kColumns = kTile * kGroups;
   static constexpr int kSlices = kHeadDim / kColumns;
-  static_assert(kKeyDim % kTile == 0 && kHeadDim % kColumns == 0);
+  static constexpr int kKeyWarps = kKeyDim / kTile;
+  static constexpr int kThreads = kWarp * kKeyWarps * kGroups;
+  static constexpr int kKeyChunks = kKeyDim / kPerChunk;
+  static constexpr int kHeadChunks = kHeadDim / kPerChunk;
+  static constexpr int kValueChunks = kColumns / kPerChunk;
+  // A chunk of k each, and what goes with it.
+  static_assert(kThreads == kWindow * kKeyChunks && kThreads >= kWindow * kValueChunks);
   // Of S: 128 KiB a multiprocessor, 64 registers a thread.
   static constexpr int kBlocksPerMultiprocessor = 1024 / kThreads;
 };
@@ -57,13 +63,10 @@ struct KeyValueTile {
 template <typename S>
 struct Shared {
   KeyValueTile<S, 2 * kWindow> rows;  // from the anchor of the first token on
-  // Formed queries; 32 columns are kept in the order in which a lane takes its 8 (QuerySlot).
-  alignas(16) float q[kWindow][S::kKeyDim + 4];
+  alignas(16) float q[kWindow][S::kKeyDim];
+  alignas(16) float scores[kWindow][kWindow];  // of a token with the rows of its block
   union {
-    struct {
-      KeyValueTile<S, kWindow> lag;  // a whole block before the anchor, to be folded
-      alignas(16) Bf16 q[kWindow][S::kHeadDim];
-    } loaded;
+    KeyValueTile<S, kWindow> lag;  // a whole block before the anchor, to be folded
     alignas(16) float partial[S::kKeyWarps][kWindow][S::kColumns];
   };
   float decay[kWindow + 1];
@@ -101,34 +104,20 @@ __device__ inline void MultiplyAdd(float (&d)[4], uint32_t a0, uint32_t a1, uint
 __device__ inline uint32_t SharedAddress(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
-// 8 x 8 matrices of bf16; lane i gives the address of row i % 8 of matrix i / 8.
-__device__ inline void LoadMatrices(uint32_t (&to)[4], const Bf16* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(SharedAddress(row))
-               : "memory");
-}
+// Two 8 x 8 matrices of bf16; lane i < 16 gives the address of row i % 8 of matrix i / 8.
 __device__ inline void LoadTransposed(uint32_t (&to)[2], const Bf16* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                : "=r"(to[0]), "=r"(to[1])
                : "r"(SharedAddress(row))
                : "memory");
 }
-// 16 bytes; zeros if not present.
-__device__ inline void CopyAsync(Bf16* shared, const Bf16* global, bool present) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(shared)),
-               "l"(global), "r"(present ? 16 : 0)
+__device__ inline void CopyAsync(void* shared, const Bf16* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(SharedAddress(shared)), "l"(global)
                : "memory");
 }
 __device__ inline void WaitForCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ inline void PrefetchL2(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
-}
-
-// Where column `d` of q lies in its row: lane t of a warp takes 8 floats in a row, columns 8 u + 2
-// t + e at 2 u + e.
-__device__ inline int QuerySlot(int d) {
-  return (d & ~31) | (d >> 1 & 3) << 3 | (d >> 3 & 3) << 1 | (d & 1);
 }
 
 // A row of the step as its blocks see it. Positions are below 2^32.
@@ -167,14 +156,16 @@ class Step {
         first_column_(blockIdx.x % S::kSlices * S::kColumns),
         lane_(threadIdx.x % kWarp),
         key_warp_(threadIdx.x / kWarp % S::kKeyWarps),
-        group_(threadIdx.x / kWarp / S::kKeyWarps) {}
+        group_(threadIdx.x / kWarp / S::kKeyWarps),
+        tile_row_(threadIdx.x / S::kKeyChunks),
+        chunk_(threadIdx.x % S::kKeyChunks) {}
 
   __device__ void Prefetch() const;
   __device__ void Load();
   __device__ void Run();
 
  private:
-  static constexpr int kHeadChunks = S::kHeadDim / kPerChunk;
+  static constexpr int kRowsPerWarp = kWindow / S::kKeyWarps;  // of the window
 
   // Row 2 t, column 4 g of the warp's tile; its other rows are 8 u + e further.
   __device__ float* State() const {
@@ -197,35 +188,34 @@ class Step {
   __device__ int64_t ValueColumn() const {
     return int64_t{args_.num_heads} * S::kKeyDim + head_ * S::kHeadDim + first_column_;
   }
-
-  // Calls f(row, first of 8 columns) for what of [num_rows, 8 kChunks) is this thread's.
-  template <int kChunks, typename F>
-  __device__ static void ForChunks(int thread, int num_rows, const F& f) {
-    static_assert(S::kThreads % kChunks == 0);
-#pragma unroll 1
-    for (int row = thread / kChunks; row < num_rows; row += S::kThreads / kChunks)
-      f(row, thread % kChunks * kPerChunk);
+  __device__ const Bf16* Token(const TensorView& x, int token, int column) const {
+    return Row<const Bf16>(x, place_.first_token + token) + head_ * S::kHeadDim + column;
   }
-  // Threads that form the first keys, while others form the first queries.
-  __device__ static int KeyThread() { return threadIdx.x ^ S::kThreads / 2; }
+  __device__ int NumRows() const { return place_.first_row + place_.num_tokens; }
 
-  template <int kRows>
-  __device__ void LoadOpenRows(KeyValueTile<S, kRows>& tile, int first, int num_open,
-                               int num_present, int num_rows) const;
-  __device__ void LoadTokens() const;
+  // What is this thread's of the rows: a chunk of k of row tile_row_ (+ W), of v for some threads,
+  // of q for some. It copies, forms and scores that without asking others.
+  __device__ int KeyTokenRow() const {
+    return tile_row_ < place_.first_row ? tile_row_ + kWindow : tile_row_;
+  }
+  __device__ int QueryToken() const {  // far from the threads of the same token's k
+    return (tile_row_ - place_.first_row + kWindow + kWindow / 2) % kWindow;
+  }
+  __device__ bool HasValues() const { return threadIdx.x < kWindow * S::kValueChunks; }
+
+  __device__ void LoadRows() const;
+  __device__ void LoadLagging(int block) const;
+  __device__ void Form(float (&x)[kPerChunk], const void* from, int token) const;
   __device__ void FormTokens() const;
-  template <bool kIsKey>
-  __device__ void FormChunk(int token, int d) const;
+  template <int kTokens>
+  __device__ void ScoreTokens(const float (&k)[kPerChunk], int row, int of) const;
+  __device__ void Score() const;
   __device__ void StoreState() const;
   __device__ void LoadValues(uint32_t (&v)[2][2], const Bf16 (*tile)[S::kColumns + 8],
                              int first) const;
   __device__ void Fold(const Bf16 (*k)[S::kKeyDim + 8], const Bf16 (*v)[S::kColumns + 8]);
   __device__ void FoldLagging();
-  __device__ void Score(float (&scores)[2][4], int first_token, int num_tokens, int offset,
-                        int first_tile_row) const;
-  __device__ void WithinWindow(int first_token, int num_tokens, int offset,
-                               int first_tile_row) const;
-  __device__ void AgainstState(int first_token, int num_tokens, int offset) const;
+  __device__ void AgainstState(int first_row, int begin, int end) const;
   __device__ void WriteOutputs() const;
 
   const LightningAttentionArgs& args_;
@@ -236,6 +226,8 @@ class Step {
   const int lane_;
   const int key_warp_;
   const int group_;
+  const int tile_row_;
+  const int chunk_;
   float state_[8][4];
 };
 
@@ -253,99 +245,154 @@ __device__ void Step<S>::Prefetch() const {
   for (int d = 0; d < S::kKeyDim; d += 64) PrefetchL2(Ring(first + thread, KeyColumn() + d));
 }
 
-// Rows of a tile from the ring, `first` rows after the anchor: [0, num_open), and zeros in
-// [num_present, num_rows).
+// Rows from the anchor on: open ones from the ring, the step's own as they are.
 template <typename S>
-template <int kRows>
-__device__ void Step<S>::LoadOpenRows(KeyValueTile<S, kRows>& tile, int first, int num_open,
-                                      int num_present, int num_rows) const {
-  ForChunks<S::kKeyDim / kPerChunk>(threadIdx.x, num_rows, [&](int row, int d) {
-    if (row < num_open || row >= num_present)
-      CopyAsync(&tile.k[row][d], Ring(first + row, KeyColumn() + d), row < num_open);
-  });
-  ForChunks<S::kColumns / kPerChunk>(threadIdx.x, num_rows, [&](int row, int d) {
-    if (row < num_open || row >= num_present)
-      CopyAsync(&tile.v[row][d], Ring(first + row, ValueColumn() + d), row < num_open);
-  });
+__device__ void Step<S>::LoadRows() const {
+  const int num_rows = NumRows(), column = chunk_ * kPerChunk,
+            token_column = chunk_ % S::kHeadChunks * kPerChunk;
+#pragma unroll 1
+  for (int row = tile_row_; row < num_rows; row += kWindow) {
+    const int token = row - place_.first_row;
+    CopyAsync(&shared_.rows.k[row][column],
+              token < 0 ? Ring(row, KeyColumn() + column) : Token(args_.k, token, token_column));
+  }
+  if (QueryToken() < place_.num_tokens) {
+    CopyAsync(&shared_.q[QueryToken()][column], Token(args_.q, QueryToken(), token_column));
+  }
+  if (!HasValues()) return;
+  const int d = threadIdx.x % S::kValueChunks * kPerChunk;
+#pragma unroll 1
+  for (int row = threadIdx.x / S::kValueChunks; row < num_rows; row += kWindow) {
+    const int token = row - place_.first_row;
+    CopyAsync(&shared_.rows.v[row][d],
+              token < 0 ? Ring(row, ValueColumn() + d) : Token(args_.v, token, first_column_ + d));
+  }
 }
 
-// q, k and v of the step, as they are.
+// The whole block that is `block` blocks after the stored base.
 template <typename S>
-__device__ void Step<S>::LoadTokens() const {
-  const int64_t column = int64_t{head_} * S::kHeadDim;
-  auto from = [&](const TensorView& x, int token, int64_t d) {
-    return Row<const Bf16>(x, place_.first_token + token) + d;
-  };
-  ForChunks<kHeadChunks>(threadIdx.x, place_.num_tokens, [&](int token, int d) {
-    CopyAsync(&shared_.loaded.q[token][d], from(args_.q, token, column + d), true);
-  });
-  ForChunks<kHeadChunks>(KeyThread(), place_.num_tokens, [&](int token, int d) {
-    CopyAsync(&shared_.rows.k[place_.first_row + token][d], from(args_.k, token, column + d), true);
-  });
-  ForChunks<S::kColumns / kPerChunk>(KeyThread(), place_.num_tokens, [&](int token, int d) {
-    CopyAsync(&shared_.rows.v[place_.first_row + token][d],
-              from(args_.v, token, column + first_column_ + d), true);
-  });
+__device__ void Step<S>::LoadLagging(int block) const {
+  const int first = (block - place_.num_lagging) * kWindow;
+  CopyAsync(&shared_.lag.k[tile_row_][chunk_ * kPerChunk],
+            Ring(first + tile_row_, KeyColumn() + chunk_ * kPerChunk));
+  if (!HasValues()) return;
+  const int row = threadIdx.x / S::kValueChunks, d = threadIdx.x % S::kValueChunks * kPerChunk;
+  CopyAsync(&shared_.lag.v[row][d], Ring(first + row, ValueColumn() + d));
 }
 
-// Eight columns of q or k of a token: activation, LRPE, scale (q) or rounding (k, which also goes
-// to the ring).
+// This thread's eight columns of q or k of a token, from what the model gives: activation, LRPE.
 template <typename S>
-template <bool kIsKey>
-__device__ void Step<S>::FormChunk(int token, int d) const {
-  Bf16* const row = shared_.rows.k[place_.first_row + token];
-  const uint4 packed =
-      *reinterpret_cast<const uint4*>(kIsKey ? row + d : &shared_.loaded.q[token][d]);
+__device__ void Step<S>::Form(float (&x)[kPerChunk], const void* from, int token) const {
+  const uint4 packed = *static_cast<const uint4*>(from);
   const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
-  float values[S::kLrpe ? 2 : 1][kPerChunk];
 #pragma unroll
   for (int i = 0; i < kPerChunk; ++i) {
-    float value = i % 2 == 0 ? LowHalf(pairs[i / 2]) : HighHalf(pairs[i / 2]);
-    if (args_.qk_activation == Activation::kSilu) value = Silu(value);
-    if (!kIsKey) value *= args_.q_scale;
-    if constexpr (S::kLrpe) {
-      float sine, cosine;
-      SineAndCosine(Row<const float>(args_.theta, head_)[d + i],
-                    static_cast<double>(place_.position + token), &sine, &cosine);
-      values[1][i] = value * sine;
-      value *= cosine;
-    }
-    values[0][i] = value;
+    x[i] = i % 2 == 0 ? LowHalf(pairs[i / 2]) : HighHalf(pairs[i / 2]);
+    if (args_.qk_activation == Activation::kSilu) x[i] = Silu(x[i]);
   }
+  if constexpr (S::kLrpe) {
+    const float* const theta =
+        Row<const float>(args_.theta, head_) + chunk_ % S::kHeadChunks * kPerChunk;
 #pragma unroll
-  for (int part = 0; part < (S::kLrpe ? 2 : 1); ++part) {
-    const float(&x)[kPerChunk] = values[part];
-    const int column = part * S::kHeadDim + d;
-    if constexpr (kIsKey) {
-      const uint4 rounded = make_uint4(RoundPair(x[0], x[1]), RoundPair(x[2], x[3]),
-                                       RoundPair(x[4], x[5]), RoundPair(x[6], x[7]));
-      *reinterpret_cast<uint4*>(row + column) = rounded;
-      if (first_column_ == 0 && token >= place_.first_open) {
-        *reinterpret_cast<uint4*>(Ring(place_.first_row + token, KeyColumn() + column)) = rounded;
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kPerChunk; i += 2) {
-        *reinterpret_cast<float2*>(&shared_.q[token][QuerySlot(column + i)]) =
-            make_float2(x[i], x[i + 1]);
-      }
+    for (int i = 0; i < kPerChunk; ++i) {
+      float sine, cosine;
+      SineAndCosine(theta[i], static_cast<double>(place_.position + token), &sine, &cosine);
+      x[i] *= chunk_ < S::kHeadChunks ? cosine : sine;
     }
   }
 }
 
-// Each thread forms what it loaded itself. The block of the first slice writes the keys to the
-// ring.
+// Queries in f32; keys rounded, also to the ring (by the block of the first slice), as values are.
 template <typename S>
 __device__ void Step<S>::FormTokens() const {
-  ForChunks<kHeadChunks>(threadIdx.x, place_.num_tokens,
-                         [&](int token, int d) { FormChunk<false>(token, d); });
-  ForChunks<kHeadChunks>(KeyThread(), place_.num_tokens,
-                         [&](int token, int d) { FormChunk<true>(token, d); });
-  ForChunks<S::kColumns / kPerChunk>(KeyThread(), place_.num_tokens, [&](int token, int d) {
-    if (token < place_.first_open) return;
-    *reinterpret_cast<uint4*>(Ring(place_.first_row + token, ValueColumn() + d)) =
-        *reinterpret_cast<const uint4*>(&shared_.rows.v[place_.first_row + token][d]);
-  });
+  const int num_rows = NumRows(), column = chunk_ * kPerChunk;
+  float x[kPerChunk];
+  if (QueryToken() < place_.num_tokens) {
+    float* const q = &shared_.q[QueryToken()][column];
+    Form(x, q, QueryToken());
+#pragma unroll
+    for (int i = 0; i < kPerChunk; i += 4) {
+      *reinterpret_cast<float4*>(q + i) =
+          make_float4(x[i] * args_.q_scale, x[i + 1] * args_.q_scale, x[i + 2] * args_.q_scale,
+                      x[i + 3] * args_.q_scale);
+    }
+  }
+  if (const int row = KeyTokenRow(); row < num_rows) {
+    Bf16* const k = &shared_.rows.k[row][column];
+    Form(x, k, row - place_.first_row);
+    const uint4 rounded = make_uint4(RoundPair(x[0], x[1]), RoundPair(x[2], x[3]),
+                                     RoundPair(x[4], x[5]), RoundPair(x[6], x[7]));
+    *reinterpret_cast<uint4*>(k) = rounded;
+    if (first_column_ == 0 && row - place_.first_row >= place_.first_open)
+      *reinterpret_cast<uint4*>(Ring(row, KeyColumn() + column)) = rounded;
+  }
+  if (!HasValues()) return;
+  int row = threadIdx.x / S::kValueChunks;
+  if (row < place_.first_row) row += kWindow;
+  if (row >= num_rows || row - place_.first_row < place_.first_open) return;
+  const int d = threadIdx.x % S::kValueChunks * kPerChunk;
+  *reinterpret_cast<uint4*>(Ring(row, ValueColumn() + d)) =
+      *reinterpret_cast<const uint4*>(&shared_.rows.v[row][d]);
+}
+
+// Scores of kTokens tokens, from the one at tile row `of` on, with this thread's row of their block
+// of W; 0 where the row comes after the token. The tree over the lanes of a row is the same for one
+// token and for four, which share its upper two levels between them.
+template <typename S>
+template <int kTokens>
+__device__ void Step<S>::ScoreTokens(const float (&k)[kPerChunk], int row, int of) const {
+  const int first_token = of - place_.first_row;
+  float sums[kTokens];
+#pragma unroll
+  for (int n = 0; n < kTokens; ++n) {
+    const float* const q = &shared_.q[first_token + n][chunk_ * kPerChunk];
+    sums[n] = 0;
+#pragma unroll
+    for (int i = 0; i < kPerChunk; i += 4) {
+      const float4 x = *reinterpret_cast<const float4*>(q + i);
+      sums[n] = fmaf(x.x, k[i], sums[n]);
+      sums[n] = fmaf(x.y, k[i + 1], sums[n]);
+      sums[n] = fmaf(x.z, k[i + 2], sums[n]);
+      sums[n] = fmaf(x.w, k[i + 3], sums[n]);
+    }
+  }
+  int token = 0, offset = S::kKeyChunks / 2;
+#pragma unroll
+  for (int n = kTokens / 2; n > 0; n /= 2, offset /= 2) {
+    const bool upper = chunk_ & offset;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const float sent = upper ? sums[i] : sums[i + n];
+      sums[i] = upper ? sums[i + n] : sums[i];
+      sums[i] += __shfl_xor_sync(0xffffffffu, sent, offset);
+    }
+    if (upper) token += n;
+  }
+  const int last = 2 * offset - 1;
+#pragma unroll
+  for (; offset > 0; offset /= 2) sums[0] += __shfl_xor_sync(0xffffffffu, sums[0], offset);
+  if (chunk_ & last) return;
+  const int distance = of + token - row;
+  shared_.scores[first_token + token][tile_row_] =
+      distance >= 0 ? sums[0] * shared_.decay[distance] : 0;
+}
+
+template <typename S>
+__device__ void Step<S>::Score() const {
+  const int num_rows = NumRows();
+#pragma unroll 1
+  for (int first = 0; first < num_rows; first += kWindow) {
+    const int row = first + tile_row_, end = min(first + kWindow, num_rows);
+    const uint4 packed = *reinterpret_cast<const uint4*>(&shared_.rows.k[row][chunk_ * kPerChunk]);
+    const float k[kPerChunk] = {LowHalf(packed.x),  HighHalf(packed.x), LowHalf(packed.y),
+                                HighHalf(packed.y), LowHalf(packed.z),  HighHalf(packed.z),
+                                LowHalf(packed.w),  HighHalf(packed.w)};
+    int of = max(first, place_.first_row);
+#pragma unroll 1
+    for (; of + 4 <= end; of += 4) ScoreTokens<4>(k, row, of);
+#pragma unroll 1
+    for (; of < end; ++of) ScoreTokens<1>(k, row, of);
+  }
 }
 
 template <typename S>
@@ -410,130 +457,65 @@ __device__ void Step<S>::Fold(const Bf16 (*k)[S::kKeyDim + 8], const Bf16 (*v)[S
   }
 }
 
-// lambda^(i - j) q_i . k_j over this warp's columns, 0 for j > i: tokens i = g, g + 8, rows j = 8 n
-// + 2 t, + 1.
+// Tokens whose rows are [begin, end), of the block that begins at first_row: q S over this warp's
+// rows of S, and its share of the rows of the window.
 template <typename S>
-__device__ void Step<S>::Score(float (&scores)[2][4], int first_token, int num_tokens, int offset,
-                               int first_tile_row) const {
-  const int g = lane_ / 4, t = lane_ % 4;
+__device__ void Step<S>::AgainstState(int first_row, int begin, int end) const {
+  float v[kRowsPerWarp];
 #pragma unroll
-  for (int u = 0; u < 4; u += 2) {
-    float q[2][4] = {};  // [tokens g, g + 8][2 u + e]
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (g + 8 * half >= num_tokens) continue;
-      *reinterpret_cast<float4*>(q[half]) = *reinterpret_cast<const float4*>(
-          &shared_.q[first_token + g + 8 * half][key_warp_ * kTile + 8 * t + 2 * u]);
-    }
-    uint32_t keys[4];  // [8 rows][u, u + 1]
-    LoadMatrices(keys, &shared_.rows.k[first_tile_row + lane_ / 16 * 8 + lane_ % 8]
-                                      [key_warp_ * kTile + 8 * (u + lane_ / 8 % 2)]);
-#pragma unroll
-    for (int term = 0; term < kTerms; ++term) {
-      const uint32_t a0 = TakeTerm(q[0][0], q[0][1]), a1 = TakeTerm(q[1][0], q[1][1]),
-                     a2 = TakeTerm(q[0][2], q[0][3]), a3 = TakeTerm(q[1][2], q[1][3]);
-      MultiplyAdd(scores[0], a0, a1, a2, a3, keys[0], keys[1]);
-      MultiplyAdd(scores[1], a0, a1, a2, a3, keys[2], keys[3]);
-    }
+  for (int m = 0; m < kRowsPerWarp; ++m) {
+    const int row = first_row + key_warp_ * kRowsPerWarp + m;
+    v[m] = row < end ? __bfloat162float(shared_.rows.v[row][group_ * kTile + lane_]) : 0;
   }
-#pragma unroll
-  for (int n = 0; n < 2; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int distance = offset + g + i / 2 * 8 - (8 * n + 2 * t + i % 2);
-      scores[n][i] =
-          distance >= 0 && distance < kWindow ? scores[n][i] * shared_.decay[distance] : 0;
-    }
-  }
-}
-
-// Tokens [first_token, first_token + num_tokens) against the rows of their block of W, which begin
-// at a row of the tile; the first of them is row `offset` of the block. Sets this warp's partial
-// sums.
-template <typename S>
-__device__ void Step<S>::WithinWindow(int first_token, int num_tokens, int offset,
-                                      int first_tile_row) const {
-  const int g = lane_ / 4, t = lane_ % 4;
-  float scores[2][4] = {};
-  Score(scores, first_token, num_tokens, offset, first_tile_row);
-  uint32_t a[kTerms][4];
-#pragma unroll
-  for (int term = 0; term < kTerms; ++term) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      a[term][i] = TakeTerm(scores[i / 2][i % 2 * 2], scores[i / 2][i % 2 * 2 + 1]);
-  }
-#pragma unroll
-  for (int first = 0; first < 4; first += 2) {  // column 4 g + first + x
-    uint32_t values[2][2];
-    LoadValues(values, &shared_.rows.v[first_tile_row], first);
-    float sums[2][4] = {};  // [x]: tokens g, g + 8; columns 8 t + first + x, + 4
-#pragma unroll
-    for (int term = kTerms - 1; term >= 0; --term) {
-#pragma unroll
-      for (int x = 0; x < 2; ++x) {
-        MultiplyAdd(sums[x], a[term][0], a[term][1], a[term][2], a[term][3], values[x][0],
-                    values[x][1]);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int token = g + i / 2 * 8;
-      if (token >= num_tokens) continue;
-      *reinterpret_cast<float2*>(&shared_.partial[key_warp_][first_token + token]
-                                                 [group_ * kTile + 8 * t + i % 2 * 4 + first]) =
-          make_float2(sums[0][i], sums[1][i]);
-    }
-  }
-}
-
-// Adds lambda^(offset + i + 1) q_i S over this warp's rows of S.
-template <typename S>
-__device__ void Step<S>::AgainstState(int first_token, int num_tokens, int offset) const {
-  const float* from = &shared_.q[first_token][key_warp_ * kTile + lane_ % 4 * 8];
-  const float* decay = &shared_.decay[offset + 1];
-  float* to = &shared_.partial[key_warp_][first_token][group_ * kTile + lane_];
   const bool upper = lane_ & 2, odd = lane_ & 1;
+  const float* decay = &shared_.decay[begin - first_row + 1];
 #pragma unroll 1
-  for (int i = 0; i < num_tokens; ++i) {
-    float q[8];
-    *reinterpret_cast<float4*>(q) = *reinterpret_cast<const float4*>(from);
-    *reinterpret_cast<float4*>(q + 4) = *reinterpret_cast<const float4*>(from + 4);
+  for (int token = begin - place_.first_row; token < end - place_.first_row; ++token) {
+    const float* const q = &shared_.q[token][key_warp_ * kTile + lane_ % 4 * 2];
     float sums[4] = {};
 #pragma unroll
-    for (int r = 0; r < 8; ++r) {
+    for (int u = 0; u < 4; ++u) {
+      const float2 x = *reinterpret_cast<const float2*>(q + 8 * u);
 #pragma unroll
-      for (int x = 0; x < 4; ++x) sums[x] = fmaf(q[r], state_[r][x], sums[x]);
+      for (int i = 0; i < 4; ++i) {
+        sums[i] = fmaf(x.x, state_[2 * u][i], sums[i]);
+        sums[i] = fmaf(x.y, state_[2 * u + 1][i], sums[i]);
+      }
     }
     // Over the 4 lanes t; lane t keeps column 4 g + t.
     float keep0 = upper ? sums[2] : sums[0], keep1 = upper ? sums[3] : sums[1];
     keep0 += __shfl_xor_sync(0xffffffffu, upper ? sums[0] : sums[2], 2);
     keep1 += __shfl_xor_sync(0xffffffffu, upper ? sums[1] : sums[3], 2);
-    const float sum = (odd ? keep1 : keep0) + __shfl_xor_sync(0xffffffffu, odd ? keep0 : keep1, 1);
-    *to = fmaf(*decay++, sum, *to);
-    from += S::kKeyDim + 4;
-    to += S::kColumns;
+    float sum = (odd ? keep1 : keep0) + __shfl_xor_sync(0xffffffffu, odd ? keep0 : keep1, 1);
+    sum *= *decay++;
+#pragma unroll
+    for (int m = 0; m < kRowsPerWarp; ++m)
+      sum = fmaf(shared_.scores[token][key_warp_ * kRowsPerWarp + m], v[m], sum);
+    shared_.partial[key_warp_][token][group_ * kTile + lane_] = sum;
   }
 }
 
 template <typename S>
 __device__ void Step<S>::WriteOutputs() const {
-  ForChunks<S::kColumns / 4>(threadIdx.x, place_.num_tokens, [&](int token, int d) {
-    d /= 2;  // 4 columns
+  constexpr int kPieces = S::kColumns / 4;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < place_.num_tokens * kPieces; i += S::kThreads) {
+    const int token = i / kPieces, d = i % kPieces * 4;
     float4 sum = *reinterpret_cast<const float4*>(&shared_.partial[0][token][d]);
 #pragma unroll
     for (int warp = 1; warp < S::kKeyWarps; ++warp) {
       const float4 more = *reinterpret_cast<const float4*>(&shared_.partial[warp][token][d]);
       sum = make_float4(sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w);
     }
-    const int64_t column = int64_t{head_} * S::kHeadDim + first_column_ + d;
+    const int64_t row = place_.first_token + token,
+                  column = head_ * S::kHeadDim + first_column_ + d;
     if (args_.o.dtype == DType::kF32) {
-      *reinterpret_cast<float4*>(Row<float>(args_.o, place_.first_token + token) + column) = sum;
+      *reinterpret_cast<float4*>(Row<float>(args_.o, row) + column) = sum;
     } else {
-      *reinterpret_cast<uint2*>(Row<Bf16>(args_.o, place_.first_token + token) + column) =
+      *reinterpret_cast<uint2*>(Row<Bf16>(args_.o, row) + column) =
           make_uint2(RoundPair(sum.x, sum.y), RoundPair(sum.z, sum.w));
     }
-  });
+  }
 }
 
 // Asks for everything that the block reads.
@@ -549,13 +531,8 @@ __device__ void Step<S>::Load() {
     state_[r][2] = x.z;
     state_[r][3] = x.w;
   }
-  LoadTokens();
-  const int num_rows = place_.first_row + place_.num_tokens;
-  LoadOpenRows(shared_.rows, 0, place_.first_row, num_rows,
-               num_rows > kWindow ? 2 * kWindow : kWindow);
-  if (place_.num_lagging > 0) {
-    LoadOpenRows(shared_.loaded.lag, -place_.num_lagging * kWindow, kWindow, kWindow, kWindow);
-  }
+  LoadRows();
+  if (place_.num_lagging > 0) LoadLagging(0);
   if (threadIdx.x <= kWindow)
     shared_.decay[threadIdx.x] = Row<const float>(args_.decay.decay, head_)[threadIdx.x];
 }
@@ -565,12 +542,11 @@ template <typename S>
 __device__ void Step<S>::FoldLagging() {
   for (int block = 0; block < place_.num_lagging; ++block) {
     if (block > 0) {
-      LoadOpenRows(shared_.loaded.lag, (block - place_.num_lagging) * kWindow, kWindow, kWindow,
-                   kWindow);
+      LoadLagging(block);
       WaitForCopies();
       __syncthreads();
     }
-    Fold(shared_.loaded.lag.k, shared_.loaded.lag.v);
+    Fold(shared_.lag.k, shared_.lag.v);
     if (block + 1 == place_.num_stored) StoreState();
     __syncthreads();  // the tile is loaded anew, or overwritten by partial sums
   }
@@ -581,15 +557,14 @@ __device__ void Step<S>::Run() {
   WaitForCopies();
   FormTokens();
   __syncthreads();
+  Score();
   FoldLagging();
-  const int first_row = place_.first_row, num_rows = first_row + place_.num_tokens;
+  __syncthreads();
+  const int num_rows = NumRows();
 #pragma unroll 1
   for (int first = 0; first < num_rows;
        first += kWindow) {  // the block of the anchor, and the one after it
-    const int begin = max(first, first_row), end = min(first + kWindow, num_rows);
-    WithinWindow(begin - first_row, end - begin, begin - first, first);
-    __syncwarp();
-    AgainstState(begin - first_row, end - begin, begin - first);
+    AgainstState(first, max(first, place_.first_row), min(first + kWindow, num_rows));
     const bool store = place_.num_lagging + first / kWindow + 1 == place_.num_stored;
     if (num_rows > first + kWindow || store) Fold(&shared_.rows.k[first], &shared_.rows.v[first]);
     if (store) StoreState();
@@ -631,16 +606,6 @@ cudaError_t Launch(const LightningAttentionArgs& args, const Context& context) {
                          num_hinted_rows);
 }
 
-// Small batches are split over more blocks, large ones share more between the columns of a block.
-template <int kKeyDim, bool kLrpe>
-cudaError_t LaunchSplit(const LightningAttentionArgs& args, const Context& context) {
-  using Narrow = Shape<kKeyDim, kLrpe, 1>;
-  using Wide = Shape<kKeyDim, kLrpe, 2>;
-  const int64_t num_blocks = int64_t{args.num_decode_rows} * args.num_heads * Wide::kSlices;
-  return num_blocks >= 4 * context.num_multiprocessors ? Launch<Wide>(args, context)
-                                                       : Launch<Narrow>(args, context);
-}
-
 }  // namespace
 
 cudaError_t LaunchLightningStep(const LightningAttentionArgs& args, Context& context) {
@@ -648,10 +613,10 @@ cudaError_t LaunchLightningStep(const LightningAttentionArgs& args, Context& con
   const bool aligned = Aligned(args.q) && Aligned(args.k) && Aligned(args.v) &&
                        Aligned(args.state) && Aligned(args.window) && Aligned(args.o);
   if (args.q.dtype == DType::kBF16 && aligned) {
-    if (args.theta && args.head_dim == 64) return LaunchSplit<128, true>(args, context);
-    if (args.theta && args.head_dim == 128) return LaunchSplit<256, true>(args, context);
-    if (!args.theta && args.head_dim == 64) return LaunchSplit<64, false>(args, context);
-    if (!args.theta && args.head_dim == 128) return LaunchSplit<128, false>(args, context);
+    if (args.theta && args.head_dim == 64) return Launch<Shape<128, true>>(args, context);
+    if (args.theta && args.head_dim == 128) return Launch<Shape<256, true>>(args, context);
+    if (!args.theta && args.head_dim == 64) return Launch<Shape<64, false>>(args, context);
+    if (!args.theta && args.head_dim == 128) return Launch<Shape<128, false>>(args, context);
   }
   return LaunchLightningRows(args, {0, args.num_decode_rows, 0, args.num_decode_tokens}, context);
 }
