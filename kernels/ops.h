@@ -174,8 +174,8 @@ enum class PairLayout : int32_t { kHalfSplit = 0, kInterleaved = 1 };
 //   o_t = sum_{j <= t} softmax_j(scale * q_t . k_j) v_j,
 // q rotated and kept in f32 or act. Keys are taken in ranges that begin at absolute multiples of a
 // fixed size, and their partial results merged in ascending order, in f32: ranges of
-// kAttentionSplit in path D; in path P those, or tiles that divide them (then the weights may be
-// rounded to act before they multiply v). Query head h reads kv head h / (num_heads /
+// kAttentionSplit, or tiles that divide them (in path P the weights may then be rounded to act
+// before they multiply v). Query head h reads kv head h / (num_heads /
 // num_kv_heads). Path P may overwrite what lies past the sequence's end in its last block.
 struct PagedAttentionArgs {
   TensorView q;     // [T, num_heads * head_dim] act

@@ -1,25 +1,32 @@
 // Softmax attention of decode and verify rows over a paged bf16 cache, head_dim 64 or 128, on
 // Hopper and later. Bound by the bytes of the cache: 512 a key and kv head at head_dim 128.
 //
-// One launch. Each multiprocessor holds one block, which takes items (row, kv head, split of
-// kAttentionSplit keys, query tile) from a counter until none is left: the grid does not know the
-// contexts, so a recorded launch serves growing ones. One warp fetches: whole 16-key blocks of keys
-// and values, 4 of them a stage, by bulk copies into a ring of 160 KiB. Eight warps compute, 4 a
-// stage and in turns, each a block of 16 keys, with softmax state and output in registers. (Four
-// warps, one a scheduler, were bound by the latency of their chains: 3.6 TB/s where memory gave
-// 4.5.)
+// One launch. Each multiprocessor holds one block, which takes items (row, kv head, range of keys,
+// query tile) from a counter until none is left: the grid does not know the contexts, so a recorded
+// launch serves growing ones. In a block, warps of four kinds hand the ranges on, so that no step
+// waits for another's latency (one kind of warp that did all of it in turn lost half its time at
+// the ends of ranges, to loads of queries, fences and merges):
+//   the fetching warp takes items and copies blocks of 16 keys with their values, one TMA box each,
+//   into a ring of 192 KiB. It begins before the kernel before this one has ended: no kernel of a
+//   step writes rows, tables or older keys;
+//   the asking warp rotates the queries of a range, and writes the step's keys into the cache;
+//   eight warps compute, each every eighth block of a range, from its own slots of the ring;
+//   the finishing warp adds their parts, writes the partial result of the range, and merges all of
+//   a row and head, if it was the last.
 //
 // Query tile: 8 queries (token, head of the group), each held as two bf16 rows, its high and low
 // half, of an m16n8k16 product; likewise the weights. So a query and a weight keep 16 bits of
 // mantissa, the result is that of f32 arithmetic to 4e-6, and one fetch of a key serves all query
 // heads of its group. The contraction runs in the order of the lanes' 16-byte loads.
 //
-// Order of a sum, whatever the batch: within a split warp w adds blocks w, w + 8, ... in ascending
-// order; then the 8 warps in order; then the splits in ascending order. The block that ends a (row,
-// kv head, tile) last merges its splits.
+// Order of a sum, whatever the batch: within a range warp w adds blocks w, w + 8, ... in ascending
+// order; then the 8 warps in order; then the ranges in ascending order.
 //
 // The step's own keys and values are rotated, rounded and put into the fetched block in shared
-// memory by every block that needs them, and written to the cache by one.
+// memory by every block that needs them.
+//
+// compute-sanitizer's racecheck reports the queue of ranges and the slots of the ring: it does not
+// follow an order that goes from lanes through __syncwarp() to the arrival of one of them.
 
 #include <algorithm>
 #include <cmath>
@@ -34,43 +41,66 @@ namespace godwit::cuda {
 namespace {
 
 constexpr int kTileQueries = 8;
-constexpr int kWarps = 8;  // that compute; one more fetches
-constexpr int kThreads = kWarps * kWarp;
-constexpr int kStageBlocks = 4;
-constexpr int kStagesInTurn = kWarps / kStageBlocks;  // the warps take turns, 4 at a stage
-constexpr int kSplitBlocks = kAttentionSplit / kPagedBlock;
-constexpr int kMaxRows = 1024;            // decode rows of a step
-constexpr int kSharedBytes = 227 * 1024;  // of a block
-constexpr int64_t kMaxPartialBytes = int64_t{64}
-                                     << 20;  // beyond it a block goes over all splits of its item
-constexpr int kConsumers = 1;                // id of the barrier of the computing warps
-static_assert(kSplitBlocks % (kStageBlocks * kStagesInTurn) == 0);
+constexpr int kWarps = 8;  // that compute; then one of each other kind
+constexpr int kFetchWarp = kWarps, kQueryWarp = kWarps + 1, kFinishWarp = kWarps + 2;
+constexpr int kThreads = (kWarps + 3) * kWarp;
+constexpr int kQueue = 8;  // ranges known to the warps at once
+constexpr int kMaxSlots = 48;
+constexpr int kMaxRows = 1024;                            // decode rows of a step
+constexpr int kSharedBytes = 227 * 1024;                  // of a block
+constexpr int64_t kMaxPartialBytes = int64_t{128} << 20;  // beyond it a block takes whole rows
 constexpr float kLog2E = 1.4426950408889634f;
 
-// kStepKeys: positions of the step are in it.
-enum StageFlags : int32_t { kItemBegin = 1, kSplitEnd = 2, kItemEnd = 4, kStepKeys = 8 };
+// Ranges of keys: kFineRanges short ones, so that a short context has work for every
+// multiprocessor, then long ones, so that a long one has few partial results.
+constexpr int kFineBlocks = kAttentionSplit / 2 / kPagedBlock;
+constexpr int kFineRanges = 8;
+constexpr int kCoarseBlocks = kAttentionSplit / kPagedBlock;
+__host__ __device__ constexpr int FirstBlock(int range) {
+  return range <= kFineRanges ? range * kFineBlocks
+                              : kFineRanges * kFineBlocks + (range - kFineRanges) * kCoarseBlocks;
+}
+__host__ __device__ constexpr int64_t NumRanges(int64_t num_blocks) {
+  const int64_t fine = kFineRanges * kFineBlocks;
+  return num_blocks <= fine ? (num_blocks + kFineBlocks - 1) / kFineBlocks
+                            : kFineRanges + (num_blocks - fine + kCoarseBlocks - 1) / kCoarseBlocks;
+}
 
-// What a stage holds.
-struct Stage {
+// A range of the keys of a row, for a kv head and a tile of the row's queries.
+struct alignas(16) Range {
   int32_t row;  // -1: no more
   int32_t head;
-  int32_t tile;  // of the row's queries
+  int32_t tile;
+  int32_t num_queries;  // of the tile
+  int32_t number;       // of num_ranges
+  int32_t num_ranges;
   int32_t first_block;
   int32_t num_blocks;
-  int32_t flags;
+  uint32_t first_slot;  // of the ring, counted from the start of the kernel: a multiple of kWarps
+  // Of the row.
+  int32_t first_token;
+  int32_t num_tokens;
+  int32_t position;
+
+  // Each warp takes a block a round; in the last one those of some may be missing.
+  __device__ int num_rounds() const { return (num_blocks + kWarps - 1) / kWarps; }
+  // Where the parts of the warps lie in the end: the slots of the last round.
+  __device__ uint32_t parts_slot() const { return first_slot + (num_rounds() - 1) * kWarps; }
 };
 
 // Sums over rows, inclusive.
 struct Plan {
   int32_t items[kMaxRows];
-  int32_t slots[kMaxRows];  // partial results of a query head: (split, token)
-  int32_t whole_rows;       // no room for partial results: an item has all splits
+  int32_t slots[kMaxRows];  // partial results of a query head: (range, token)
+  int32_t num_items;
+  int32_t whole_rows;  // no room for partial results: an item has all ranges
 };
 
 struct Args {
   PagedAttentionArgs attention;
-  float* partials;  // [num_slots * num_heads][head_dim]
-  float2* stats;    // [num_slots * num_heads]: max (base 2) and sum
+  CUtensorMap cache;  // 64 columns, lines of a block, keys and values, blocks
+  float* partials;    // [num_slots * num_heads][head_dim]
+  float2* stats;      // [num_slots * num_heads]: max (base 2) and sum
   int64_t num_slots;
   uint32_t* counters;  // [0]: items taken; then one for each (row, tile, kv head)
 };
@@ -79,24 +109,49 @@ template <int kHeadDim>
 struct Layout {
   static constexpr int kBlockElements = kPagedBlock * kHeadDim;
   static constexpr uint32_t kBlockBytes = kBlockElements * sizeof(Bf16);
-  static constexpr int kStageBytes = 2 * kStageBlocks * static_cast<int>(kBlockBytes);
+  static constexpr int kSlotBytes = 2 * static_cast<int>(kBlockBytes);  // keys, values
+  static constexpr int kLinesOfRow = kHeadDim / 64;                     // lines of 128 bytes
   static constexpr int kQueryStride = kHeadDim + 8;  // + 16 bytes: rows in different banks
-  static constexpr int kMergeStride = kHeadDim + 4;
-  struct Fixed {
-    alignas(16) float merge[kWarps][kTileQueries][kMergeStride];
-    alignas(16) Bf16 query[2][kTileQueries][kQueryStride];  // high and low halves
-    float max[kWarps][kTileQueries];
-    float sum[kWarps][kTileQueries];
-    int32_t last;
-    Plan plan;
-    Stage stage[16];
-    uint64_t full[16];
-    uint64_t empty[16];
+  static constexpr int kColumns = kHeadDim / kWarp;  // of a row, by a lane
+  // Where 16-byte piece `piece` of row `row` lies in a block of keys or of values: pieces of a line
+  // are swizzled. Linear over xor.
+  __host__ __device__ static constexpr uint32_t Offset(uint32_t row, uint32_t piece) {
+    const uint32_t line = row * kLinesOfRow + piece / 8;
+    return line * 128 + ((piece % 8 ^ line % 8) << 4);
+  }
+  // The key of column n of a product. Of its lane's quarter of a warp, 2 keys of 4 pieces each (or
+  // 4 keys of 2 pieces, as values) then lie in 8 different banks of 16 bytes.
+  static constexpr int kPairFlip = kHeadDim == 128 ? 2 : 4;
+  __device__ static int FirstKeyOfPair(int pair) {
+    return kHeadDim == 128 ? pair + pair / 2 * 4 : 2 * pair + pair / 2;
+  }
+  __device__ static int KeyOf(int n) { return FirstKeyOfPair(n / 2) ^ n % 2 * kPairFlip; }
+  struct Queries {
+    alignas(16) Bf16 half[2][kTileQueries][kQueryStride];  // high and low
+    int32_t last_key[kTileQueries];
   };
-  static constexpr int kStages =
-      (kSharedBytes - static_cast<int>(sizeof(Fixed)) - 128) / kStageBytes;
-  static_assert(kStages >= 3 && kStages <= 16);
-  static constexpr int kBytes = kStages * kStageBytes + static_cast<int>(sizeof(Fixed)) + 128;
+  // Of a range, by a warp. Overwrites the warp's last block.
+  struct Part {
+    alignas(16) float o[kTileQueries][kHeadDim + 4];
+    float max[kTileQueries];
+    float sum[kTileQueries];
+  };
+  static_assert(sizeof(Part) <= kSlotBytes);
+  struct Fixed {
+    Queries queries[2];
+    Range queue[kQueue];
+    Plan plan;
+    // Pairs of "may be read" and "may be written".
+    uint64_t slot_full[kMaxSlots], slot_empty[kMaxSlots];
+    uint64_t range_full[kQueue], range_empty[kQueue];
+    uint64_t queries_full[2], queries_empty[2];
+    uint64_t parts_full[kQueue];
+  };
+  static constexpr int kRoom = (kSharedBytes - static_cast<int>(sizeof(Fixed))) / kSlotBytes;
+  // A slot is one warp's alone, so that the parity of its phase is never ambiguous to who waits.
+  static constexpr int kSlots = (kRoom < kMaxSlots ? kRoom : kMaxSlots) / kWarps * kWarps;
+  static_assert(kSlots >= 2 * kWarps);
+  static constexpr int kBytes = kSlots * kSlotBytes + static_cast<int>(sizeof(Fixed));
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -123,14 +178,26 @@ __device__ inline uint64_t CachePolicy(bool read_once) {
   return read_once ? once : normal;
 }
 
-// num_bytes, a multiple of 16, both sides aligned to 16 bytes; they count on `barrier`.
-__device__ inline void CopyBulk(void* to_shared, const void* from, uint32_t num_bytes,
-                                uint64_t* barrier, uint64_t policy) {
+// The keys and the values of a block of a kv head; they count on `barrier`.
+template <int kHeadDim>
+__device__ inline void CopyBlock(void* to, const CUtensorMap* cache, int head, int block,
+                                 uint64_t* barrier, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1], %2, [%3], %4;" ::"r"(hopper::SharedAddress(to_shared)),
-      "l"(from), "r"(num_bytes), "r"(hopper::SharedAddress(barrier)), "l"(policy)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_"
+      "hint [%0], [%1, {0, %2, 0, %3}], [%4], %5;" ::"r"(hopper::SharedAddress(to)),
+      "l"(cache), "r"(head * kPagedBlock * Layout<kHeadDim>::kLinesOfRow), "r"(block),
+      "r"(hopper::SharedAddress(barrier)), "l"(policy)
       : "memory");
+}
+
+// Adds; what this thread (and those it has heard of) wrote is seen by whoever adds later.
+__device__ inline uint32_t AddAcquireRelease(uint32_t* counter, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(value)
+               : "memory");
+  return before;
 }
 
 // Two values as the high and the low halves of their bf16 pairs.
@@ -141,21 +208,25 @@ __device__ inline void SplitPair(float x, float y, uint32_t* high, uint32_t* low
   *low = *reinterpret_cast<const uint32_t*>(&l);
 }
 
-struct Item {
-  int32_t row, head, tile, first_block, end_block;
-};
-
-__device__ inline int NumQueries(const PagedAttentionArgs& args, const StepRow& row) {
-  return row.num_tokens * (args.num_heads / args.num_kv_heads);
+__device__ inline int HeadsOfGroup(const PagedAttentionArgs& args) {
+  return args.num_heads / args.num_kv_heads;
 }
-__device__ inline int NumTiles(const PagedAttentionArgs& args, const StepRow& row) {
-  return (NumQueries(args, row) + kTileQueries - 1) / kTileQueries;
+__device__ inline int NumTiles(const PagedAttentionArgs& args, int num_tokens) {
+  return (num_tokens * HeadsOfGroup(args) + kTileQueries - 1) / kTileQueries;
 }
 __device__ inline int NumBlocks(const StepRow& row) {
   return static_cast<int>((row.position + row.num_tokens + kPagedBlock - 1) / kPagedBlock);
 }
-__device__ inline int NumSplits(const StepRow& row) {
-  return (NumBlocks(row) + kSplitBlocks - 1) / kSplitBlocks;
+__device__ inline int NumRanges(const StepRow& row) {
+  return static_cast<int>(NumRanges(NumBlocks(row)));
+}
+
+// Of a query of a tile: the token, and the query head.
+__device__ inline int TokenOf(const PagedAttentionArgs& args, const Range& range, int query) {
+  return (range.tile * kTileQueries + query) / HeadsOfGroup(args);
+}
+__device__ inline int HeadOf(const PagedAttentionArgs& args, const Range& range, int query) {
+  return range.head * HeadsOfGroup(args) + (range.tile * kTileQueries + query) % HeadsOfGroup(args);
 }
 
 // By one warp. Every block makes the same plan.
@@ -170,9 +241,10 @@ __device__ void MakePlan(const Args& args, Plan& plan) {
       if (first + lane < attention.num_decode_rows) {
         const StepRow& row = attention.rows[first + lane];
         if (row.num_tokens > 0) {
-          const int splits = NumSplits(row);
-          my_items = NumTiles(attention, row) * attention.num_kv_heads * (whole_rows ? 1 : splits);
-          my_slots = splits * row.num_tokens;
+          const int ranges = NumRanges(row);
+          my_items = NumTiles(attention, row.num_tokens) * attention.num_kv_heads *
+                     (whole_rows ? 1 : ranges);
+          my_slots = ranges * row.num_tokens;
         }
       }
       for (int offset = 1; offset < kWarp; offset *= 2) {
@@ -188,13 +260,14 @@ __device__ void MakePlan(const Args& args, Plan& plan) {
       items += __shfl_sync(0xffffffffu, my_items, kWarp - 1);
       slots += __shfl_sync(0xffffffffu, my_slots, kWarp - 1);
     }
+    if (lane == 0) plan.num_items = items, plan.whole_rows = whole_rows;
     if (whole_rows || slots <= args.num_slots) break;
     whole_rows = 1;
   }
-  if (lane == 0) plan.whole_rows = whole_rows;
 }
 
-__device__ Item FindItem(const PagedAttentionArgs& args, const Plan& plan, int index) {
+// Short ranges last: they end together.
+__device__ Range FindItem(const PagedAttentionArgs& args, const Plan& plan, int index) {
   int low = 0, high = args.num_decode_rows - 1;
   while (low < high) {
     const int middle = (low + high) / 2;
@@ -204,109 +277,267 @@ __device__ Item FindItem(const PagedAttentionArgs& args, const Plan& plan, int i
       low = middle + 1;
     }
   }
-  Item item;
-  item.row = low;
   const StepRow& row = args.rows[low];
-  const int tiles = NumTiles(args, row);
+  const int tiles = NumTiles(args, row.num_tokens);
   int rest = index - (low > 0 ? plan.items[low - 1] : 0);
-  item.tile = rest % tiles;
+  Range range = {.row = low};
+  range.tile = rest % tiles;
   rest /= tiles;
-  item.head = rest % args.num_kv_heads;
-  const int split = rest / args.num_kv_heads;
-  item.first_block = split * kSplitBlocks;
-  item.end_block =
-      plan.whole_rows ? NumBlocks(row) : min(item.first_block + kSplitBlocks, NumBlocks(row));
-  return item;
+  range.head = rest % args.num_kv_heads;
+  range.num_queries =
+      min(kTileQueries, row.num_tokens * HeadsOfGroup(args) - range.tile * kTileQueries);
+  range.num_ranges = NumRanges(row);
+  range.number = plan.whole_rows ? 0 : range.num_ranges - 1 - rest / args.num_kv_heads;
+  range.first_token = row.first_token;
+  range.num_tokens = row.num_tokens;
+  range.position = static_cast<int>(row.position);
+  return range;
 }
 
-// The fetching warp.
+// The fetching warp. Looks one range ahead, and takes one item further.
 template <int kHeadDim>
-__device__ void Fetch(const Args& args, typename Layout<kHeadDim>::Fixed& shared, char* ring) {
+class Fetcher {
   using L = Layout<kHeadDim>;
-  const PagedAttentionArgs& attention = args.attention;
-  const int lane = threadIdx.x % kWarp;
-  const int part = lane % 2, block_of_stage = lane / 2;
-  const int num_items =
-      attention.num_decode_rows > 0 ? shared.plan.items[attention.num_decode_rows - 1] : 0;
-  int stage = 0;
-  uint32_t parity = 1;
-  auto advance = [&] {
-    if (++stage == L::kStages) stage = 0, parity ^= 1;
+  struct Work {
+    Range range;
+    int32_t blocks[kCoarseBlocks / kWarp];  // lane, lane + 32: of the range, in the cache
   };
-  for (int index = blockIdx.x; index < num_items;) {
-    uint32_t taken = 0;
-    if (lane == 0) taken = atomicAdd(&args.counters[0], 1u);
-    const Item item = FindItem(attention, shared.plan, index);
-    const StepRow& row = attention.rows[item.row];
-    const int32_t* table = attention.block_tables + row.block_table;
-    const uint64_t policy = CachePolicy(NumTiles(attention, row) == 1);
-    const int first_step_block = static_cast<int>(row.position / kPagedBlock);
-    const int64_t offset = (part * int64_t{attention.num_kv_heads} + item.head) * L::kBlockElements;
-    int entry = 0;
-    for (int block = item.first_block; block < item.end_block; block += kStageBlocks) {
-      const int in_item = block - item.first_block;
-      if (in_item % kWarp == 0)
-        entry = block + lane < item.end_block ? __ldg(table + block + lane) : 0;
-      const int num_blocks = min(kStageBlocks, item.end_block - block);
-      hopper::BarrierWait(&shared.empty[stage], parity);
-      if (lane == 0) {
-        int32_t flags = in_item == 0 ? kItemBegin : 0;
-        if (block + kStageBlocks >= item.end_block) flags |= kItemEnd | kSplitEnd;
-        if ((block + kStageBlocks) % kSplitBlocks == 0) flags |= kSplitEnd;
-        if (block + num_blocks > first_step_block) flags |= kStepKeys;
-        shared.stage[stage] = {item.row, item.head, item.tile, block, num_blocks, flags};
-        hopper::BarrierArriveExpect(&shared.full[stage],
-                                    static_cast<uint32_t>(2 * num_blocks) * L::kBlockBytes);
+
+ public:
+  __device__ Fetcher(const Args& args, typename L::Fixed& shared, char* ring)
+      : args_(args), attention_(args.attention), shared_(shared), ring_(ring) {}
+
+  __device__ void Run() {
+    Work work = First();
+    if (work.range.row >= 0) Fetch(work);
+    DependencyWait();
+    if (work.range.row >= 0) {
+      Take();
+      work = Next(work.range);
+    }
+    while (work.range.row >= 0) {
+      const Work next = Next(work.range);
+      Fetch(work);
+      work = next;
+    }
+    DependencyTrigger();
+    Announce(work.range);
+  }
+
+ private:
+  __device__ Work First() const {
+    if (static_cast<int>(blockIdx.x) >= shared_.plan.num_items) return {.range = {.row = -1}};
+    return Look(FindItem(attention_, shared_.plan, blockIdx.x));
+  }
+
+  __device__ Work Next(Range range) {
+    if (shared_.plan.whole_rows && range.number + 1 < range.num_ranges) {
+      ++range.number;
+      return Look(range);
+    }
+    const uint32_t taken = __shfl_sync(0xffffffffu, taken_, 0);
+    const int index = static_cast<int>(gridDim.x + taken);
+    if (index < shared_.plan.num_items) {
+      Take();
+      return Look(FindItem(attention_, shared_.plan, index));
+    }
+    // Each block fails once: this is the last of all, and leaves the counter as it found it.
+    if (lane_ == 0 && static_cast<int>(taken) == shared_.plan.num_items - 1) args_.counters[0] = 0;
+    return {.range = {.row = -1}};
+  }
+
+  __device__ void Take() {
+    if (lane_ == 0) taken_ = atomicAdd(&args_.counters[0], 1u);
+  }
+
+  __device__ Work Look(const Range& range) const {
+    const StepRow& row = attention_.rows[range.row];
+    Work work = {.range = range};
+    work.range.first_block = FirstBlock(range.number);
+    work.range.num_blocks =
+        min(FirstBlock(range.number + 1), NumBlocks(row)) - work.range.first_block;
+    const int32_t* table = attention_.block_tables + row.block_table + work.range.first_block;
+#pragma unroll
+    for (int i = 0; i < kCoarseBlocks / kWarp; ++i) {
+      const int block = lane_ + i * kWarp;
+      work.blocks[i] = block < work.range.num_blocks ? __ldg(table + block) : 0;
+    }
+    return work;
+  }
+
+  __device__ void Fetch(Work& work) {
+    const Range& range = work.range;
+    const uint64_t policy = CachePolicy(NumTiles(attention_, range.num_tokens) == 1);
+    work.range.first_slot = num_fetched_;
+    Announce(range);
+    for (int block = 0; block < range.num_rounds() * kWarps; ++block) {
+      const int in_cache =
+          __shfl_sync(0xffffffffu, block < kWarp ? work.blocks[0] : work.blocks[1], block % kWarp);
+      hopper::BarrierWait(&shared_.slot_empty[slot_], parity_);
+      if (lane_ == 0) {
+        uint64_t* full = &shared_.slot_full[slot_];
+        if (block < range.num_blocks) {
+          hopper::BarrierArriveExpect(full, L::kSlotBytes);
+          CopyBlock<kHeadDim>(ring_ + slot_ * L::kSlotBytes, &args_.cache, range.head, in_cache,
+                              full, policy);
+        } else {
+          hopper::BarrierArrive(full);
+        }
       }
       __syncwarp();
-      const int physical = __shfl_sync(0xffffffffu, entry, (in_item + block_of_stage) % kWarp);
-      if (lane < 2 * num_blocks) {
-        CopyBulk(ring + stage * L::kStageBytes + lane * static_cast<int>(L::kBlockBytes),
-                 Row<const Bf16>(attention.blocks, physical) + offset, L::kBlockBytes,
-                 &shared.full[stage], policy);
-      }
-      advance();
+      if (++slot_ == L::kSlots) slot_ = 0, parity_ ^= 1;
+      ++num_fetched_;
     }
-    taken = __shfl_sync(0xffffffffu, taken, 0);
-    // Each block fails once: this is the last of all, and leaves the counter as it found it.
-    if (lane == 0 && taken == static_cast<uint32_t>(num_items) - 1) args.counters[0] = 0;
-    index = static_cast<int>(gridDim.x + taken);
   }
-  DependencyTrigger();
-  hopper::BarrierWait(&shared.empty[stage], parity);
-  if (lane == 0) {
-    shared.stage[stage].row = -1;
-    hopper::BarrierArrive(&shared.full[stage]);
-  }
-}
 
-// The step's own keys and values in a fetched block, whose first position is `first`; values after
-// the end of the row become 0, because a weight of 0 does not silence a NaN.
+  __device__ void Announce(const Range& range) {
+    const int place = num_announced_ % kQueue;
+    hopper::BarrierWait(&shared_.range_empty[place], num_announced_ / kQueue % 2 ^ 1);
+    if (lane_ == 0) {
+      shared_.queue[place] = range;
+      hopper::BarrierArrive(&shared_.range_full[place]);
+    }
+    ++num_announced_;
+  }
+
+  const Args& args_;
+  const PagedAttentionArgs& attention_;
+  typename L::Fixed& shared_;
+  char* ring_;
+  const int lane_ = threadIdx.x % kWarp;
+  uint32_t taken_ = 0;  // by lane 0
+  uint32_t num_announced_ = 0;
+  uint32_t num_fetched_ = 0;
+  int slot_ = 0;  // of the next block
+  uint32_t parity_ = 1;
+};
+static_assert(kCoarseBlocks == 2 * kWarp);
+
+// Columns [lane * kColumns, (lane + 1) * kColumns) of a row.
+template <typename T, int kColumns>
+struct alignas(kColumns * sizeof(T)) Columns {
+  T x[kColumns];
+};
+
+// The key and the value of a token of the step, as the cache holds them.
 template <int kHeadDim>
-__device__ void PutStepKeys(const PagedAttentionArgs& args, const StepRow& row, int head,
-                            int64_t first, Bf16* block, bool write_cache) {
-  const int lane = threadIdx.x % kWarp;
-  const int64_t end = row.position + row.num_tokens;
-  for (int r = 0; r < kPagedBlock; ++r) {
-    const int64_t position = first + r;
-    if (position < row.position) continue;
-    Bf16* key = block + r * kHeadDim;
-    Bf16* value = key + kPagedBlock * kHeadDim;
-    if (position >= end) {
-      for (int d = lane; d < kHeadDim; d += kWarp) Store(value + d, 0.0f);
-      continue;
-    }
-    const int64_t token = row.first_token + position - row.position;
-    Bf16* cached_key = CacheRow<Bf16>(args, row, position, 0, head);
-    Bf16* cached_value = CacheRow<Bf16>(args, row, position, 1, head);
+struct StepEntry {
+  static constexpr int kColumns = kHeadDim / kWarp;
+  Columns<Bf16, kColumns> key = {}, value = {};
+
+  __device__ StepEntry() {}
+  __device__ StepEntry(const PagedAttentionArgs& args, const Range& range, int index) {
+    const int64_t token = range.first_token + index;
+    const int d = static_cast<int>(threadIdx.x) % kWarp * kColumns;
 #pragma unroll
-    for (int d = lane; d < kHeadDim; d += kWarp) {
-      Store(key + d, Rotated<Bf16>(args, args.k, token, head, d));
-      value[d] = Row<const Bf16>(args.v, token)[head * kHeadDim + d];
-      if (!write_cache) continue;
-      cached_key[d] = key[d];
-      cached_value[d] = value[d];
+    for (int c = 0; c < kColumns; ++c) {
+      value.x[c] = Row<const Bf16>(args.v, token)[range.head * kHeadDim + d + c];
     }
+    float rotated[kColumns];
+    LoadRotated<Bf16>(args, args.k, token, range.head, d, rotated);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) Store(&key.x[c], rotated[c]);
+  }
+};
+
+// The warp of the queries: those of each range, rotated and scaled, for the warps that compute.
+template <int kHeadDim>
+class Asker {
+  using L = Layout<kHeadDim>;
+
+ public:
+  __device__ Asker(const Args& args, typename L::Fixed& shared)
+      : attention_(args.attention), shared_(shared) {}
+
+  __device__ void Run() {
+    DependencyWait();
+    for (uint32_t n = 0;; ++n) {
+      hopper::BarrierWait(&shared_.range_full[n % kQueue], n / kQueue % 2);
+      hopper::BarrierWait(&shared_.queries_empty[n % 2], n / 2 % 2 ^ 1);
+      const Range range = shared_.queue[n % kQueue];
+      if (range.row >= 0) {
+        if (range.num_queries == 1) {
+          Put<1>(range, shared_.queries[n % 2]);
+        } else {
+          Put<4>(range, shared_.queries[n % 2]);
+        }
+      }
+      __syncwarp();
+      if (lane_ == 0) hopper::BarrierArrive(&shared_.queries_full[n % 2]);
+      if (range.row < 0) return;
+      if (range.tile == 0) WriteCache(range);
+    }
+  }
+
+ private:
+  // The step's keys and values that lie in the range.
+  __device__ void WriteCache(const Range& range) {
+    const StepRow& row = attention_.rows[range.row];
+    const int end = min((range.first_block + range.num_blocks) * kPagedBlock - range.position,
+                        range.num_tokens);
+    for (int index = max(range.first_block * kPagedBlock - range.position, 0); index < end;
+         ++index) {
+      const StepEntry<kHeadDim> entry(attention_, range, index);
+      Bf16* key = CacheRow<Bf16>(attention_, row, range.position + index, 0, range.head);
+      Bf16* value = CacheRow<Bf16>(attention_, row, range.position + index, 1, range.head);
+      reinterpret_cast<Columns<Bf16, L::kColumns>*>(key)[lane_] = entry.key;
+      reinterpret_cast<Columns<Bf16, L::kColumns>*>(value)[lane_] = entry.value;
+    }
+  }
+
+  // kAtOnce queries' loads are on their way together.
+  template <int kAtOnce>
+  __device__ void Put(const Range& range, typename L::Queries& queries) {
+    const float scale = attention_.scale * kLog2E;
+#pragma unroll 1
+    for (int first = 0; first < kTileQueries; first += kAtOnce) {
+      float x[kAtOnce][L::kColumns] = {};
+      if (first < range.num_queries) {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int query = min(first + i, range.num_queries - 1);
+          LoadRotated<Bf16>(attention_, attention_.q,
+                            range.first_token + TokenOf(attention_, range, query),
+                            HeadOf(attention_, range, query), lane_ * L::kColumns, x[i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const float factor = first + i < range.num_queries ? scale : 0;
+#pragma unroll
+        for (int c = 0; c < L::kColumns; c += 2) {
+          const int d = lane_ * L::kColumns + c;
+          SplitPair(x[i][c] * factor, x[i][c + 1] * factor,
+                    reinterpret_cast<uint32_t*>(&queries.half[0][first + i][d]),
+                    reinterpret_cast<uint32_t*>(&queries.half[1][first + i][d]));
+        }
+      }
+    }
+    if (lane_ < kTileQueries) {
+      queries.last_key[lane_] =
+          lane_ < range.num_queries ? range.position + TokenOf(attention_, range, lane_) : -1;
+    }
+  }
+
+  const PagedAttentionArgs& attention_;
+  typename L::Fixed& shared_;
+  const int lane_ = threadIdx.x % kWarp;
+};
+
+// The step's own keys and values in a fetched block, whose first position is `first`; what lies
+// after the end of the row becomes 0, because a weight of 0 does not silence a NaN.
+template <int kHeadDim>
+__device__ void PutStepKeys(const PagedAttentionArgs& args, const Range& range, int first,
+                            char* block) {
+  using L = Layout<kHeadDim>;
+  const int lane = threadIdx.x % kWarp, bytes = lane * L::kColumns * static_cast<int>(sizeof(Bf16));
+  for (int r = max(range.position - first, 0); r < kPagedBlock; ++r) {
+    const int index = first + r - range.position;  // in the step
+    StepEntry<kHeadDim> entry;
+    if (index < range.num_tokens) entry = StepEntry<kHeadDim>(args, range, index);
+    char* to = block + L::Offset(r, bytes / 16) + bytes % 16;
+    *reinterpret_cast<Columns<Bf16, L::kColumns>*>(to) = entry.key;
+    *reinterpret_cast<Columns<Bf16, L::kColumns>*>(to + L::kBlockBytes) = entry.value;
   }
   __syncwarp();
   hopper::FenceAsyncShared();
@@ -337,88 +568,63 @@ class Consumer {
   using Fixed = typename L::Fixed;
   static constexpr int kChunks = kHeadDim / 32;  // 16-byte loads of a key by a lane
   static constexpr int kHalves = kHeadDim / 64;  // 16-byte loads of a value row by a lane
-  static constexpr int kOwned =
-      kTileQueries * kHeadDim / kThreads;  // elements of a tile's output by a thread
 
  public:
   __device__ Consumer(const Args& args, Fixed& shared)
-      : args_(args), attention_(args.attention), shared_(shared) {}
+      : attention_(args.attention), shared_(shared) {}
 
   __device__ void Run(char* ring) {
-    int stage_index = 0;
-    uint32_t parity = 0;
-    while (true) {
-      hopper::BarrierWait(&shared_.full[stage_index], parity);
-      const Stage stage = shared_.stage[stage_index];
-      if (stage.row < 0) return;
-      if (stage.flags & kItemBegin) BeginItem(stage);
-      const bool my_turn = stage.first_block / kStageBlocks % kStagesInTurn == warp_ / kStageBlocks;
-      if (my_turn && warp_ % kStageBlocks < stage.num_blocks) {
-        const int block = warp_ % kStageBlocks;
-        Bf16* keys = reinterpret_cast<Bf16*>(ring + stage_index * L::kStageBytes) +
-                     block * 2 * L::kBlockElements;
-        const int first = (stage.first_block + block) * kPagedBlock;
-        if (stage.flags & kStepKeys) {
-          PutStepKeys<kHeadDim>(attention_, attention_.rows[stage.row], stage.head, first, keys,
-                                stage.tile == 0);
+    DependencyWait();
+    for (uint32_t n = 0;; ++n) {
+      hopper::BarrierWait(&shared_.queries_full[n % 2], n / 2 % 2);
+      const Range range = shared_.queue[n % kQueue];
+      if (range.row < 0) return;
+      Begin(shared_.queries[n % 2]);
+      Release(&shared_.queries_empty[n % 2]);
+      for (int round = 0; round < range.num_rounds(); ++round) {
+        const int index = round * kWarps + warp_;
+        const uint32_t sequence = range.first_slot + index, slot = sequence % L::kSlots;
+        char* block = ring + slot * L::kSlotBytes;
+        hopper::BarrierWait(&shared_.slot_full[slot], sequence / L::kSlots % 2);
+        if (index < range.num_blocks) {
+          const int first_key = (range.first_block + index) * kPagedBlock;
+          if (first_key + kPagedBlock > range.position) {
+            PutStepKeys<kHeadDim>(attention_, range, first_key, block);
+          }
+          Attend(block, first_key);
         }
-        Attend(keys, first);
+        if (round + 1 < range.num_rounds()) {
+          Release(&shared_.slot_empty[slot]);
+        } else {
+          __syncwarp();
+          End(range.num_queries, *reinterpret_cast<typename L::Part*>(block));
+          hopper::FenceAsyncShared();
+        }
       }
-      __syncwarp();
-      if (lane_ == 0) hopper::BarrierArrive(&shared_.empty[stage_index]);
-      if (stage.flags & kSplitEnd) EndSplit(stage);
-      if (++stage_index == L::kStages) stage_index = 0, parity ^= 1;
+      Release(&shared_.parts_full[n % kQueue]);
     }
   }
 
  private:
-  // Query `index` of the tile.
-  __device__ int TokenOf(int index) const { return (first_query_ + index) / heads_of_group_; }
-  __device__ int HeadOf(int head, int index) const {
-    return head * heads_of_group_ + (first_query_ + index) % heads_of_group_;
+  __device__ void Release(uint64_t* barrier) {
+    __syncwarp();
+    if (lane_ == 0) hopper::BarrierArrive(barrier);
   }
 
-  __device__ void BeginItem(const Stage& stage) {
-    const StepRow& row = attention_.rows[stage.row];
-    first_query_ = stage.tile * kTileQueries;
-    num_queries_ = min(kTileQueries, NumQueries(attention_, row) - first_query_);
-    for (int chunk = thread_; chunk < kTileQueries * kHeadDim / 8; chunk += kThreads) {
-      const int query = chunk / (kHeadDim / 8), d = chunk % (kHeadDim / 8) * 8;
-      uint32_t high[4] = {}, low[4] = {};
-      if (query < num_queries_) {
-        const int64_t token = row.first_token + TokenOf(query);
-        const int head = HeadOf(stage.head, query);
-        const float scale = attention_.scale * kLog2E;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          SplitPair(Rotated<Bf16>(attention_, attention_.q, token, head, d + 2 * i) * scale,
-                    Rotated<Bf16>(attention_, attention_.q, token, head, d + 2 * i + 1) * scale,
-                    &high[i], &low[i]);
-        }
-      }
-      *reinterpret_cast<uint4*>(&shared_.query[0][query][d]) = {high[0], high[1], high[2], high[3]};
-      *reinterpret_cast<uint4*>(&shared_.query[1][query][d]) = {low[0], low[1], low[2], low[3]};
-    }
-    hopper::NamedBarrierSync(kConsumers, kThreads);
+  __device__ void Begin(const typename L::Queries& queries) {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       const uint4 high =
-          *reinterpret_cast<const uint4*>(&shared_.query[0][group_][(4 * i + quad_) * 8]);
+          *reinterpret_cast<const uint4*>(&queries.half[0][group_][(4 * i + quad_) * 8]);
       const uint4 low =
-          *reinterpret_cast<const uint4*>(&shared_.query[1][group_][(4 * i + quad_) * 8]);
+          *reinterpret_cast<const uint4*>(&queries.half[1][group_][(4 * i + quad_) * 8]);
       query_[i][0][0] = high.x, query_[i][0][1] = low.x, query_[i][0][2] = high.y,
       query_[i][0][3] = low.y;
       query_[i][1][0] = high.z, query_[i][1][1] = low.z, query_[i][1][2] = high.w,
       query_[i][1][3] = low.w;
     }
-    last_key_ = group_ < num_queries_ ? static_cast<int>(row.position) + TokenOf(group_) : -1;
-#pragma unroll
-    for (int k = 0; k < kOwned; ++k) running_[k] = {}, total_o_[k] = 0;
-    ResetSplit();
-  }
-
-  __device__ void ResetSplit() {
-    split_ = {};
+    last_key_ = queries.last_key[group_];
+    part_ = {};
 #pragma unroll
     for (int n = 0; n < kHalves * 8; ++n) {
 #pragma unroll
@@ -427,22 +633,22 @@ class Consumer {
   }
 
   // 16 keys, of which the first has position `first`.
-  __device__ void Attend(const Bf16* block, int first) {
+  __device__ void Attend(const char* block, int first) {
     float product[2][2][4] = {};  // by parity of the load: shorter chains
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const uint4 key = *reinterpret_cast<const uint4*>(block + (n * 8 + group_) * kHeadDim +
-                                                          (4 * i + quad_) * 8);
+        const uint4 key = *reinterpret_cast<const uint4*>(
+            block + (key_offset_ ^ L::Offset(0, 4 * i)) + L::Offset(8 * n, 0));
         Multiply(product[i % 2][n], query_[i][0], key.x, key.y);
         Multiply(product[i % 2][n], query_[i][1], key.z, key.w);
       }
     }
-    float score[4], max = split_.max;
+    float score[4], max = part_.max;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const int key = first + c / 2 * 8 + 2 * quad_ + c % 2;
+      const int key = first + c / 2 * 8 + L::KeyOf(2 * quad_ + c % 2);
       const float(&even)[4] = product[0][c / 2], (&odd)[4] = product[1][c / 2];
       const float dot = (even[c % 2] + odd[c % 2]) + (even[c % 2 + 2] + odd[c % 2 + 2]);
       score[c] = key <= last_key_ ? dot : -INFINITY;
@@ -452,11 +658,11 @@ class Consumer {
     max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 2));
     // Without a key so far, as in the rows of no query, nothing is to be scaled.
     const float safe = max == -INFINITY ? 0 : max;
-    const float keep = max == -INFINITY ? 1 : Exp2(split_.max - max);
-    split_.max = max;
+    const float keep = max == -INFINITY ? 1 : Exp2(part_.max - max);
+    part_.max = max;
 #pragma unroll
     for (int c = 0; c < 4; ++c) score[c] = Exp2(score[c] - safe);
-    split_.sum = split_.sum * keep + ((score[0] + score[1]) + (score[2] + score[3]));
+    part_.sum = part_.sum * keep + ((score[0] + score[1]) + (score[2] + score[3]));
     if (__any_sync(0xffffffffu, keep != 1)) {  // a factor of 1 changes nothing
 #pragma unroll
       for (int n = 0; n < kHalves * 8; ++n) {
@@ -467,20 +673,20 @@ class Consumer {
     uint32_t weight[4];
     SplitPair(score[0], score[1], &weight[0], &weight[1]);
     SplitPair(score[2], score[3], &weight[2], &weight[3]);
-    AddValues(block + L::kBlockElements, weight);
+    AddValues(block + L::kBlockBytes, weight);
   }
 
   // A lane loads 8 columns of the 4 keys whose weights it holds; column t of them goes to product
   // t.
-  __device__ void AddValues(const Bf16* values, const uint32_t (&weight)[4]) {
+  __device__ void AddValues(const char* values, const uint32_t (&weight)[4]) {
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       uint32_t v[4][4];
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const int key = r / 2 * 8 + 2 * quad_ + r % 2;
-        const uint4 x =
-            *reinterpret_cast<const uint4*>(values + key * kHeadDim + (8 * half + group_) * 8);
+        const uint4 x = *reinterpret_cast<const uint4*>(
+            values + (value_offset_ ^ L::Offset(r % 2 * L::kPairFlip, 8 * half)) +
+            L::Offset(r / 2 * 8, 0));
         v[r][0] = x.x, v[r][1] = x.y, v[r][2] = x.z, v[r][3] = x.w;
       }
 #pragma unroll
@@ -492,207 +698,301 @@ class Consumer {
     }
   }
 
-  // Adds the warps' parts of the split, and the split to the total; the last of an item writes
-  // the output.
-  __device__ void EndSplit(const Stage& stage) {
-    const StepRow& row = attention_.rows[stage.row];
-    float sum = split_.sum;
+  // The part of the range, for the finishing warp.
+  __device__ void End(int num_queries, typename L::Part& part) {
+    float sum = part_.sum;
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (quad_ == 0) shared_.max[warp_][group_] = split_.max, shared_.sum[warp_][group_] = sum;
-    hopper::NamedBarrierSync(kConsumers, kThreads);
-    const float factor = Exp2(split_.max - SafeMax(group_));
+    if (quad_ == 0) part.max[group_] = part_.max, part.sum[group_] = sum;
+    if (group_ >= num_queries) return;
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
       for (int t = 0; t < 16; t += 4) {
         const int c = t / 8, n = half * 8 + t % 8;
-        const float4 x = {
-            (o_[n][c] + o_[n][c + 2]) * factor, (o_[n + 1][c] + o_[n + 1][c + 2]) * factor,
-            (o_[n + 2][c] + o_[n + 2][c + 2]) * factor, (o_[n + 3][c] + o_[n + 3][c + 2]) * factor};
-        *reinterpret_cast<float4*>(&shared_.merge[warp_][group_][64 * half + 16 * quad_ + t]) = x;
+        const float4 x = {o_[n][c] + o_[n][c + 2], o_[n + 1][c] + o_[n + 1][c + 2],
+                          o_[n + 2][c] + o_[n + 2][c + 2], o_[n + 3][c] + o_[n + 3][c + 2]};
+        *reinterpret_cast<float4*>(&part.o[group_][64 * half + 16 * quad_ + t]) = x;
       }
     }
-    hopper::NamedBarrierSync(kConsumers, kThreads);
-    if (shared_.plan.whole_rows || NumSplits(row) == 1) {
-      AddSplit();
-      if (stage.flags & kItemEnd) WriteOutput(stage, row);
-    } else {
-      WritePartial(stage, row);
-      if (IsLast(stage, row)) {
-        MergePartials(stage, row);
-        WriteOutput(stage, row);
-      }
-    }
-    hopper::NamedBarrierSync(kConsumers, kThreads);  // what they share may be written again
-    ResetSplit();
   }
 
-  __device__ float MaxOfSplit(int query) const {
-    float max = shared_.max[0][query];
-#pragma unroll
-    for (int warp = 1; warp < kWarps; ++warp) max = fmaxf(max, shared_.max[warp][query]);
-    return max;
-  }
-  __device__ float SafeMax(int query) const {
-    const float max = MaxOfSplit(query);
-    return max == -INFINITY ? 0 : max;
-  }
-  __device__ float SumOfSplit(int query) const {
-    float sum = 0;
-#pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) {
-      sum =
-          __fmaf_rn(shared_.sum[warp][query], Exp2(shared_.max[warp][query] - SafeMax(query)), sum);
-    }
-    return sum;
-  }
-  __device__ float ValueOfSplit(int query, int d) const {
-    float value = shared_.merge[0][query][d];
-#pragma unroll
-    for (int warp = 1; warp < kWarps; ++warp) value += shared_.merge[warp][query][d];
-    return value;
-  }
-
-  // The k-th output element of this thread.
-  __device__ int QueryOf(int k) const { return (thread_ + k * kThreads) / kHeadDim; }
-  __device__ int ColumnOf(int k) const { return (thread_ + k * kThreads) % kHeadDim; }
-
-  __device__ void AddSplit() {
-    // All elements of a query see the same running sum; it is kept once an element, in registers.
-#pragma unroll
-    for (int k = 0; k < kOwned; ++k) {
-      const int query = QueryOf(k);
-      if (query >= num_queries_) break;
-      const float2 factors = Merge(running_[k], MaxOfSplit(query), SumOfSplit(query));
-      total_o_[k] = MergeValue(factors, total_o_[k], ValueOfSplit(query, ColumnOf(k)));
-    }
-  }
-
-  // Where the partial result of the split and query lies.
-  __device__ int64_t SlotOf(const Stage& stage, const StepRow& row, int split, int query) const {
-    const int begin = stage.row > 0 ? shared_.plan.slots[stage.row - 1] : 0;
-    return (begin + int64_t{split} * row.num_tokens + TokenOf(query)) * attention_.num_heads +
-           HeadOf(stage.head, query);
-  }
-
-  __device__ void WritePartial(const Stage& stage, const StepRow& row) {
-    const int split = stage.first_block / kSplitBlocks;
-#pragma unroll
-    for (int k = 0; k < kOwned; ++k) {
-      const int query = QueryOf(k), d = ColumnOf(k);
-      if (query >= num_queries_) break;
-      const int64_t slot = SlotOf(stage, row, split, query);
-      __stcg(&args_.partials[slot * kHeadDim + d], ValueOfSplit(query, d));
-      if (d == 0) __stcg(&args_.stats[slot], float2{MaxOfSplit(query), SumOfSplit(query)});
-    }
-  }
-
-  // Whether all splits of the tile are there, after this one.
-  __device__ bool IsLast(const Stage& stage, const StepRow& row) {
-    __threadfence();
-    hopper::NamedBarrierSync(kConsumers, kThreads);
-    if (thread_ == 0) {
-      // Floors of the queries before the row, plus one a row, leave room for the ceiling of each
-      // row.
-      const int64_t queries_before = int64_t{row.first_token} * heads_of_group_;
-      const int64_t tile = queries_before / kTileQueries + stage.row + first_query_ / kTileQueries;
-      uint32_t* counter = args_.counters + 1 + tile * attention_.num_kv_heads + stage.head;
-      const bool last = atomicAdd(counter, 1u) == static_cast<uint32_t>(NumSplits(row)) - 1;
-      if (last) *counter = 0;
-      shared_.last = last;
-      __threadfence();
-    }
-    hopper::NamedBarrierSync(kConsumers, kThreads);
-    return shared_.last != 0;
-  }
-
-  __device__ void MergePartials(const Stage& stage, const StepRow& row) {
-    const int num_splits = NumSplits(row);
-#pragma unroll
-    for (int k = 0; k < kOwned; ++k) {
-      const int query = QueryOf(k), d = ColumnOf(k);
-      if (query >= num_queries_) break;
-      const int64_t first = SlotOf(stage, row, 0, query);
-      const int64_t stride = int64_t{row.num_tokens} * attention_.num_heads;
-      Running running;
-      float o = 0;
-#pragma unroll 8
-      for (int split = 0; split < num_splits; ++split) {
-        const int64_t slot = first + split * stride;
-        const float2 stats = __ldcg(&args_.stats[slot]);
-        o = MergeValue(Merge(running, stats.x, stats.y), o,
-                       __ldcg(&args_.partials[slot * kHeadDim + d]));
-      }
-      running_[k] = running;
-      total_o_[k] = o;
-    }
-  }
-
-  __device__ void WriteOutput(const Stage& stage, const StepRow& row) {
-#pragma unroll
-    for (int k = 0; k < kOwned; ++k) {
-      const int query = QueryOf(k);
-      if (query >= num_queries_) break;
-      StoreAny(attention_.o, row.first_token + TokenOf(query),
-               HeadOf(stage.head, query) * kHeadDim + ColumnOf(k), total_o_[k] / running_[k].sum);
-    }
-  }
-
-  const Args& args_;
   const PagedAttentionArgs& attention_;
   Fixed& shared_;
   const int lane_ = threadIdx.x % kWarp;
   const int quad_ = lane_ % 4;   // which columns of a product's row
   const int group_ = lane_ / 4;  // which row: the query, or the key
-  const int thread_ = threadIdx.x;
-  const int warp_ = thread_ / kWarp;
-  const int heads_of_group_ = attention_.num_heads / attention_.num_kv_heads;
-  int first_query_ = 0;  // of the row, this tile's first
-  int num_queries_ = 0;
+  const int warp_ = threadIdx.x / kWarp;
+  const uint32_t key_offset_ = L::Offset(L::KeyOf(group_), quad_);
+  const uint32_t value_offset_ = L::Offset(L::FirstKeyOfPair(quad_), group_);
   int last_key_ = -1;  // of query group_
   uint32_t query_[kChunks][2][4];
-  Running split_;  // of query group_, this warp's blocks; the sum is this lane's keys'
+  Running part_;  // of query group_, this warp's blocks; the sum is this lane's keys'
   float o_[kHalves * 8][4];
-  Running running_[kOwned];  // over the splits, of the elements that this thread writes
-  float total_o_[kOwned];
 };
+
+// The finishing warp: adds the parts of a range, and the ranges, and writes the output.
+template <int kHeadDim>
+class Finisher {
+  using L = Layout<kHeadDim>;
+  static constexpr int kColumns = L::kColumns;
+  using Columns = cuda::Columns<float, kColumns>;
+
+ public:
+  __device__ Finisher(const Args& args, typename L::Fixed& shared, const char* ring)
+      : args_(args), attention_(args.attention), shared_(shared), ring_(ring) {}
+
+  __device__ void Run() {
+    DependencyWait();
+    for (uint32_t n = 0;; ++n) {
+      const int place = n % kQueue;
+      hopper::BarrierWait(&shared_.range_full[place], n / kQueue % 2);
+      const Range range = shared_.queue[place];
+      if (range.row < 0) return;
+      hopper::BarrierWait(&shared_.parts_full[place], n / kQueue % 2);
+      const uint32_t slot = range.parts_slot() % L::kSlots;
+      Columns o[kTileQueries];
+      const Running part =
+          AddParts(reinterpret_cast<const typename L::Part*>(ring_ + slot * L::kSlotBytes),
+                   range.num_queries, o);
+      __syncwarp();
+      if (lane_ < kWarps) hopper::BarrierArrive(&shared_.slot_empty[slot + lane_]);
+      if (lane_ == 0) hopper::BarrierArrive(&shared_.range_empty[place]);
+      if (shared_.plan.whole_rows || range.num_ranges == 1) {
+        AddRange(range, part, o);
+      } else {
+        WritePartials(range, part, o);
+        if (IsLast(range)) MergePartials(range);
+      }
+    }
+  }
+
+ private:
+  // The range's max and sum of query lane % 8, and o of every query.
+  __device__ Running AddParts(const typename L::Part* first, int num_queries,
+                              Columns (&o)[kTileQueries]) const {
+    const auto part_of = [&](int w) -> const typename L::Part& {
+      return *reinterpret_cast<const typename L::Part*>(reinterpret_cast<const char*>(first) +
+                                                        w * L::kSlotBytes);
+    };
+    const int mine = lane_ % kTileQueries;
+    float factor[kWarps], sum = 0, max = -INFINITY;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) max = fmaxf(max, part_of(w).max[mine]);
+    const float safe = max == -INFINITY ? 0 : max;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      factor[w] = Exp2(part_of(w).max[mine] - safe);
+      sum = __fmaf_rn(part_of(w).sum[mine], factor[w], sum);
+    }
+#pragma unroll
+    for (int query = 0; query < kTileQueries; ++query) {
+      if (query >= num_queries) break;
+      o[query] = {};
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float f = __shfl_sync(0xffffffffu, factor[w], query);
+        const Columns part =
+            *reinterpret_cast<const Columns*>(&part_of(w).o[query][lane_ * kColumns]);
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) o[query].x[c] = __fmaf_rn(part.x[c], f, o[query].x[c]);
+      }
+    }
+    return {max, sum};
+  }
+
+  // To the row's total, which is this block's alone.
+  __device__ void AddRange(const Range& range, const Running& part,
+                           const Columns (&o)[kTileQueries]) {
+    if (range.number == 0) total_ = {};
+    const float2 factors = Merge(total_, part.max, part.sum);
+#pragma unroll
+    for (int query = 0; query < kTileQueries; ++query) {
+      if (query >= range.num_queries) break;
+      if (range.number == 0) total_o_[query] = {};
+      const float2 f = {__shfl_sync(0xffffffffu, factors.x, query),
+                        __shfl_sync(0xffffffffu, factors.y, query)};
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        total_o_[query].x[c] = MergeValue(f, total_o_[query].x[c], o[query].x[c]);
+      }
+      if (range.number == range.num_ranges - 1) {
+        WriteOutput(range, query, total_o_[query], __shfl_sync(0xffffffffu, total_.sum, query));
+      }
+    }
+  }
+
+  // Where the partial result of a query lies in the first range, and how far on in the next.
+  __device__ int64_t FirstSlot(const Range& range, int query) const {
+    const int begin = range.row > 0 ? shared_.plan.slots[range.row - 1] : 0;
+    return (begin + int64_t{TokenOf(attention_, range, query)}) * attention_.num_heads +
+           HeadOf(attention_, range, query);
+  }
+  __device__ int64_t SlotStride(const Range& range) const {
+    return int64_t{range.num_tokens} * attention_.num_heads;
+  }
+
+  __device__ void WritePartials(const Range& range, const Running& part,
+                                const Columns (&o)[kTileQueries]) {
+    const int64_t offset = range.number * SlotStride(range);
+#pragma unroll
+    for (int query = 0; query < kTileQueries; ++query) {
+      if (query >= range.num_queries) break;
+      const int64_t slot = FirstSlot(range, query) + offset;
+      StoreColumns(&args_.partials[slot * kHeadDim + lane_ * kColumns], o[query]);
+      if (lane_ == query) __stcg(&args_.stats[slot], float2{part.max, part.sum});
+    }
+  }
+
+  // Whether all ranges of the tile are there, after this one.
+  __device__ bool IsLast(const Range& range) {
+    uint32_t before = 0;
+    __syncwarp();
+    if (lane_ == 0) {
+      // Floors of the queries before the row, plus one a row, leave room for the ceiling of each
+      // row.
+      const int64_t queries_before = int64_t{range.first_token} * HeadsOfGroup(attention_);
+      const int64_t tile = queries_before / kTileQueries + range.row + range.tile;
+      uint32_t* counter = args_.counters + 1 + tile * attention_.num_kv_heads + range.head;
+      before = AddAcquireRelease(counter, 1);
+      if (before == static_cast<uint32_t>(range.num_ranges) - 1) *counter = 0;
+    }
+    return __shfl_sync(0xffffffffu, before, 0) == static_cast<uint32_t>(range.num_ranges) - 1;
+  }
+
+  // The running sums of AddRange; the lanes form the factors of as many ranges.
+  __device__ void MergePartials(const Range& range) {
+    constexpr int kAtOnce = 16;  // loads on their way
+    const int64_t stride = SlotStride(range);
+    for (int query = 0; query < range.num_queries; ++query) {
+      const int64_t first = FirstSlot(range, query);
+      float max = -INFINITY, sum = 0;
+      Columns o = {};
+      for (int begin = 0; begin < range.num_ranges; begin += kAtOnce) {
+        float2 stats = {-INFINITY, 0};
+        if (lane_ < kAtOnce && begin + lane_ < range.num_ranges) {
+          stats = __ldcg(&args_.stats[first + (begin + lane_) * stride]);
+        }
+        Columns part[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (begin + i < range.num_ranges) {
+            part[i] = LoadColumns(
+                &args_.partials[(first + (begin + i) * stride) * kHeadDim + lane_ * kColumns]);
+          }
+        }
+        Running running = {RunningMax(stats.x, &max), 0};
+        const float2 factors = Merge(running, stats.x, 0);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (begin + i >= range.num_ranges) break;
+          const float2 f = {__shfl_sync(0xffffffffu, factors.x, i),
+                            __shfl_sync(0xffffffffu, factors.y, i)};
+          sum = MergeValue(f, sum, __shfl_sync(0xffffffffu, stats.y, i));
+#pragma unroll
+          for (int c = 0; c < kColumns; ++c) o.x[c] = MergeValue(f, o.x[c], part[i].x[c]);
+        }
+      }
+      WriteOutput(range, query, o, sum);
+    }
+  }
+
+  // The maximum of *max and of the lanes before; *max becomes that of all.
+  __device__ float RunningMax(float mine, float* max) const {
+    float after = mine;
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const float other = __shfl_up_sync(0xffffffffu, after, offset);
+      if (lane_ >= offset) after = fmaxf(after, other);
+    }
+    after = fmaxf(after, *max);
+    const float before = __shfl_up_sync(0xffffffffu, after, 1), first = *max;
+    *max = __shfl_sync(0xffffffffu, after, kWarp - 1);
+    return lane_ == 0 ? first : before;
+  }
+
+  __device__ void WriteOutput(const Range& range, int query, const Columns& o, float sum) {
+    const int64_t token = range.first_token + TokenOf(attention_, range, query);
+    const int64_t column = HeadOf(attention_, range, query) * kHeadDim + lane_ * kColumns;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) StoreAny(attention_.o, token, column + c, o.x[c] / sum);
+  }
+
+  __device__ static void StoreColumns(float* to, const Columns& x) {
+    if constexpr (kColumns == 4) {
+      __stcg(reinterpret_cast<float4*>(to), float4{x.x[0], x.x[1], x.x[2], x.x[3]});
+    } else {
+      __stcg(reinterpret_cast<float2*>(to), float2{x.x[0], x.x[1]});
+    }
+  }
+  __device__ static Columns LoadColumns(const float* from) {
+    if constexpr (kColumns == 4) {
+      const float4 x = __ldcg(reinterpret_cast<const float4*>(from));
+      return {x.x, x.y, x.z, x.w};
+    } else {
+      const float2 x = __ldcg(reinterpret_cast<const float2*>(from));
+      return {x.x, x.y};
+    }
+  }
+
+  const Args& args_;
+  const PagedAttentionArgs& attention_;
+  typename L::Fixed& shared_;
+  const char* ring_;
+  const int lane_ = threadIdx.x % kWarp;
+  Running total_;  // of query lane % 8
+  Columns total_o_[kTileQueries];
+};
+
+template <int kHeadDim>
+__device__ void InitBarriers(typename Layout<kHeadDim>::Fixed& shared) {
+  for (int slot = 0; slot < Layout<kHeadDim>::kSlots; ++slot) {
+    hopper::BarrierInit(&shared.slot_full[slot], 1);
+    hopper::BarrierInit(&shared.slot_empty[slot], 1);
+  }
+  for (int place = 0; place < kQueue; ++place) {
+    hopper::BarrierInit(&shared.range_full[place], 1);
+    hopper::BarrierInit(&shared.range_empty[place], 1);
+    hopper::BarrierInit(&shared.parts_full[place], kWarps);
+  }
+  for (int place = 0; place < 2; ++place) {
+    hopper::BarrierInit(&shared.queries_full[place], 1);
+    hopper::BarrierInit(&shared.queries_empty[place], kWarps);
+  }
+  hopper::BarrierInitFence();
+}
 #endif
 
 template <int kHeadDim>
-__global__ void __launch_bounds__(kThreads + kWarp, 1)
+__global__ void __launch_bounds__(kThreads, 1)
     PagedDecodeKernel(const __grid_constant__ Args args) {
 #if __CUDA_ARCH__ >= 900
   using L = Layout<kHeadDim>;
-  extern __shared__ __align__(128) char ring[];
-  auto& shared = *reinterpret_cast<typename L::Fixed*>(ring + L::kStages * L::kStageBytes);
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < L::kStages; ++stage) {
-      hopper::BarrierInit(&shared.full[stage], 1);
-      hopper::BarrierInit(&shared.empty[stage], kWarps);
-    }
-    hopper::BarrierInitFence();
-  }
-  DependencyWait();
+  extern __shared__ __align__(1024) char ring[];
+  auto& shared = *reinterpret_cast<typename L::Fixed*>(ring + L::kSlots * L::kSlotBytes);
+  if (threadIdx.x == 0) InitBarriers<kHeadDim>(shared);
   const int warp = threadIdx.x / kWarp;
   if (warp == 0) MakePlan(args, shared.plan);
   __syncthreads();
-  if (warp == kWarps) {
-    Fetch<kHeadDim>(args, shared, ring);
+  if (warp == kFetchWarp) {
+    Fetcher<kHeadDim>(args, shared, ring).Run();
+  } else if (warp == kQueryWarp) {
+    Asker<kHeadDim>(args, shared).Run();
+  } else if (warp == kFinishWarp) {
+    Finisher<kHeadDim>(args, shared, ring).Run();
   } else {
     Consumer<kHeadDim>(args, shared).Run(ring);
   }
 #endif
 }
 
-// A slot holds a query head's partial result of one (split, token).
+// A slot holds a query head's partial result of one (range, token).
 int64_t SlotBytes(int64_t num_heads, int64_t head_dim) {
   return num_heads *
          (head_dim * static_cast<int64_t>(sizeof(float)) + static_cast<int64_t>(sizeof(float2)));
 }
 int64_t NumSlots(int64_t num_blocks, int64_t num_rows, int64_t num_heads, int64_t head_dim) {
-  const int64_t most = (num_blocks / kSplitBlocks + num_rows) * kWindow;
-  return std::min(most, kMaxPartialBytes / SlotBytes(num_heads, head_dim));
+  const int64_t most = (num_blocks / kFineBlocks + num_rows) * kWindow;
+  return std::min(most, kMaxPartialBytes / SlotBytes(num_heads, head_dim) / 2 * 2);
 }
 
 template <int kHeadDim>
@@ -702,8 +1002,8 @@ cudaError_t LaunchKernel(const Args& args, const Context& context) {
   static const cudaError_t allowed =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
   if (allowed != cudaSuccess) return allowed;
-  return LaunchDependent(kernel, static_cast<unsigned>(context.num_multiprocessors),
-                         kThreads + kWarp, L::kBytes, context.stream, args);
+  return LaunchDependent(kernel, static_cast<unsigned>(context.num_multiprocessors), kThreads,
+                         L::kBytes, context.stream, args);
 }
 
 int64_t NumCounters(const PagedAttentionArgs& args) {
@@ -716,10 +1016,10 @@ bool Supports(const PagedAttentionArgs& args, const Context& context) {
   const bool aligned =
       reinterpret_cast<uintptr_t>(args.blocks.data) % 16 == 0 && args.blocks.row_stride % 8 == 0;
   // Indices of items are 32 bits wide.
-  const int64_t splits = (args.blocks.rows() / kSplitBlocks + 1) * args.num_decode_rows;
+  const int64_t ranges = (args.blocks.rows() / kFineBlocks + 1) * args.num_decode_rows;
   return context.compute_capability >= 90 && args.q.dtype == DType::kBF16 && aligned &&
          (args.head_dim == 64 || args.head_dim == 128) && args.num_decode_rows <= kMaxRows &&
-         NumCounters(args) <= kNumCounters && splits * kWindow * args.num_heads <= INT32_MAX;
+         NumCounters(args) <= kNumCounters && ranges * kWindow * args.num_heads <= INT32_MAX;
 }
 
 }  // namespace
@@ -739,6 +1039,14 @@ cudaError_t LaunchPagedDecode(const PagedAttentionArgs& attention, Context& cont
   if (error != cudaSuccess) return error;
   args.stats = static_cast<float2*>(scratch);
   args.partials = static_cast<float*>(scratch) + 2 * args.num_slots * attention.num_heads;
+  const auto size = [](int64_t x) { return static_cast<cuuint64_t>(x); };
+  const int64_t lines = kPagedBlock * attention.head_dim / 64;
+  const cudaError_t mapped = hopper::MakeTensorMap<4>(
+      attention.blocks.data,
+      {64, size(lines * attention.num_kv_heads), 2, size(attention.blocks.rows())},
+      {64, size(64 * lines * attention.num_kv_heads), size(attention.blocks.row_stride)},
+      {64, static_cast<cuuint32_t>(lines), 2, 1}, CU_TENSOR_MAP_SWIZZLE_128B, &args.cache);
+  if (mapped != cudaSuccess) return mapped;
   return attention.head_dim == 64 ? LaunchKernel<64>(args, context)
                                   : LaunchKernel<128>(args, context);
 }

@@ -499,7 +499,7 @@ void DecodeAround(PagedRun& paged, int64_t cached) {
 // merged, for groups of 1, 4, 8 and 2 heads.
 template <typename Test>
 void ForEachDecode(const Test& test) {
-  for (const int64_t cached : {0, 14, 1010, 1022, 2046}) {
+  for (const int64_t cached : {0, 14, 510, 1010, 1022, 2046, 4094}) {
     for (const auto& [heads, kv_heads, head_dim] :
          std::vector<std::tuple<int, int, int>>{{3, 3, 128}, {8, 2, 64}, {8, 1, 128}, {4, 2, 40}}) {
       PagedShape shape{heads, kv_heads, head_dim, head_dim / 4};
