@@ -4,7 +4,7 @@
 // One block per multiprocessor owns n / grid output features and all of k, and reads its weights
 // nearly as they lie: eight rows at a time (the N side of mma.m16n8k16; the step's rows are the M
 // side), of these kSegmentBytes at a time by bulk copies. The size of a copy matters: pieces of 1
-// KB reach 2.6 TB/s where those of 2 KB reach 4 (H200). A ninth warp copies, kRingBytes ahead, and
+// KB reach 2.6 TB/s where those of 2 KB reach 4 (H200). A ninth warp copies, a ring ahead, and
 // starts before the kernels in front have ended (pdl.cuh). Eight warps multiply: a warp takes 64
 // columns of every 512, a lane 8 of every 32. A dot product does not care which of its terms an
 // instruction calls k = 0..15, so 16 bytes of a lane are two fragments' worth of either operand.
@@ -15,9 +15,9 @@
 // Order of a sum: within a warp ascending k, then warps 0..7; the same as in linear_skinny.cu. It
 // depends on k alone.
 //
-// Measured, one row, an H200 that copies at 4.26 TB/s: 3.98 TB/s for 16384 x 4096, 2.85 for 4096 x
-// 4096, 4.34 for 64000 x 4096; the products of a TransNormerLLM-7B step 3.85 TB/s, launch to
-// launch.
+// Measured, one row, an H100 that copies at 3.02 TB/s: 2.94 TB/s for 16384 x 4096, 2.50 for 4096 x
+// 4096, 3.05 for 64000 x 4096; the products of a TransNormerLLM-7B step 2.88 TB/s, launch to
+// launch. Eight rows: 2.81, 2.14, 3.01.
 
 #include <algorithm>
 
@@ -44,15 +44,20 @@ constexpr int kTurns = kSegmentBytes / kTurnBytes;
 constexpr int kPadBytes = 64;  // neighbouring rows start in different halves of the banks
 constexpr int kRowBytes = kSegmentBytes + kPadBytes;
 constexpr int kStageBytes = kGroupRows * kRowBytes;
-constexpr int kRingBytes = 64 << 10;  // 96 KB in flight yield 4 % less
-constexpr int kStages = kRingBytes / (kGroupRows * kSegmentBytes);
+// Stages of the ring where the step's rows leave room for them, and elsewhere; but only so many are
+// on their way at a time. On an H100 that copies at 3.02 TB/s a step of one row reads 2.89 TB/s
+// with 3 on their way into 8, 2.84 with 4 into 4; two blocks of a multiprocessor with 2 or 3 each
+// read 2.68 to 2.80: what is asked for at once decides, and one block must have it all.
+constexpr int kManyStages = 8;
+constexpr int kFewStages = 4;
+constexpr int kStagesInFlight = 3;
 constexpr int kReduceStride = kTileGroups * kGroupRows + 4;  // floats
-constexpr int kBarrierBytes = 2 * kStages * 8;
+constexpr int kBarrierBytes = 128;
+static_assert(2 * kManyStages * 8 <= kBarrierBytes);
 constexpr int64_t kMaxRows = 8;
-// More than half of a multiprocessor's: the next product's block comes when this one's has gone.
-// Two at a time ask for so much at once that the memory yields less (3.67 TB/s of an H200's 4.26
-// instead of 3.85 over a whole step).
-constexpr int64_t kExclusiveBytes = 116 << 10;
+constexpr int64_t kMaxSharedBytes = 227 << 10;
+// The next product's block comes when this one's has gone: no two fit, whichever ring they have.
+static_assert(kManyStages * kStageBytes > kMaxSharedBytes / 2);
 
 struct StreamArgs {
   RowInput input;  // one row, formed here
@@ -71,8 +76,8 @@ __host__ __device__ constexpr int64_t FormedStride(int64_t k) { return k * 2 + k
 __host__ __device__ constexpr int64_t ReduceBytes(int64_t num_rows) {
   return 2 * kConsumerWarps * num_rows * kReduceStride * 4;  // two buffers: one barrier a tile
 }
-constexpr int64_t SharedBytes(int64_t k, int64_t num_rows) {
-  return kStages * kStageBytes + (kBarrierBytes + 127) / 128 * 128 + ReduceBytes(num_rows) +
+constexpr int64_t SharedBytes(int64_t k, int64_t num_rows, int num_stages) {
+  return num_stages * kStageBytes + kBarrierBytes + ReduceBytes(num_rows) +
          num_rows * FormedStride(k);
 }
 
@@ -112,15 +117,26 @@ struct Tiles {
   int count, features, num_tiles;
 };
 
+// A stage of the ring and the parity of its phase.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void Next() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
 // The copying warp: lane r brings row r of each group.
+template <int kStages>
 __device__ __forceinline__ void CopyWeights(const StreamArgs& args, const Tiles& tiles,
                                             unsigned char* ring, uint64_t* full, uint64_t* empty) {
   const int lane = threadIdx.x % kWarp;
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   const int64_t row_bytes = args.k * 2;
-  int stage = 0;
-  uint32_t parity = 0;
+  RingPosition<kStages> at, landing;
+  int in_flight = 0;
   for (int tile = 0; tile < tiles.num_tiles; ++tile) {
     for (int group = 0; group < kTileGroups; ++group) {
       const bool gated = args.gate != nullptr;
@@ -132,14 +148,20 @@ __device__ __forceinline__ void CopyWeights(const StreamArgs& args, const Tiles&
       for (int64_t offset = 0; offset < row_bytes; offset += kSegmentBytes) {
         const auto num_bytes =
             static_cast<uint32_t>(min(int64_t{kSegmentBytes}, row_bytes - offset));
-        hopper::BarrierWait(&empty[stage], parity ^ 1);
-        if (lane == 0) hopper::BarrierArriveExpect(&full[stage], num_bytes * rows);
+        hopper::BarrierWait(&empty[at.stage], at.parity ^ 1);
+        if (in_flight < kStagesInFlight) {
+          ++in_flight;
+        } else {
+          hopper::BarrierWait(&full[landing.stage], landing.parity);
+          landing.Next();
+        }
+        if (lane == 0) hopper::BarrierArriveExpect(&full[at.stage], num_bytes * rows);
         __syncwarp();
         if (lane < rows) {
-          CopyBulk(SharedAddress(ring) + stage * kStageBytes + lane * kRowBytes, from + offset,
-                   num_bytes, &full[stage], policy);
+          CopyBulk(SharedAddress(ring) + at.stage * kStageBytes + lane * kRowBytes, from + offset,
+                   num_bytes, &full[at.stage], policy);
         }
-        if (++stage == kStages) stage = 0, parity ^= 1;
+        at.Next();
       }
     }
   }
@@ -184,6 +206,7 @@ __device__ __forceinline__ void Finish(const StreamArgs& args, const float* redu
   }
 }
 
+template <int kStages>
 __device__ __forceinline__ void MultiplyTiles(const StreamArgs& args, const Tiles& tiles,
                                               unsigned char* ring, uint64_t* full, uint64_t* empty,
                                               float* reduce, const unsigned char* rows) {
@@ -194,8 +217,7 @@ __device__ __forceinline__ void MultiplyTiles(const StreamArgs& args, const Tile
                            t * 16;
   const uint32_t weights = SharedAddress(ring) + g * kRowBytes + warp * 128 + t * 16;
   const auto row_bytes = static_cast<int>(args.k * 2);
-  int stage = 0;
-  uint32_t parity = 0;
+  RingPosition<kStages> at;
   for (int tile = 0; tile < tiles.num_tiles; ++tile) {
     const int first = tile * tiles.features,
               num_features = min(tiles.features, tiles.count - first);
@@ -209,19 +231,19 @@ __device__ __forceinline__ void MultiplyTiles(const StreamArgs& args, const Tile
     for (int group = 0; group < kTileGroups; ++group) {
       if (args.gate == nullptr && first + group * kGroupRows >= tiles.count) break;
       for (int offset = 0; offset < row_bytes; offset += kSegmentBytes) {
-        hopper::BarrierWait(&full[stage], parity);
+        hopper::BarrierWait(&full[at.stage], at.parity);
 #pragma unroll
         for (int part = 0; part < 2 * kTurns; ++part) {  // of 32 columns
-          const int at = offset + part / 2 * kTurnBytes + part % 2 * 64;
-          if (at + warp * 128 >= row_bytes) break;
-          const uint4 b = LoadShared(weights + stage * kStageBytes + at - offset);
-          const uint4 a = LoadShared(operand + at);
+          const int column = offset + part / 2 * kTurnBytes + part % 2 * 64;
+          if (column + warp * 128 >= row_bytes) break;
+          const uint4 b = LoadShared(weights + at.stage * kStageBytes + column - offset);
+          const uint4 a = LoadShared(operand + column);
           MultiplyAdd(sums[group], a.x, 0, a.y, 0, b.x, b.y);
           MultiplyAdd(sums[group], a.z, 0, a.w, 0, b.z, b.w);
         }
         __syncwarp();
-        if (lane == 0) hopper::BarrierArrive(&empty[stage]);
-        if (++stage == kStages) stage = 0, parity ^= 1;
+        if (lane == 0) hopper::BarrierArrive(&empty[at.stage]);
+        at.Next();
       }
     }
     float* buffer = reduce + tile % 2 * (ReduceBytes(args.num_rows) / 8);
@@ -237,14 +259,15 @@ __device__ __forceinline__ void MultiplyTiles(const StreamArgs& args, const Tile
 
 // Three blocks fit the registers of a multiprocessor: this kernel's, the next product's and what
 // lies between them.
+template <int kStages>
 __global__ void __launch_bounds__(kThreads, 3)
     StreamKernel(const __grid_constant__ StreamArgs args) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char ring[];
-  auto* full = reinterpret_cast<uint64_t*>(ring + kStages * kStageBytes);
+  unsigned char* barriers = ring + kStages * kStageBytes;
+  auto* full = reinterpret_cast<uint64_t*>(barriers);
   uint64_t* empty = full + kStages;
-  auto* reduce =
-      reinterpret_cast<float*>(ring + kStages * kStageBytes + (kBarrierBytes + 127) / 128 * 128);
+  auto* reduce = reinterpret_cast<float*>(barriers + kBarrierBytes);
   unsigned char* rows = reinterpret_cast<unsigned char*>(reduce) + ReduceBytes(args.num_rows);
   DependencyTrigger();
   if (threadIdx.x == kConsumers) {
@@ -257,26 +280,35 @@ __global__ void __launch_bounds__(kThreads, 3)
   __syncthreads();
   const Tiles tiles(args);
   if (threadIdx.x >= kConsumers) {
-    CopyWeights(args, tiles, ring, full, empty);
+    CopyWeights<kStages>(args, tiles, ring, full, empty);
     return;
   }
   DependencyWait();
   TakeRows(args, rows, reduce);
   FormBarrier();
-  MultiplyTiles(args, tiles, ring, full, empty, reduce, rows);
+  MultiplyTiles<kStages>(args, tiles, ring, full, empty, reduce, rows);
 #endif
+}
+
+template <int kStages>
+cudaError_t Launch(const StreamArgs& args, int num_multiprocessors, cudaStream_t stream) {
+  static const cudaError_t raised = cudaFuncSetAttribute(
+      StreamKernel<kStages>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
+  if (raised != cudaSuccess) return raised;
+  const auto grid = static_cast<unsigned>(std::min<int64_t>(num_multiprocessors, args.n));
+  return LaunchDependent(StreamKernel<kStages>, dim3(grid), dim3(kThreads),
+                         static_cast<size_t>(SharedBytes(args.k, args.num_rows, kStages)), stream,
+                         args);
 }
 
 }  // namespace
 
 bool StreamTakes(const Product& product) {
-  return product.num_rows() <= kMaxRows && SharedBytes(product.k, product.num_rows()) <= 227 << 10;
+  return product.num_rows() <= kMaxRows &&
+         SharedBytes(product.k, product.num_rows(), kFewStages) <= kMaxSharedBytes;
 }
 
 cudaError_t LaunchStreamProduct(const Product& product, Context& context) {
-  static const cudaError_t raised =
-      cudaFuncSetAttribute(StreamKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 << 10);
-  if (raised != cudaSuccess) return raised;
   StreamArgs args = {.input = product.input,
                      .x = static_cast<const Bf16*>(product.input.x.data),
                      .x_stride = product.input.x.row_stride,
@@ -296,10 +328,9 @@ cudaError_t LaunchStreamProduct(const Product& product, Context& context) {
       if (error != cudaSuccess) return error;
     }
   }
-  const int64_t bytes = std::max(SharedBytes(args.k, args.num_rows), kExclusiveBytes);
-  const auto grid = static_cast<unsigned>(std::min<int64_t>(context.num_multiprocessors, args.n));
-  return LaunchDependent(StreamKernel, dim3(grid), dim3(kThreads), static_cast<size_t>(bytes),
-                         context.stream, args);
+  const bool many = SharedBytes(args.k, args.num_rows, kManyStages) <= kMaxSharedBytes;
+  return many ? Launch<kManyStages>(args, context.num_multiprocessors, context.stream)
+              : Launch<kFewStages>(args, context.num_multiprocessors, context.stream);
 }
 
 }  // namespace godwit::cuda
