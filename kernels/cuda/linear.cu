@@ -128,51 +128,39 @@ cudaError_t LaunchPlainProduct(const Product& product, DType act, Context& conte
              : LaunchAnyProduct<true>(act, product.input, args, context.scratch, context.stream);
 }
 
-bool SkinnyTakes(const Product& product, DType act, const Context& context) {
+// Aligned bf16: the fast kernels' operands.
+bool FastTakes(const Product& product, DType act, const Context& context) {
   return act == DType::kBF16 && context.compute_capability >= 90 && product.k % 32 == 0 &&
          Aligned(product.input.x) &&
          (product.input.gate.data == nullptr || Aligned(product.input.gate));
 }
-bool GemmTakes(const Product& product, DType act, const Context& context) {
-  return context.gemm != nullptr && SkinnyTakes(product, act, context) && product.n % 8 == 0 &&
-         Aligned(product.y);
-}
 
-cudaError_t LaunchDecodeProduct(const Product& product, Context& context) {
-  return StreamTakes(product) ? LaunchStreamProduct(product, context)
-                              : LaunchSkinnyProduct(product, context);
-}
-
-// Rows [begin, end) in parts of kMaxProductRows, so that scratch does not grow with the step, and
-// formed rows are still in the second-level cache when they are multiplied.
+// In parts, so that scratch does not grow with the step, and formed rows are still in the
+// second-level cache when they are multiplied.
 template <typename Launch>
-cudaError_t InParts(const Product& product, int64_t begin, int64_t end, const Launch& launch) {
+cudaError_t InParts(const Product& product, int64_t part_rows, const Launch& launch) {
+  const int64_t num_rows = product.num_rows();
   cudaError_t error = cudaSuccess;
-  for (int64_t first = begin; first < end && error == cudaSuccess; first += kMaxProductRows) {
-    error = launch(RowsOf(product, first, std::min(kMaxProductRows, end - first)));
+  for (int64_t first = 0; first < num_rows && error == cudaSuccess; first += part_rows) {
+    error = launch(RowsOf(product, first, std::min(part_rows, num_rows - first)));
   }
   return error;
 }
 
-// Path D is the stream kernel and the skinny kernel, which sum in the same order; path P is the
-// Hopper kernel. Where bits need not be kept apart, all rows take what is fastest for their number.
-cudaError_t LaunchAny(const Product& product, DType act, int64_t num_decode_rows,
-                      Context& context) {
-  const int64_t num_rows = product.num_rows();
-  if (!SkinnyTakes(product, act, context)) {
-    return InParts(product, 0, num_rows,
+// Where bits need not be kept apart from the number of rows, a single one takes the stream kernel
+// and many the library. Elsewhere all rows have one kernel's sums: path D is path P.
+cudaError_t LaunchAny(const Product& product, DType act, Context& context) {
+  const bool aligned = product.n % 8 == 0 && Aligned(product.y);
+  const bool gemm = HopperTakes(context) || (aligned && !context.deterministic);
+  const bool fast = FastTakes(product, act, context);
+  if (fast && !context.deterministic && StreamTakes(product)) {
+    return LaunchStreamProduct(product, context);
+  }
+  if (!fast || !gemm) {
+    return InParts(product, kMaxProductRows,
                    [&](const Product& part) { return LaunchPlainProduct(part, act, context); });
   }
-  if (!GemmTakes(product, act, context) || (context.deterministic && !HopperTakes(context))) {
-    num_decode_rows = num_rows;
-  } else if (!context.deterministic) {
-    num_decode_rows = StreamTakes(product) ? num_rows : 0;
-  }
-  const cudaError_t error = InParts(product, 0, num_decode_rows, [&](const Product& part) {
-    return LaunchDecodeProduct(part, context);
-  });
-  if (error != cudaSuccess) return error;
-  return InParts(product, num_decode_rows, num_rows,
+  return InParts(product, aligned ? kMaxProductRows : kFewRows,
                  [&](const Product& part) { return LaunchGemmProduct(part, context); });
 }
 
@@ -195,7 +183,7 @@ cudaError_t LaunchLinear(const LinearArgs& args, Context& context) {
                            .y = args.y,
                            .add = args.epilogue == Epilogue::kAdd,
                            .activation = Activation::kNone};
-  return LaunchAny(product, args.w.dtype, args.num_decode_tokens, context);
+  return LaunchAny(product, args.w.dtype, context);
 }
 
 cudaError_t LaunchGatedLinear(const GatedLinearArgs& args, Context& context) {
@@ -207,7 +195,7 @@ cudaError_t LaunchGatedLinear(const GatedLinearArgs& args, Context& context) {
                            .y = args.y,
                            .add = false,
                            .activation = args.activation};
-  return LaunchAny(product, args.up.dtype, args.num_decode_tokens, context);
+  return LaunchAny(product, args.up.dtype, context);
 }
 
 int64_t LinearScratchBytes(const BackendLimits& limits) {

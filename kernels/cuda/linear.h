@@ -31,28 +31,24 @@ struct Product {
 };
 
 inline constexpr int64_t kMaxProductRows = 4096;  // that one launch is given
+inline constexpr int64_t kFewRows = 128;          // for which the Hopper kernel reads weights once
 
 // Rows first, first + 1, ... of the product's input and output.
 Product RowsOf(const Product& product, int64_t first, int64_t count);
 
 // Rows of the input into `formed` [num_rows, k], dense.
 cudaError_t LaunchFormRows(const Product& product, Bf16* formed, cudaStream_t stream);
-// The same into scratch.
-cudaError_t LaunchFormScratch(const Product& product, const Bf16** formed, Context& context);
 
-// linear_stream.cu: up to 8 rows. Weights pass once.
+// linear_stream.cu: one row.
 bool StreamTakes(const Product& product);
 cudaError_t LaunchStreamProduct(const Product& product, Context& context);
-
-// linear_skinny.cu: any number of rows, the sums of the stream kernel. Weights pass once per 32
-// rows.
-cudaError_t LaunchSkinnyProduct(const Product& product, Context& context);
 
 // linear_gemm.cu: rows formed in front, then cuBLASLt or the Hopper kernel.
 cudaError_t LaunchGemmProduct(const Product& product, Context& context);
 int64_t GemmScratchBytes(int64_t num_rows, int64_t k, int64_t gated_n);
 
-// linear_hopper.cu: x [num_rows, k] is the formed input. n and the strides are multiples of 8.
+// linear_hopper.cu: x [num_rows, k] is the formed input, its stride a multiple of 8; so are, beyond
+// kFewRows, n and the stride of y.
 bool HopperTakes(const Context& context);
 cudaError_t LaunchHopperProduct(const Product& product, const Bf16* x, int64_t x_stride,
                                 Context& context);

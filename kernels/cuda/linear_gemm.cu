@@ -1,7 +1,6 @@
-// Products of more rows than the stream kernel takes. Rows are formed in a pass of their own; then
-// come cuBLASLt, whose split products keep all multiprocessors busy with few rows, or the Hopper
-// kernel, which loses nothing to a gate and whose bits do not depend on the number of rows. A gated
-// product of cuBLASLt is two products in f32 and one pass over both.
+// Products of more than one row. Rows are formed in a pass of their own; then comes the Hopper
+// kernel, or cuBLASLt, whose split products keep all multiprocessors busy where few tiles of many
+// rows are to be had. A gated product of cuBLASLt is two products in f32 and one pass over both.
 
 #include <algorithm>
 #include <cstdint>
@@ -15,9 +14,9 @@ namespace godwit::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kLibraryRows = 512;
-constexpr int64_t kRowsStep = 16;  // an algorithm is chosen for a multiple of it
-constexpr int kGatePiece = 4;      // elements a thread: 16 bytes of each product
+constexpr int64_t kGatedRows = 512;  // of which the library's gate and up products are kept
+constexpr int64_t kRowsStep = 16;    // an algorithm is chosen for a multiple of it
+constexpr int kGatePiece = 4;        // elements a thread: 16 bytes of each product
 
 __global__ void __launch_bounds__(kFormThreads)
     FormRowsKernel(const __grid_constant__ RowInput input, int64_t k, Bf16* formed) {
@@ -57,8 +56,8 @@ struct GemmScratch {
   GemmScratch(int64_t num_rows, int64_t k, int64_t gated_n)
       : formed(Gemm::kWorkspaceBytes),
         gate(formed + AlignUp(num_rows * k * 2)),
-        up(gate + AlignUp(std::min(num_rows, kLibraryRows) * gated_n * 4)),
-        num_bytes(up + AlignUp(std::min(num_rows, kLibraryRows) * gated_n * 4)) {}
+        up(gate + AlignUp(std::min(num_rows, kGatedRows) * gated_n * 4)),
+        num_bytes(up + AlignUp(std::min(num_rows, kGatedRows) * gated_n * 4)) {}
   int64_t formed, gate, up;  // offsets; the workspace of the library comes first
   int64_t num_bytes;
 };
@@ -168,14 +167,6 @@ cudaError_t LaunchFormRows(const Product& product, Bf16* formed, cudaStream_t st
                          dim3(kFormThreads), 0, stream, product.input, product.k, formed);
 }
 
-cudaError_t LaunchFormScratch(const Product& product, const Bf16** formed, Context& context) {
-  void* data = nullptr;
-  const cudaError_t error = context.scratch.Reserve(product.num_rows() * product.k * 2, &data);
-  if (error != cudaSuccess) return error;
-  *formed = static_cast<const Bf16*>(data);
-  return LaunchFormRows(product, static_cast<Bf16*>(data), context.stream);
-}
-
 int64_t GemmScratchBytes(int64_t num_rows, int64_t k, int64_t gated_n) {
   return GemmScratch(num_rows, k, gated_n).num_bytes;
 }
@@ -183,33 +174,37 @@ int64_t GemmScratchBytes(int64_t num_rows, int64_t k, int64_t gated_n) {
 namespace {
 
 cudaError_t LaunchLibraryProduct(const Product& product, const Bf16* x, int64_t x_stride,
-                                 char* base, const GemmScratch& scratch, Context& context) {
+                                 void* workspace, Context& context) {
+  const Gemm::Args args = {.x = x,
+                           .w = product.w,
+                           .y = product.y.data,
+                           .m = product.num_rows(),
+                           .n = product.n,
+                           .k = product.k,
+                           .x_stride = x_stride,
+                           .y_stride = product.num_rows() > 1 ? product.y.row_stride : product.n,
+                           .y_f32 = product.y.dtype == DType::kF32,
+                           .add = product.add};
+  return context.gemm->Launch(args, workspace, context.stream);
+}
+
+// At most kGatedRows rows.
+cudaError_t LaunchGatedLibraryProduct(const Product& product, const Bf16* x, int64_t x_stride,
+                                      char* base, const GemmScratch& scratch, Context& context) {
   const int64_t m = product.num_rows(), n = product.n;
-  Gemm::Args args = {.x = x,
-                     .w = product.w,
-                     .y = product.y.data,
-                     .m = m,
-                     .n = n,
-                     .k = product.k,
-                     .x_stride = x_stride,
-                     .y_stride = m > 1 ? product.y.row_stride : n,
-                     .y_f32 = product.y.dtype == DType::kF32,
-                     .add = product.add};
-  if (product.gate == nullptr) return context.gemm->Launch(args, base, context.stream);
-  const auto* gate = reinterpret_cast<const float4*>(base + scratch.gate);
-  const auto* up = reinterpret_cast<const float4*>(base + scratch.up);
-  args.y_stride = n;
-  args.y_f32 = true;
-  args.y = base + scratch.up;
-  cudaError_t error = context.gemm->Launch(args, base, context.stream);
-  args.w = product.gate;
-  args.y = base + scratch.gate;
-  if (error == cudaSuccess) error = context.gemm->Launch(args, base, context.stream);
+  Product part = product;
+  part.gate = nullptr;
+  part.y = MakeView(base + scratch.up, DType::kF32, m, n);
+  cudaError_t error = LaunchLibraryProduct(part, x, x_stride, base, context);
+  part.w = product.gate;
+  part.y = MakeView(base + scratch.gate, DType::kF32, m, n);
+  if (error == cudaSuccess) error = LaunchLibraryProduct(part, x, x_stride, base, context);
   if (error != cudaSuccess) return error;
   const int64_t pieces = m * n / kGatePiece;
-  return LaunchDependent(GateKernel, dim3(static_cast<unsigned>(DivideUp(pieces, kThreads))),
-                         dim3(kThreads), 0, context.stream, gate, up, n, pieces, product.activation,
-                         product.y);
+  return LaunchDependent(
+      GateKernel, dim3(static_cast<unsigned>(DivideUp(pieces, kThreads))), dim3(kThreads), 0,
+      context.stream, reinterpret_cast<const float4*>(base + scratch.gate),
+      reinterpret_cast<const float4*>(base + scratch.up), n, pieces, product.activation, product.y);
 }
 
 }  // namespace
@@ -218,7 +213,7 @@ cudaError_t LaunchGemmProduct(const Product& product, Context& context) {
   const int64_t num_rows = product.num_rows();
   const bool gated = product.gate != nullptr, plain = product.plain_input();
   const bool library =
-      !HopperTakes(context) || (!context.deterministic && (!gated || num_rows <= kLibraryRows));
+      !HopperTakes(context) || (!context.deterministic && !gated && num_rows > kFewRows);
   const GemmScratch scratch(num_rows, plain ? 0 : product.k, gated && library ? product.n : 0);
   void* data = nullptr;
   cudaError_t error = context.scratch.Reserve(scratch.num_bytes, &data);
@@ -232,8 +227,13 @@ cudaError_t LaunchGemmProduct(const Product& product, Context& context) {
     x_stride = product.k;
   }
   if (error != cudaSuccess) return error;
-  return library ? LaunchLibraryProduct(product, x, x_stride, base, scratch, context)
-                 : LaunchHopperProduct(product, x, x_stride, context);
+  if (!library) return LaunchHopperProduct(product, x, x_stride, context);
+  if (!gated) return LaunchLibraryProduct(product, x, x_stride, base, context);
+  for (int64_t first = 0; first < num_rows && error == cudaSuccess; first += kGatedRows) {
+    const Product part = RowsOf(product, first, std::min(kGatedRows, num_rows - first));
+    error = LaunchGatedLibraryProduct(part, x + first * x_stride, x_stride, base, scratch, context);
+  }
+  return error;
 }
 
 }  // namespace godwit::cuda

@@ -1,23 +1,21 @@
-// Products of very few rows: decode of some sequences, verify steps. Bound by memory: weights pass
-// once, 2 bytes an entry.
+// Products of one row: decode of one sequence. Bound by memory: weights pass once, 2 bytes an
+// entry.
 //
 // One block per multiprocessor owns n / grid output features and all of k, and reads its weights
-// nearly as they lie: eight rows at a time (the N side of mma.m16n8k16; the step's rows are the M
-// side), of these kSegmentBytes at a time by bulk copies. The size of a copy matters: pieces of 1
-// KB reach 2.6 TB/s where those of 2 KB reach 4 (H200). A ninth warp copies, a ring ahead, and
+// nearly as they lie: eight rows at a time (the N side of mma.m16n8k16; the step's row is one of
+// the M side), of these kSegmentBytes at a time by bulk copies. The size of a copy matters: pieces
+// of 1 KB reach 2.6 TB/s where those of 2 KB reach 4 (H200). A ninth warp copies, a ring ahead, and
 // starts before the kernels in front have ended (pdl.cuh). Eight warps multiply: a warp takes 64
 // columns of every 512, a lane 8 of every 32. A dot product does not care which of its terms an
 // instruction calls k = 0..15, so 16 bytes of a lane are two fragments' worth of either operand.
 //
-// Every block needs all rows of the step in shared memory: a single one is formed there (norm,
-// gate, rounding) by every block, several are formed once by a kernel in front and copied.
+// Every block forms the row in its shared memory (norm, gate, rounding): no kernel in front, which
+// is what it has over the Hopper kernel, the faster one from two rows on.
 //
-// Order of a sum: within a warp ascending k, then warps 0..7; the same as in linear_skinny.cu. It
-// depends on k alone.
+// Order of a sum: within a warp ascending k, then warps 0..7.
 //
-// Measured, one row, an H100 that copies at 3.02 TB/s: 2.94 TB/s for 16384 x 4096, 2.50 for 4096 x
-// 4096, 3.05 for 64000 x 4096; the products of a TransNormerLLM-7B step 2.88 TB/s, launch to
-// launch. Eight rows: 2.81, 2.14, 3.01.
+// Measured on an H100 that copies at 3.02 TB/s: 2.94 TB/s for 16384 x 4096, 2.50 for 4096 x 4096,
+// 3.05 for 64000 x 4096; the products of a TransNormerLLM-7B step 2.89 TB/s, launch to launch.
 
 #include <algorithm>
 
@@ -44,41 +42,32 @@ constexpr int kTurns = kSegmentBytes / kTurnBytes;
 constexpr int kPadBytes = 64;  // neighbouring rows start in different halves of the banks
 constexpr int kRowBytes = kSegmentBytes + kPadBytes;
 constexpr int kStageBytes = kGroupRows * kRowBytes;
-// Stages of the ring where the step's rows leave room for them, and elsewhere; but only so many are
-// on their way at a time. On an H100 that copies at 3.02 TB/s a step of one row reads 2.89 TB/s
-// with 3 on their way into 8, 2.84 with 4 into 4; two blocks of a multiprocessor with 2 or 3 each
-// read 2.68 to 2.80: what is asked for at once decides, and one block must have it all.
-constexpr int kManyStages = 8;
-constexpr int kFewStages = 4;
-constexpr int kStagesInFlight = 3;
-constexpr int kReduceStride = kTileGroups * kGroupRows + 4;  // floats
-constexpr int kBarrierBytes = 128;
-static_assert(2 * kManyStages * 8 <= kBarrierBytes);
-constexpr int64_t kMaxRows = 8;
+// On their way are only kInFlight stages: on an H100 a step reads 2.89 TB/s with 3 into 8, 2.84
+// with 4 into 4; two blocks of a multiprocessor with 2 or 3 each read 2.68 to 2.80. What is asked
+// for at once decides, and one block must have it all.
+constexpr int kStages = 8;
+constexpr int kInFlight = 3;
+constexpr int kRingBytes = kStages * kStageBytes;
+constexpr int kReduceStride = kTileGroups * kGroupRows + 4;           // floats
+constexpr int kReduceBytes = 2 * kConsumerWarps * kReduceStride * 4;  // two: one barrier a tile
+constexpr int kBarrierBytes = 2 * kStages * 8;
+static_assert((kRingBytes + kReduceBytes) % 16 == 0);
 constexpr int64_t kMaxSharedBytes = 227 << 10;
-// The next product's block comes when this one's has gone: no two fit, whichever ring they have.
-static_assert(kManyStages * kStageBytes > kMaxSharedBytes / 2);
+// The next product's block comes when this one's has gone.
+static_assert(kRingBytes > kMaxSharedBytes / 2);
 
 struct StreamArgs {
-  RowInput input;  // one row, formed here
-  const Bf16* x;   // [num_rows, k], or null: formed here
-  int64_t x_stride;
+  RowInput input;  // one row
   const Bf16* w;
   const Bf16* gate;
   int64_t n, k;
-  int num_rows;
   bool add;
   Activation activation;
   TensorView y;
 };
 
-__host__ __device__ constexpr int64_t FormedStride(int64_t k) { return k * 2 + kPadBytes; }
-__host__ __device__ constexpr int64_t ReduceBytes(int64_t num_rows) {
-  return 2 * kConsumerWarps * num_rows * kReduceStride * 4;  // two buffers: one barrier a tile
-}
-constexpr int64_t SharedBytes(int64_t k, int64_t num_rows, int num_stages) {
-  return num_stages * kStageBytes + kBarrierBytes + ReduceBytes(num_rows) +
-         num_rows * FormedStride(k);
+constexpr int64_t SharedBytes(int64_t k) {
+  return kRingBytes + kReduceBytes + kBarrierBytes + k * 2;
 }
 
 __device__ __forceinline__ uint4 LoadShared(uint32_t address) {
@@ -118,7 +107,6 @@ struct Tiles {
 };
 
 // A stage of the ring and the parity of its phase.
-template <int kStages>
 struct RingPosition {
   int stage = 0;
   uint32_t parity = 0;
@@ -128,14 +116,13 @@ struct RingPosition {
 };
 
 // The copying warp: lane r brings row r of each group.
-template <int kStages>
 __device__ __forceinline__ void CopyWeights(const StreamArgs& args, const Tiles& tiles,
                                             unsigned char* ring, uint64_t* full, uint64_t* empty) {
   const int lane = threadIdx.x % kWarp;
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   const int64_t row_bytes = args.k * 2;
-  RingPosition<kStages> at, landing;
+  RingPosition at, landing;
   int in_flight = 0;
   for (int tile = 0; tile < tiles.num_tiles; ++tile) {
     for (int group = 0; group < kTileGroups; ++group) {
@@ -149,7 +136,7 @@ __device__ __forceinline__ void CopyWeights(const StreamArgs& args, const Tiles&
         const auto num_bytes =
             static_cast<uint32_t>(min(int64_t{kSegmentBytes}, row_bytes - offset));
         hopper::BarrierWait(&empty[at.stage], at.parity ^ 1);
-        if (in_flight < kStagesInFlight) {
+        if (in_flight < kInFlight) {
           ++in_flight;
         } else {
           hopper::BarrierWait(&full[landing.stage], landing.parity);
@@ -167,65 +154,35 @@ __device__ __forceinline__ void CopyWeights(const StreamArgs& args, const Tiles&
   }
 }
 
-// Rows of the step into shared memory, by the consumers: one that is formed here, or several that
-// are.
-__device__ __forceinline__ void TakeRows(const StreamArgs& args, unsigned char* rows,
-                                         float* scratch) {
-  if (args.x == nullptr) {
-    FormRows<1>(args.input, 0, 1, args.k, scratch, [&](int, int64_t column, uint2 value) {
-      *reinterpret_cast<uint2*>(rows + column * 2) = value;
-    });
-    return;
-  }
-  const int pieces = static_cast<int>(args.k / 8);
-  for (int piece = threadIdx.x; piece < pieces * args.num_rows; piece += kConsumers) {
-    const int row = piece / pieces, column = piece % pieces * 8;
-    *reinterpret_cast<uint4*>(rows + row * FormedStride(args.k) + column * 2) =
-        *reinterpret_cast<const uint4*>(args.x + row * args.x_stride + column);
-  }
-}
-
-// Sums over the warps, in their order, and what becomes of them.
-__device__ __forceinline__ void Finish(const StreamArgs& args, const float* reduce,
-                                       int64_t first_feature, int num_features, float residual) {
+// Sums over the warps, in their order, and what becomes of them: thread f has feature f.
+__device__ __forceinline__ void Finish(const StreamArgs& args, const float* reduce, int64_t feature,
+                                       float residual) {
   const bool gated = args.gate != nullptr;
-  for (int index = threadIdx.x; index < num_features * args.num_rows; index += kConsumers) {
-    const int row = index / num_features, feature = index % num_features;
-    float sum = 0, up = 0;
+  float sum = 0, up = 0;
 #pragma unroll
-    for (int warp = 0; warp < kConsumerWarps; ++warp) {
-      const float* of_warp = reduce + (warp * args.num_rows + row) * kReduceStride + feature;
-      sum += of_warp[0];
-      if (gated) up += of_warp[kGroupRows];
-    }
-    if (gated) sum = (args.activation == Activation::kSilu ? Silu(sum) : sum) * up;
-    if (args.add) {
-      sum += index < kConsumers ? residual : Row<float>(args.y, row)[first_feature + feature];
-    }
-    StoreAny(args.y, row, first_feature + feature, sum);
+  for (int warp = 0; warp < kConsumerWarps; ++warp) {
+    const float* of_warp = reduce + warp * kReduceStride + threadIdx.x;
+    sum += of_warp[0];
+    if (gated) up += of_warp[kGroupRows];
   }
+  if (gated) sum = (args.activation == Activation::kSilu ? Silu(sum) : sum) * up;
+  StoreAny(args.y, 0, feature, sum + residual);
 }
 
-template <int kStages>
 __device__ __forceinline__ void MultiplyTiles(const StreamArgs& args, const Tiles& tiles,
                                               unsigned char* ring, uint64_t* full, uint64_t* empty,
-                                              float* reduce, const unsigned char* rows) {
+                                              float* reduce, const unsigned char* row) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
-  const int last = args.num_rows - 1;
-  const uint32_t operand = SharedAddress(rows) +
-                           static_cast<uint32_t>(min(g, last) * FormedStride(args.k)) + warp * 128 +
-                           t * 16;
+  const uint32_t operand = SharedAddress(row) + warp * 128 + t * 16;
   const uint32_t weights = SharedAddress(ring) + g * kRowBytes + warp * 128 + t * 16;
   const auto row_bytes = static_cast<int>(args.k * 2);
-  RingPosition<kStages> at;
+  RingPosition at;
   for (int tile = 0; tile < tiles.num_tiles; ++tile) {
-    const int first = tile * tiles.features,
-              num_features = min(tiles.features, tiles.count - first);
+    const int first = tile * tiles.features;
+    const bool finishes = static_cast<int>(threadIdx.x) < min(tiles.features, tiles.count - first);
+    const int64_t feature = tiles.begin + first + threadIdx.x;
     float residual = 0;
-    if (args.add && static_cast<int>(threadIdx.x) < num_features * args.num_rows) {
-      residual = Row<float>(
-          args.y, threadIdx.x / num_features)[tiles.begin + first + threadIdx.x % num_features];
-    }
+    if (args.add && finishes) residual = Row<float>(args.y, 0)[feature];
     float sums[kTileGroups][4] = {};
 #pragma unroll
     for (int group = 0; group < kTileGroups; ++group) {
@@ -246,29 +203,29 @@ __device__ __forceinline__ void MultiplyTiles(const StreamArgs& args, const Tile
         at.Next();
       }
     }
-    float* buffer = reduce + tile % 2 * (ReduceBytes(args.num_rows) / 8);
+    float* buffer = reduce + tile % 2 * kConsumerWarps * kReduceStride;
+    if (g == 0) {
 #pragma unroll
-    for (int group = 0; group < kTileGroups; ++group) {
-      float* to = buffer + (warp * args.num_rows + g) * kReduceStride + group * kGroupRows + 2 * t;
-      if (g <= last) to[0] = sums[group][0], to[1] = sums[group][1];
+      for (int group = 0; group < kTileGroups; ++group) {
+        *reinterpret_cast<float2*>(buffer + warp * kReduceStride + group * kGroupRows + 2 * t) = {
+            sums[group][0], sums[group][1]};
+      }
     }
     FormBarrier();
-    Finish(args, buffer, tiles.begin + first, num_features, residual);
+    if (finishes) Finish(args, buffer, feature, residual);
   }
 }
 
 // Three blocks fit the registers of a multiprocessor: this kernel's, the next product's and what
 // lies between them.
-template <int kStages>
 __global__ void __launch_bounds__(kThreads, 3)
     StreamKernel(const __grid_constant__ StreamArgs args) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char ring[];
-  unsigned char* barriers = ring + kStages * kStageBytes;
-  auto* full = reinterpret_cast<uint64_t*>(barriers);
+  auto* reduce = reinterpret_cast<float*>(ring + kRingBytes);
+  auto* full = reinterpret_cast<uint64_t*>(ring + kRingBytes + kReduceBytes);
   uint64_t* empty = full + kStages;
-  auto* reduce = reinterpret_cast<float*>(barriers + kBarrierBytes);
-  unsigned char* rows = reinterpret_cast<unsigned char*>(reduce) + ReduceBytes(args.num_rows);
+  auto* row = reinterpret_cast<unsigned char*>(empty + kStages);
   DependencyTrigger();
   if (threadIdx.x == kConsumers) {
     for (int stage = 0; stage < kStages; ++stage) {
@@ -280,57 +237,39 @@ __global__ void __launch_bounds__(kThreads, 3)
   __syncthreads();
   const Tiles tiles(args);
   if (threadIdx.x >= kConsumers) {
-    CopyWeights<kStages>(args, tiles, ring, full, empty);
+    CopyWeights(args, tiles, ring, full, empty);
     return;
   }
   DependencyWait();
-  TakeRows(args, rows, reduce);
+  FormRows<1>(args.input, 0, 1, args.k, reduce, [&](int, int64_t column, uint2 value) {
+    *reinterpret_cast<uint2*>(row + column * 2) = value;
+  });
   FormBarrier();
-  MultiplyTiles<kStages>(args, tiles, ring, full, empty, reduce, rows);
+  MultiplyTiles(args, tiles, ring, full, empty, reduce, row);
 #endif
-}
-
-template <int kStages>
-cudaError_t Launch(const StreamArgs& args, int num_multiprocessors, cudaStream_t stream) {
-  static const cudaError_t raised = cudaFuncSetAttribute(
-      StreamKernel<kStages>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
-  if (raised != cudaSuccess) return raised;
-  const auto grid = static_cast<unsigned>(std::min<int64_t>(num_multiprocessors, args.n));
-  return LaunchDependent(StreamKernel<kStages>, dim3(grid), dim3(kThreads),
-                         static_cast<size_t>(SharedBytes(args.k, args.num_rows, kStages)), stream,
-                         args);
 }
 
 }  // namespace
 
 bool StreamTakes(const Product& product) {
-  return product.num_rows() <= kMaxRows &&
-         SharedBytes(product.k, product.num_rows(), kFewStages) <= kMaxSharedBytes;
+  return product.num_rows() == 1 && SharedBytes(product.k) <= kMaxSharedBytes;
 }
 
 cudaError_t LaunchStreamProduct(const Product& product, Context& context) {
-  StreamArgs args = {.input = product.input,
-                     .x = static_cast<const Bf16*>(product.input.x.data),
-                     .x_stride = product.input.x.row_stride,
-                     .w = product.w,
-                     .gate = product.gate,
-                     .n = product.n,
-                     .k = product.k,
-                     .num_rows = static_cast<int>(product.num_rows()),
-                     .add = product.add,
-                     .activation = product.activation,
-                     .y = product.y};
-  if (!product.plain_input()) {
-    args.x = nullptr;
-    args.x_stride = product.k;
-    if (args.num_rows > 1) {
-      const cudaError_t error = LaunchFormScratch(product, &args.x, context);
-      if (error != cudaSuccess) return error;
-    }
-  }
-  const bool many = SharedBytes(args.k, args.num_rows, kManyStages) <= kMaxSharedBytes;
-  return many ? Launch<kManyStages>(args, context.num_multiprocessors, context.stream)
-              : Launch<kFewStages>(args, context.num_multiprocessors, context.stream);
+  static const cudaError_t raised = cudaFuncSetAttribute(
+      StreamKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
+  if (raised != cudaSuccess) return raised;
+  const StreamArgs args = {.input = product.input,
+                           .w = product.w,
+                           .gate = product.gate,
+                           .n = product.n,
+                           .k = product.k,
+                           .add = product.add,
+                           .activation = product.activation,
+                           .y = product.y};
+  const auto grid = static_cast<unsigned>(std::min<int64_t>(context.num_multiprocessors, args.n));
+  return LaunchDependent(StreamKernel, dim3(grid), dim3(kThreads),
+                         static_cast<size_t>(SharedBytes(args.k)), context.stream, args);
 }
 
 }  // namespace godwit::cuda
