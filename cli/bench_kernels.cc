@@ -62,6 +62,7 @@ constexpr Scale kTiny = {.heads = 4,
 constexpr int64_t kPatternElements = (1 << 20) + 24;  // no power of two: rows differ
 constexpr double kSecondsPerCase = 0.25;
 constexpr int kFewestRepeats = 5, kMostRepeats = 100, kWarmupRepeats = 3;
+constexpr double kShareOfFree = 0.9;  // for the copies of a case; the rest is for what they share
 constexpr int kStepLayers = 30, kStepRepeats = 96;  // 6 folds of every row at one token a step
 
 // One op at one shape.
@@ -101,10 +102,14 @@ class Arena {
     status_ = absl::OkStatus();
   }
 
+  // How many of `wanted` copies of so many bytes the device has room for; at least one.
+  int FittingCopies(int wanted, double bytes) const {
+    const double room = kShareOfFree * static_cast<double>(backend_.Info().free_bytes);
+    return static_cast<int>(std::clamp<double>(room / bytes, 1, wanted));
+  }
+
   TensorView Zeros(DType dtype, int64_t n0, int64_t n1, int64_t n2 = 1, int64_t n3 = 1) {
-    const int64_t num_bytes = n0 * n1 * n2 * n3 * DTypeBytes(dtype);
-    void* data = nullptr;
-    if (status_.ok()) Keep(backend_.Allocate(num_bytes, &data), data);
+    void* const data = Allocate(n0 * n1 * n2 * n3 * DTypeBytes(dtype));
     return MakeView(data, dtype, n0, n1, n2, n3);
   }
   TensorView Random(DType dtype, int64_t n0, int64_t n1, int64_t n2 = 1, int64_t n3 = 1) {
@@ -115,8 +120,9 @@ class Arena {
   MatrixView Matrix(DType dtype, int64_t num_rows, int64_t num_columns) {
     MatrixView matrix;
     if (!status_.ok()) return matrix;
-    Keep(backend_.AllocateMatrix(num_rows, num_columns, dtype, &matrix), matrix.data);
+    status_ = ToStatus(backend_.AllocateMatrix(num_rows, num_columns, dtype, &matrix));
     if (status_.ok()) {
+      blocks_.push_back(matrix.data);
       const double scale = 1 / std::sqrt(static_cast<double>(num_columns));
       status_ = ToStatus(backend_.FillRandom(matrix, ++seed_, static_cast<float>(scale)));
     }
@@ -125,8 +131,7 @@ class Arena {
   template <typename T>
   T* Upload(const std::vector<T>& values) {
     const auto num_bytes = static_cast<int64_t>(values.size() * sizeof(T));
-    void* data = nullptr;
-    if (status_.ok()) Keep(backend_.Allocate(num_bytes, &data), data);
+    void* const data = Allocate(num_bytes);
     if (status_.ok()) status_ = ToStatus(backend_.CopyFromHost(data, values.data(), num_bytes));
     if (status_.ok()) status_ = ToStatus(backend_.Synchronize());  // `values` may go
     return static_cast<T*>(data);
@@ -142,9 +147,11 @@ class Arena {
   }
 
  private:
-  void Keep(const OpStatus& allocated, void* data) {
-    status_ = ToStatus(allocated);
+  void* Allocate(int64_t num_bytes) {
+    void* data = nullptr;
+    if (status_.ok()) status_ = ToStatus(backend_.Allocate(num_bytes, &data));
     if (status_.ok()) blocks_.push_back(data);
+    return data;
   }
 
   // The pattern once from the host, then doubled on the device.
@@ -206,7 +213,9 @@ LightningAttentionArgs LightningArgs(Arena& arena, const Scale& scale, const Lig
   return args;
 }
 
-Case LightningPrefill(Arena& arena, const Scale& scale, int64_t batch, int64_t length) {
+// Without an activation as other kernels compute it; with SiLU as TransNormerLLM's layers do.
+Case LightningPrefill(Arena& arena, const Scale& scale, int64_t batch, int64_t length,
+                      Activation qk_activation) {
   const int64_t tokens = scale.tokens(length);
   std::vector<StepRow> rows;
   for (int64_t row = 0; row < batch; ++row) {
@@ -219,10 +228,12 @@ Case LightningPrefill(Arena& arena, const Scale& scale, int64_t batch, int64_t l
   }
   LightningAttentionArgs args = LightningArgs(arena, scale, MiddleLayerDecay(arena, scale), batch,
                                               batch * tokens, DType::kBF16);
+  args.qk_activation = qk_activation;
   args.rows = arena.Upload(rows);
   return {
       .op = "lightning_prefill",
-      .shape = absl::StrFormat("B%dx%s", batch, FormatLength(tokens)),
+      .shape = absl::StrFormat("B%dx%s%s", batch, FormatLength(tokens),
+                               qk_activation == Activation::kSilu ? " silu" : ""),
       .bytes = 4.0 * static_cast<double>(batch * tokens * scale.width()) * 2,
       .run = [&arena, args](int) { return ToStatus(arena.backend().LightningAttention(args)); }};
 }
@@ -239,7 +250,12 @@ Case LightningStep(Arena& arena, const Scale& scale, int64_t batch, int num_toke
   StepRow* const rows = arena.Upload(std::vector<StepRow>(static_cast<size_t>(num_rows)));
   StepRow* const host = arena.Host<StepRow>(num_rows);
   auto layers = std::make_shared<std::vector<LightningAttentionArgs>>();
-  const int num_layers = std::max(kStepLayers, CopiesBeyondCaches(scale, state_bytes));
+  const double window_bytes = static_cast<double>(num_rows * WindowRows(2, kMaxDraftTokens)) * 2 *
+                              static_cast<double>(scale.width()) * 2;
+  const int wanted = std::max(kStepLayers, CopiesBeyondCaches(scale, state_bytes));
+  const int num_layers = arena.FittingCopies(wanted, state_bytes + window_bytes + io_bytes);
+  const std::string fewer =
+      num_layers < wanted ? absl::StrCat(", ", num_layers, " layers fit") : "";
   for (int layer = 0; layer < num_layers; ++layer) {
     LightningAttentionArgs args =
         LightningArgs(arena, scale, decay, num_rows, num_rows * num_tokens, DType::kF32);
@@ -263,8 +279,8 @@ Case LightningStep(Arena& arena, const Scale& scale, int64_t batch, int num_toke
     return ToStatus(arena.backend().CopyFromHost(rows, host, num_bytes));
   };
   return {.op = "lightning_step",
-          .shape = absl::StrFormat("B%d T%d %s", num_rows, num_tokens,
-                                   staggered ? "staggered" : "aligned"),
+          .shape = absl::StrFormat("B%d T%d %s%s", num_rows, num_tokens,
+                                   staggered ? "staggered" : "aligned", fewer),
           .bytes = state_bytes * (1 + static_cast<double>(num_tokens) / kWindow) + io_bytes,
           .num_calls = num_layers,
           .num_repeats = kStepRepeats,
@@ -534,9 +550,11 @@ std::vector<std::pair<std::string, MakeCase>> AllCases() {
   const auto add = [&](const char* op, MakeCase make) { cases.emplace_back(op, std::move(make)); };
   for (const auto& [batch, length] : std::vector<std::pair<int64_t, int64_t>>{
            {4, 2 << 10}, {4, 32 << 10}, {1, 8 << 10}, {1, 128 << 10}, {1, 512 << 10}}) {
-    add("lightning_prefill", [=](Arena& arena, const Scale& scale) {
-      return LightningPrefill(arena, scale, batch, length);
-    });
+    for (const Activation qk_activation : {Activation::kNone, Activation::kSilu}) {
+      add("lightning_prefill", [=](Arena& arena, const Scale& scale) {
+        return LightningPrefill(arena, scale, batch, length, qk_activation);
+      });
+    }
   }
   for (const int num_tokens : {1, 4, 16}) {
     for (const int64_t batch : {1, 32, 256}) {
