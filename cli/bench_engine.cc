@@ -7,6 +7,7 @@
 #include <deque>
 #include <functional>
 #include <iostream>
+#include <map>
 #include <memory>
 #include <random>
 #include <set>
@@ -55,7 +56,9 @@ double SecondsSince(Clock::time_point start) {
 struct StepTimes {
   std::vector<double> period_us;  // on the clock
   std::vector<double> idle_us;    // of which the device had no work
-  std::vector<double> host_us;    // Submit and Collect without the wait for the device
+  // Submit and Collect without the wait for the device. A queue that is full makes Submit wait too,
+  // which nobody can tell from work: of prompts the least is the work.
+  std::vector<double> host_us;
 };
 
 // Keeps as many steps in flight as the engine takes.
@@ -275,17 +278,22 @@ class Bench {
   }
 
  private:
-  // `seconds`, `times`: of the sequence that read so far. Short prompts are read again.
+  // `seconds`, `times`: of the sequence that read so far. Short prompts are read again, the first
+  // time to warm up: clocks, caches and what a library chooses for a shape.
   absl::StatusOr<Line> MeasurePrefill(int64_t length, double seconds, StepTimes times) {
-    std::vector<double> runs = {seconds};
-    for (int run = 1; run < flags_.num_repeats && length <= kLongestRepeat; ++run) {
+    std::vector<double> runs;
+    for (int run = -1; run < flags_.num_repeats && length <= kLongestRepeat; ++run) {
       auto again = Reader::Create(engine_, length);
       if (absl::IsResourceExhausted(again.status())) break;
       RETURN_IF_ERROR(again.status());
       RETURN_IF_ERROR((*again)->PrefillTo(length, times));
-      runs.push_back((*again)->seconds());
+      if (run >= 0) runs.push_back((*again)->seconds());
     }
-    Line line = MakeLine("prefill", 1, length, times);
+    if (runs.empty()) runs.push_back(seconds);
+    const auto work = std::min_element(times.host_us.begin(), times.host_us.end());
+    const double host_us = work == times.host_us.end() ? 0 : *work;
+    Line line = MakeLine("prefill", 1, length, std::move(times));
+    line.host_us = host_us;
     line.tokens_per_s = static_cast<double>(length) / Median(runs);
     line.percent = 100 * line.tokens_per_s * FlopsPerToken() / ceilings_.flops_per_s;
     return line;
@@ -358,6 +366,56 @@ class Bench {
   Engine& engine_;
 };
 
+// How far lines differ that should not: one phase and batch over all its contexts.
+struct Spread {
+  std::string phase;
+  int64_t batch = 0, shortest = 0, longest = 0;
+  double tokens_per_s = 0, used_bytes = 0;  // largest / smallest - 1
+};
+
+std::vector<Spread> Spreads(const std::vector<Line>& lines) {
+  std::map<std::pair<std::string, int64_t>, std::vector<const Line*>> groups;
+  for (const Line& line : lines) {
+    if (line.note.empty()) groups[{line.phase, line.batch}].push_back(&line);
+  }
+  std::vector<Spread> spreads;
+  for (const auto& [group, members] : groups) {
+    if (members.size() < 2) continue;
+    const auto range = [&](auto value) {
+      const auto [least, most] =
+          std::minmax_element(members.begin(), members.end(),
+                              [&](const Line* a, const Line* b) { return value(*a) < value(*b); });
+      return std::pair(static_cast<double>(value(**least)), static_cast<double>(value(**most)));
+    };
+    const auto [slowest, fastest] = range([](const Line& line) { return line.tokens_per_s; });
+    const auto [least, most] = range([](const Line& line) { return line.used_bytes; });
+    const auto [shortest, longest] = range([](const Line& line) { return line.context; });
+    spreads.push_back({.phase = group.first,
+                       .batch = group.second,
+                       .shortest = static_cast<int64_t>(shortest),
+                       .longest = static_cast<int64_t>(longest),
+                       .tokens_per_s = fastest / slowest - 1,
+                       .used_bytes = most / least - 1});
+  }
+  return spreads;
+}
+
+nlohmann::ordered_json ToJson(const Spread& spread) {
+  return {{"phase", spread.phase},
+          {"batch", spread.batch},
+          {"shortest", spread.shortest},
+          {"longest", spread.longest},
+          {"tokens_per_s_within", spread.tokens_per_s},
+          {"memory_within", spread.used_bytes}};
+}
+
+void Print(const Spread& spread) {
+  std::cout << absl::StrFormat(
+      "%s, batch %d, %s to %s: tok/s equal within %.2f %%, memory in use within %.2f %%\n",
+      spread.phase, spread.batch, FormatLength(spread.shortest), FormatLength(spread.longest),
+      100 * spread.tokens_per_s, 100 * spread.used_bytes);
+}
+
 nlohmann::ordered_json ToJson(const Line& line) {
   if (!line.note.empty()) {
     return {{"phase", line.phase},
@@ -409,7 +467,7 @@ EngineOptions MakeOptions(const BenchEngineFlags& flags, const Plan& plan) {
 }
 
 absl::Status Report(const BenchEngineFlags& flags, const ModelCard& card, const DeviceInfo& device,
-                    const DeviceCeilings& ceilings, nlohmann::ordered_json lines) {
+                    const DeviceCeilings& ceilings, const std::vector<Line>& lines) {
   const nlohmann::ordered_json config = {{"model", flags.model.model},
                                          {"shape", flags.model.shape},
                                          {"device", device.description},
@@ -422,7 +480,14 @@ absl::Status Report(const BenchEngineFlags& flags, const ModelCard& card, const 
                                          {"copy_gb_per_s", ceilings.copy_bytes_per_s / 1e9},
                                          {"product_tflop_per_s", ceilings.flops_per_s / 1e12},
                                          {"memory_plan", card.memory_plan}};
-  if (WriteReport("engine", config, {{"lines", std::move(lines)}}, flags.json, flags.output)) {
+  nlohmann::ordered_json results = {{"lines", nlohmann::ordered_json::array()},
+                                    {"spreads", nlohmann::ordered_json::array()}};
+  for (const Line& line : lines) results["lines"].push_back(ToJson(line));
+  for (const Spread& spread : Spreads(lines)) {
+    if (!flags.json) Print(spread);
+    results["spreads"].push_back(ToJson(spread));
+  }
+  if (WriteReport("engine", config, std::move(results), flags.json, flags.output)) {
     return absl::OkStatus();
   }
   return absl::UnavailableError("--output: cannot write " + flags.output);
@@ -441,12 +506,12 @@ absl::Status Run(const BenchEngineFlags& flags, const Plan& plan, const Backend&
                  "  %floor  host us  idle us  used MiB"
               << std::endl;
   }
-  nlohmann::ordered_json lines = nlohmann::ordered_json::array();
+  std::vector<Line> lines;
   RETURN_IF_ERROR(Bench(flags, plan, backend, ceilings, engine).Run([&](const Line& line) {
     if (!flags.json) PrintLine(line, shape, card.dtype);
-    lines.push_back(ToJson(line));
+    lines.push_back(line);
   }));
-  return Report(flags, card, backend.Info(), ceilings, std::move(lines));
+  return Report(flags, card, backend.Info(), ceilings, lines);
 }
 
 int RunBenchEngine(const BenchEngineFlags& flags) {
