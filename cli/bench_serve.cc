@@ -1,4 +1,5 @@
-// `godwit bench serve`: load against a running server; closed loop (--concurrency) or open loop (--rate, Poisson arrivals).
+// `godwit bench serve`: load against a running server; closed loop (--concurrency) or open loop
+// (--rate, Poisson arrivals).
 
 #include <unistd.h>
 
@@ -45,6 +46,8 @@ struct Tally {
   std::condition_variable changed;
   int64_t num_in_flight = 0, num_done = 0, num_failed = 0;
   int64_t output_tokens = 0, prompt_tokens = 0;
+  int64_t decoded_tokens = 0;  // after the first of each stream,
+  double decode_ms = 0;        // and the time from the first to the last
   std::vector<double> ttft_ms, inter_token_ms, end_to_end_ms;
   std::string first_error;
 };
@@ -76,6 +79,8 @@ class Stream final : public grpc::ClientReadReactor<v1::GenerateEvent> {
         tally_.inter_token_ms.insert(tally_.inter_token_ms.end(), gaps_ms_.begin(), gaps_ms_.end());
         tally_.end_to_end_ms.push_back(Milliseconds(Clock::now() - start_));
         tally_.output_tokens += num_tokens_;
+        tally_.decoded_tokens += std::ssize(gaps_ms_);
+        tally_.decode_ms += decode_ms_;
         tally_.prompt_tokens += request_.token_ids().ids_size();
       } else {
         ++tally_.num_failed;
@@ -93,6 +98,7 @@ class Stream final : public grpc::ClientReadReactor<v1::GenerateEvent> {
     if (num_tokens_ == 0) {
       ttft_ms_ = Milliseconds(now - start_);
     } else {
+      decode_ms_ += Milliseconds(now - last_);
       const double gap = Milliseconds(now - last_) / delta.token_ids_size();
       gaps_ms_.insert(gaps_ms_.end(), delta.token_ids_size(), gap);
     }
@@ -105,7 +111,7 @@ class Stream final : public grpc::ClientReadReactor<v1::GenerateEvent> {
   v1::GenerateEvent event_;
   Tally& tally_;
   Clock::time_point start_, last_;
-  double ttft_ms_ = 0;
+  double ttft_ms_ = 0, decode_ms_ = 0;
   std::vector<double> gaps_ms_;
   int64_t num_tokens_ = 0;
 };
@@ -113,8 +119,9 @@ class Stream final : public grpc::ClientReadReactor<v1::GenerateEvent> {
 v1::GenerateRequest RandomRequest(const BenchServeFlags& flags, int64_t vocab_size, int64_t index) {
   std::mt19937_64 random(flags.seed + static_cast<uint64_t>(index));
   // Ids below 3 are control tokens in every sentencepiece vocabulary.
-  std::uniform_int_distribution<int32_t> token(static_cast<int32_t>(std::min<int64_t>(3, vocab_size - 1)),
-                                               static_cast<int32_t>(vocab_size - 1));
+  std::uniform_int_distribution<int32_t> token(
+      static_cast<int32_t>(std::min<int64_t>(3, vocab_size - 1)),
+      static_cast<int32_t>(vocab_size - 1));
   v1::GenerateRequest request;
   for (int64_t i = 0; i < flags.prompt_tokens; ++i) {
     request.mutable_token_ids()->add_ids(token(random));
@@ -129,11 +136,11 @@ v1::GenerateRequest RandomRequest(const BenchServeFlags& flags, int64_t vocab_si
 void ShowProgress(const Tally& tally, int64_t num_requests, Clock::time_point start) {
   constexpr int kWidth = 30;
   const auto filled = static_cast<int>(kWidth * tally.num_done / num_requests);
-  std::cerr << absl::StrFormat(
-                   "\r[%s%s] %d/%d requests, %d running, %.0f tokens/s ", std::string(filled, '#'),
-                   std::string(kWidth - filled, '.'), tally.num_done, num_requests,
-                   tally.num_in_flight,
-                   static_cast<double>(tally.output_tokens) * 1e3 / Milliseconds(Clock::now() - start))
+  std::cerr << absl::StrFormat("\r[%s%s] %d/%d requests, %d running, %.0f tokens/s ",
+                               std::string(filled, '#'), std::string(kWidth - filled, '.'),
+                               tally.num_done, num_requests, tally.num_in_flight,
+                               static_cast<double>(tally.output_tokens) * 1e3 /
+                                   Milliseconds(Clock::now() - start))
             << std::flush;
 }
 
@@ -152,8 +159,8 @@ Clock::duration RunLoad(const BenchServeFlags& flags, const Client& client, int6
       while (tally.changed.wait_until(lock, next_arrival) != std::cv_status::timeout) {
         if (progress) ShowProgress(tally, flags.num_requests, start);
       }
-      next_arrival += std::chrono::duration_cast<Clock::duration>(
-          std::chrono::duration<double>(gap_s(random)));
+      next_arrival +=
+          std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(gap_s(random)));
     } else {
       tally.changed.wait(lock, [&] { return tally.num_in_flight < flags.concurrency; });
       if (progress) ShowProgress(tally, flags.num_requests, start);
@@ -185,24 +192,43 @@ int RunBenchServe(const BenchServeFlags& flags) {
   Tally tally;
   const double seconds = Milliseconds(RunLoad(flags, *client, card.vocab_size(), tally)) / 1e3;
   const auto per_second = [&](int64_t count) { return static_cast<double>(count) / seconds; };
-  const nlohmann::ordered_json config = {
-      {"model", card.name()}, {"backend", card.backend()}, {"dtype", card.dtype()},
-      {"requests", flags.num_requests}, {"concurrency", flags.rate > 0 ? 0 : flags.concurrency},
-      {"rate", flags.rate}, {"prompt_tokens", flags.prompt_tokens},
-      {"output_tokens", flags.output_tokens}, {"temperature", flags.temperature}, {"seed", flags.seed}};
+  const nlohmann::ordered_json config = {{"model", card.name()},
+                                         {"backend", card.backend()},
+                                         {"dtype", card.dtype()},
+                                         {"requests", flags.num_requests},
+                                         {"concurrency", flags.rate > 0 ? 0 : flags.concurrency},
+                                         {"rate", flags.rate},
+                                         {"prompt_tokens", flags.prompt_tokens},
+                                         {"output_tokens", flags.output_tokens},
+                                         {"temperature", flags.temperature},
+                                         {"seed", flags.seed}};
   const int64_t completed = tally.num_done - tally.num_failed;
+  // Of a stream: tokens after the first over the time between the first and the last, over all
+  // streams; prompts of others that were read meanwhile included.
+  const double stream_rate =
+      tally.decode_ms > 0 ? static_cast<double>(tally.decoded_tokens) * 1e3 / tally.decode_ms : 0;
   nlohmann::ordered_json results = {
-      {"seconds", seconds}, {"completed", completed}, {"failed", tally.num_failed},
+      {"seconds", seconds},
+      {"completed", completed},
+      {"failed", tally.num_failed},
       {"requests_per_second", per_second(completed)},
       {"output_tokens_per_second", per_second(tally.output_tokens)},
       {"total_tokens_per_second", per_second(tally.output_tokens + tally.prompt_tokens)},
+      {"decode_tokens_per_second_per_stream", stream_rate},
       {"ttft_ms", Percentiles(tally.ttft_ms)},
       {"inter_token_ms", Percentiles(tally.inter_token_ms)},
       {"end_to_end_ms", Percentiles(tally.end_to_end_ms)}};
   if (!flags.json) {
-    std::cout << absl::StrFormat("%d completed, %d failed in %.2f s: %.1f requests/s, %.0f output tokens/s\n",
-                                 completed, tally.num_failed, seconds, per_second(completed),
-                                 per_second(tally.output_tokens));
+    std::cout << absl::StrFormat(
+        "%d completed, %d failed in %.2f s: %.1f requests/s, %.0f output tokens/s\n", completed,
+        tally.num_failed, seconds, per_second(completed), per_second(tally.output_tokens));
+    std::cout << absl::StrFormat("decoding: %.2f tokens/s a stream", stream_rate);
+    if (flags.rate == 0) {
+      const int64_t streams = std::min(flags.concurrency, flags.num_requests);
+      std::cout << absl::StrFormat(", %.0f tokens/s of %d streams",
+                                   stream_rate * static_cast<double>(streams), streams);
+    }
+    std::cout << "\n";
     for (const char* name : {"ttft_ms", "inter_token_ms", "end_to_end_ms"}) {
       const auto& row = results[name];
       std::cout << absl::StrFormat("%-15s mean %9.3f  p50 %9.3f  p90 %9.3f  p99 %9.3f\n", name,
@@ -229,7 +255,8 @@ void AddBenchServeCommand(CLI::App& bench, int& exit_code) {
       ->check(CLI::Range(int64_t{1}, int64_t{10'000'000}));
   command->add_option("--concurrency", flags->concurrency, "closed loop: streams at once")
       ->check(CLI::Range(int64_t{1}, int64_t{10'000}));
-  command->add_option("--rate", flags->rate, "open loop: requests per second, Poisson; 0: closed loop")
+  command
+      ->add_option("--rate", flags->rate, "open loop: requests per second, Poisson; 0: closed loop")
       ->check(CLI::Range(0.0, 1e6));
   command->add_option("--prompt-tokens", flags->prompt_tokens, "random ids per prompt")
       ->check(CLI::Range(int64_t{1}, int64_t{10'000'000}));
