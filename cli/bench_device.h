@@ -16,6 +16,10 @@ struct DeviceCeilings {
   double flops_per_s = 0;       // of a square product in `dtype`, through the back end's Linear
 };
 
+// How long matrix work runs before it is measured: a GPU lowers its clock when it draws more power
+// than it may, within the first second. 0 on a processor.
+double SustainedSeconds(const DeviceInfo& device);
+
 // On a back end without a model or while its engine has no step in flight; the marks are used.
 absl::StatusOr<DeviceCeilings> MeasureCeilings(Backend& backend, DType dtype);
 

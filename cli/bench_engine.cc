@@ -282,13 +282,18 @@ class Bench {
   // time to warm up: clocks, caches and what a library chooses for a shape.
   absl::StatusOr<Line> MeasurePrefill(int64_t length, double seconds, StepTimes times) {
     std::vector<double> runs;
-    for (int run = -1; run < flags_.num_repeats && length <= kLongestRepeat; ++run) {
+    const double sustained = SustainedSeconds(backend_.Info());
+    double total = 0;
+    for (int run = -1; (run < flags_.num_repeats || total < sustained) && length <= kLongestRepeat;
+         ++run) {
       auto again = Reader::Create(engine_, length);
       if (absl::IsResourceExhausted(again.status())) break;
       RETURN_IF_ERROR(again.status());
       RETURN_IF_ERROR((*again)->PrefillTo(length, times));
+      total += (*again)->seconds();
       if (run >= 0) runs.push_back((*again)->seconds());
     }
+    if (sustained > 0) runs.erase(runs.begin(), runs.begin() + std::ssize(runs) / 2);
     if (runs.empty()) runs.push_back(seconds);
     const auto work = std::min_element(times.host_us.begin(), times.host_us.end());
     const double host_us = work == times.host_us.end() ? 0 : *work;
