@@ -49,8 +49,9 @@ struct Shape {
   static constexpr int kValueChunks = kColumns / kPerChunk;
   // A chunk of k each, and what goes with it.
   static_assert(kThreads == kWindow * kKeyChunks && kThreads >= kWindow * kValueChunks);
-  // Of S: 128 KiB a multiprocessor, 64 registers a thread.
-  static constexpr int kBlocksPerMultiprocessor = 1024 / kThreads;
+  // Of S: 96 KiB a multiprocessor, 80 registers a thread. A fourth block would have to spill, and
+  // only waits for memory that is busy.
+  static constexpr int kBlocksPerMultiprocessor = kThreads <= 256 ? 768 / kThreads : 2;
 };
 
 // The rows of one block of W positions, or of two; padded so that 8 rows lie in different banks.
@@ -116,6 +117,15 @@ __device__ inline void CopyAsync(void* shared, const Bf16* global) {
                : "memory");
 }
 __device__ inline void WaitForCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Read once: L1 is for what is spilled and what blocks share.
+__device__ inline float4 LoadOnce(const float* global) {
+  float4 x;
+  asm volatile("ld.global.L1::no_allocate.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(global)
+               : "memory");
+  return x;
+}
 __device__ inline void PrefetchL2(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
@@ -524,8 +534,7 @@ __device__ void Step<S>::Load() {
   const float* const from = State();
 #pragma unroll
   for (int r = 0; r < 8; ++r) {
-    const float4 x =
-        __ldcs(reinterpret_cast<const float4*>(from + (r / 2 * 8 + r % 2) * S::kHeadDim));
+    const float4 x = LoadOnce(from + (r / 2 * 8 + r % 2) * S::kHeadDim);
     state_[r][0] = x.x;
     state_[r][1] = x.y;
     state_[r][2] = x.z;
