@@ -11,7 +11,8 @@ OpenNLPLab's Triton kernel, and PyTorch's scaled_dot_product_attention, which is
 scaled_dot_product_attention on contiguous tensors. An empty list leaves a part out.
 
 Each peer is given its own layout; the conversion is not timed. Every timed call is preceded by a write of 256 MB, so that
-nothing is in the L2 cache and the launches are queued. Medians, and their ratio to ours.
+nothing is in the L2 cache and the launches are queued. Medians, and their ratio to ours. max |d| is the largest difference to the
+same function in float64 of the same bf16 inputs, over some heads of the first sequence; beside it is the output's root mean square.
 """
 import argparse
 import ctypes
@@ -162,6 +163,34 @@ def peers(batch, length, heads, head_dim, rates, layer, num_layers, qkv):
         yield "softmax", lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
+def lightning_reference(q, k, v, rates, chunk=256):
+    """o [T, heads, d] in float64: o_t = q_t (sum over j <= t of e^(-rate (t - j)) k_j v_j^T)."""
+    q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))
+    rates = torch.as_tensor(rates, dtype=torch.float64, device=q.device)[:, None]
+    o, state = torch.empty_like(q), torch.zeros(q.shape[0], q.shape[2], v.shape[2], dtype=torch.float64, device=q.device)
+    for begin in range(0, q.shape[1], chunk):
+        qc, kc, vc = (x[:, begin:begin + chunk] for x in (q, k, v))
+        at = torch.arange(qc.shape[1], device=q.device, dtype=torch.float64)
+        age = at[:, None] - at[None, :]
+        mask = torch.where(age >= 0, torch.exp(-rates[:, :, None] * age.clamp(min=0)), 0)
+        o[:, begin:begin + chunk] = ((qc @ kc.transpose(1, 2)) * mask) @ vc + torch.exp(-rates * (at + 1))[:, :, None] * (qc @ state)
+        state = (torch.exp(-rates * len(at))[:, :, None] * state +
+                 (kc * torch.exp(-rates * (len(at) - 1 - at))[:, :, None]).transpose(1, 2) @ vc)
+    return o.transpose(0, 1)
+
+
+def attention_reference(q, k, v, scale, first=0):
+    """o [heads, T, d] in float64 of queries at first.. over keys of the same heads, causal."""
+    scores = (q.double() @ k.double().transpose(1, 2)) * scale
+    at = torch.arange(q.shape[1], device=q.device) + first
+    scores.masked_fill_(torch.arange(k.shape[1], device=q.device)[None, None, :] > at[None, :, None], -math.inf)
+    return scores.softmax(-1) @ v.double()
+
+
+def max_error(name, x, reference):
+    return f"{name} {(x.double() - reference).abs().max().item():.1e}"
+
+
 def compare_prefill(godwit, batch, length, heads, head_dim, flush, seconds):
     layer, num_layers = 3, 32
     # chunk_lightning_attn makes its own rates: linear in the head.
@@ -183,15 +212,21 @@ def compare_prefill(godwit, batch, length, heads, head_dim, flush, seconds):
     torch.cuda.synchronize()
     call()
     godwit.synchronize()
+    some_heads = [1, heads // 2, heads - 1]
+    q, k, v = (qkvu[:length, i * width:(i + 1) * width].view(length, heads, head_dim)[:, some_heads] for i in range(3))
+    reference = lightning_reference(q, k, v, rates[some_heads])
+    errors = [max_error("ours", o[:length].view(length, heads, head_dim)[:, some_heads], reference)]
     text = f"B{batch} x {length}: ours {ours:.3f} ms, {100 * floor / ours:.0f}% of a copy"
     for name, peer in peers(batch, length, heads, head_dim, rates, layer, num_layers, qkvu):
         theirs = peer().reshape(num_tokens, width)
         some = slice(num_tokens - min(num_tokens, 4096), num_tokens)
         error = ((o[some].double() - theirs[some].double()).norm() / theirs[some].double().norm()).item()
+        if name != "softmax":
+            errors.append(max_error(name, theirs[:length].view(length, heads, head_dim)[:, some_heads], reference))
         del theirs
         ms = time_torch(peer, flush, max(5, rounds // 3))
         text += f"; {name} {ms:.3f} ms, {ms / ours:.2f}x" + (f" (differ by {error:.1e})" if name != "softmax" else "")
-    print(text, flush=True)
+    print(f"{text}; max |d| {', '.join(errors)} of rms {reference.pow(2).mean().sqrt().item():.1f}", flush=True)
 
 
 def compare_softmax(godwit, batch, length, heads, kv_heads, head_dim, flush, rounds=9):
@@ -214,6 +249,9 @@ def compare_softmax(godwit, batch, length, heads, kv_heads, head_dim, flush, rou
     flops = 4 * batch * heads * head_dim * length * (length + 1) / 2
     call = godwit.paged(qkv, o, cache, tables, rows, heads, kv_heads, head_dim, rope)
     ours, no_rope = godwit.milliseconds([call], flush, rounds), godwit.milliseconds([plain], flush, rounds)
+    last = min(length, 256)  # rows of one head: all of its keys
+    reference = attention_reference(q[0, :1, length - last:], k[0, :1], v[0, :1], head_dim ** -0.5, length - last)[0]
+    errors = [max_error("ours", o[length - last:length, :head_dim], reference)]
     text = (f"softmax B{batch} x {length} H {heads}/{kv_heads} d {head_dim}: ours {ours:.3f} ms ({flops / ours / 1e9:.0f} TFLOP/s), "
             f"without rotation {no_rope:.3f}")
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -227,10 +265,11 @@ def compare_softmax(godwit, batch, length, heads, kv_heads, head_dim, flush, rou
             text += f"; no {name} ({str(error)[:40]})"
             continue
         error = ((o.float() - theirs.float()).norm() / theirs.float().norm()).item()
+        errors.append(max_error(name, theirs[length - last:length, :head_dim], reference))
         del theirs
         ms = time_torch(peer, flush, rounds)
         text += f"; {name} {ms:.3f} ms, {ms / ours:.2f}x (differ by {error:.1e})"
-    print(text, flush=True)
+    print(f"{text}; max |d| {', '.join(errors)} of rms {reference.pow(2).mean().sqrt().item():.3f}", flush=True)
 
 
 def compare_lightning_decode(godwit, batch, heads, head_dim, flush, count):
@@ -244,6 +283,16 @@ def compare_lightning_decode(godwit, batch, heads, head_dim, flush, count):
     rows = step_rows([decode_row(row, 105) for row in range(batch)])
     torch.cuda.synchronize()
     call = godwit.lightning(qkv, o, state, window, Decay(rates), rows, num_decode=(batch, batch))
+    call()
+    godwit.synchronize()
+    q0, k0, v0 = (qkv[0, i * width:(i + 1) * width].view(heads, head_dim).double() for i in range(3))
+    open_rows = window[0, torch.arange(96, 104, device="cuda") % (2 * W)].double()  # positions 96..103 of 105
+    ks = torch.cat([open_rows[:, :width].view(-1, heads, head_dim), k0[None]])
+    vs = torch.cat([open_rows[:, width:].view(-1, heads, head_dim), v0[None]])
+    decay = torch.from_numpy(np.exp(-rates[0] * np.arange(len(ks) - 1, -1, -1))).cuda()[:, None]
+    reference = torch.einsum("hd,hde->he", q0, state[0].double()) * math.exp(-rates[0] * len(ks))
+    reference += torch.einsum("jh,jhe->he", torch.einsum("hd,jhd->jh", q0, ks) * decay, vs)
+    error = max_error("ours", o[0].view(heads, head_dim), reference)
     ours = godwit.milliseconds([call], flush, count)
     from fla.ops.lightning_attn import fused_recurrent_lightning_attn
     q, k, v = (qkv[:, i * width:(i + 1) * width].reshape(batch, 1, heads, head_dim).contiguous() for i in range(3))
@@ -252,7 +301,8 @@ def compare_lightning_decode(godwit, batch, heads, head_dim, flush, count):
         return fused_recurrent_lightning_attn(q, k, v, 3, 32, initial_state=state, output_final_state=True)
 
     theirs = time_torch(peer, flush, count)
-    print(f"lightning decode B{batch}: ours {ours * 1e3:.1f} us; fla {theirs * 1e3:.1f} us, {theirs / ours:.2f}x", flush=True)
+    print(f"lightning decode B{batch}: ours {ours * 1e3:.1f} us; fla {theirs * 1e3:.1f} us, {theirs / ours:.2f}x; "
+          f"max |d| {error} of rms {reference.pow(2).mean().sqrt().item():.1f}", flush=True)
 
 
 def compare_paged_decode(godwit, batch, context, heads, kv_heads, head_dim, flush, count):
@@ -283,9 +333,12 @@ def compare_paged_decode(godwit, batch, context, heads, kv_heads, head_dim, flus
     theirs = time_torch(call, flush, count)
     expected = call().reshape(batch, -1).float()
     error = float((o.float() - expected).norm() / expected.norm())
+    reference = attention_reference(q[0, :heads:heads // kv_heads], k[0], v[0], head_dim ** -0.5, context - 1)[:, 0]
+    errors = [max_error(name, x[0].view(heads, head_dim)[::heads // kv_heads], reference) for name, x in (("ours", o), ("SDPA", expected))]
     num_bytes = 2 * batch * context * kv_heads * head_dim * 2
     print(f"paged decode {batch} x {context}, heads {heads}/{kv_heads}: {ours * 1e3:.1f} us, {num_bytes / ours / 1e9:.2f} TB/s; "
-          f"SDPA {theirs * 1e3:.1f} us, {num_bytes / theirs / 1e9:.2f} TB/s; theirs / ours {theirs / ours:.3f}; difference {error:.1e}")
+          f"SDPA {theirs * 1e3:.1f} us, {num_bytes / theirs / 1e9:.2f} TB/s; theirs / ours {theirs / ours:.3f}; difference {error:.1e}; "
+          f"max |d| {', '.join(errors)} of rms {reference.pow(2).mean().sqrt().item():.4f}", flush=True)
 
 
 def main():

@@ -3,6 +3,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <iostream>
@@ -40,6 +41,11 @@ struct BenchServeFlags {
   std::string output;
 };
 
+struct Delta {
+  Clock::time_point time;
+  int64_t num_tokens = 0;
+};
+
 // What the streams measured; every stream adds to it under the mutex.
 struct Tally {
   std::mutex mutex;
@@ -49,6 +55,7 @@ struct Tally {
   int64_t decoded_tokens = 0;  // after the first of each stream,
   double decode_ms = 0;        // and the time from the first to the last
   std::vector<double> ttft_ms, inter_token_ms, end_to_end_ms;
+  std::vector<std::vector<Delta>> decoded;  // by stream
   std::string first_error;
 };
 
@@ -81,6 +88,7 @@ class Stream final : public grpc::ClientReadReactor<v1::GenerateEvent> {
         tally_.output_tokens += num_tokens_;
         tally_.decoded_tokens += std::ssize(gaps_ms_);
         tally_.decode_ms += decode_ms_;
+        tally_.decoded.push_back(std::move(deltas_));
         tally_.prompt_tokens += request_.token_ids().ids_size();
       } else {
         ++tally_.num_failed;
@@ -104,6 +112,7 @@ class Stream final : public grpc::ClientReadReactor<v1::GenerateEvent> {
     }
     last_ = now;
     num_tokens_ += delta.token_ids_size();
+    deltas_.push_back({now, delta.token_ids_size()});
   }
 
   grpc::ClientContext context_;
@@ -113,8 +122,38 @@ class Stream final : public grpc::ClientReadReactor<v1::GenerateEvent> {
   Clock::time_point start_, last_;
   double ttft_ms_ = 0, decode_ms_ = 0;
   std::vector<double> gaps_ms_;
+  std::vector<Delta> deltas_;
   int64_t num_tokens_ = 0;
 };
+
+// Tokens a second in the time in which `num_streams` streams are between their first token and
+// their last; 0 when they never are.
+double FullRate(const std::vector<std::vector<Delta>>& streams, int64_t num_streams) {
+  struct Event {
+    Clock::time_point time;
+    int change;  // of the number of streams that decode
+    int64_t num_tokens;
+  };
+  std::vector<Event> events;
+  for (const std::vector<Delta>& deltas : streams) {
+    for (size_t i = 0; i < deltas.size() && deltas.size() > 1; ++i) {
+      const int change = i == 0 ? 1 : i + 1 == deltas.size() ? -1 : 0;
+      events.push_back({deltas[i].time, change, deltas[i].num_tokens});
+    }
+  }
+  std::sort(events.begin(), events.end(),
+            [](const Event& a, const Event& b) { return a.time < b.time; });
+  int64_t num_decoding = 0, num_tokens = 0;
+  double milliseconds = 0;
+  for (size_t i = 0; i < events.size(); ++i) {
+    if (num_decoding >= num_streams) {
+      milliseconds += Milliseconds(events[i].time - events[i - 1].time);
+      num_tokens += events[i].num_tokens;
+    }
+    num_decoding += events[i].change;
+  }
+  return milliseconds > 0 ? static_cast<double>(num_tokens) * 1e3 / milliseconds : 0;
+}
 
 v1::GenerateRequest RandomRequest(const BenchServeFlags& flags, int64_t vocab_size, int64_t index) {
   std::mt19937_64 random(flags.seed + static_cast<uint64_t>(index));
@@ -207,6 +246,8 @@ int RunBenchServe(const BenchServeFlags& flags) {
   // streams; prompts of others that were read meanwhile included.
   const double stream_rate =
       tally.decode_ms > 0 ? static_cast<double>(tally.decoded_tokens) * 1e3 / tally.decode_ms : 0;
+  const int64_t num_streams = flags.rate > 0 ? 0 : std::min(flags.concurrency, flags.num_requests);
+  const double full_rate = num_streams > 0 ? FullRate(tally.decoded, num_streams) : 0;
   nlohmann::ordered_json results = {
       {"seconds", seconds},
       {"completed", completed},
@@ -215,6 +256,7 @@ int RunBenchServe(const BenchServeFlags& flags) {
       {"output_tokens_per_second", per_second(tally.output_tokens)},
       {"total_tokens_per_second", per_second(tally.output_tokens + tally.prompt_tokens)},
       {"decode_tokens_per_second_per_stream", stream_rate},
+      {"decode_tokens_per_second_all_streams", full_rate},
       {"ttft_ms", Percentiles(tally.ttft_ms)},
       {"inter_token_ms", Percentiles(tally.inter_token_ms)},
       {"end_to_end_ms", Percentiles(tally.end_to_end_ms)}};
@@ -223,10 +265,10 @@ int RunBenchServe(const BenchServeFlags& flags) {
         "%d completed, %d failed in %.2f s: %.1f requests/s, %.0f output tokens/s\n", completed,
         tally.num_failed, seconds, per_second(completed), per_second(tally.output_tokens));
     std::cout << absl::StrFormat("decoding: %.2f tokens/s a stream", stream_rate);
-    if (flags.rate == 0) {
-      const int64_t streams = std::min(flags.concurrency, flags.num_requests);
-      std::cout << absl::StrFormat(", %.0f tokens/s of %d streams",
-                                   stream_rate * static_cast<double>(streams), streams);
+    if (num_streams > 0) {
+      std::cout << absl::StrFormat(", %.0f tokens/s of %d streams, %.0f while all of them decode",
+                                   stream_rate * static_cast<double>(num_streams), num_streams,
+                                   full_rate);
     }
     std::cout << "\n";
     for (const char* name : {"ttft_ms", "inter_token_ms", "end_to_end_ms"}) {
