@@ -104,7 +104,7 @@ class StepExecutor {  // Engine in production, a fake in scheduler tests
   virtual absl::StatusOr<StepId> Submit(std::span<const BatchRow> rows) = 0;
   virtual absl::StatusOr<StepResult> Collect(StepId id) = 0;
 
-  // Copies whole sequence states, in order with the steps (fork, preempt, restore).
+  // Copies whole sequence states, in order with the steps (fork, preempt, save, load).
   virtual absl::Status Copy(std::span<const CacheCopy> copies) = 0;
 };
 // Invariant at every Collect: kv length == state position == num_computed_tokens of each confirmed

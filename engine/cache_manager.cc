@@ -98,6 +98,24 @@ void CacheLease::Release() {
   position_ = 0;
 }
 
+StoredState::StoredState(StoredState&& other) noexcept { *this = std::move(other); }
+
+StoredState& StoredState::operator=(StoredState&& other) noexcept {
+  if (this == &other) return *this;
+  Release();
+  manager_ = std::exchange(other.manager_, nullptr);
+  host_id_ = std::exchange(other.host_id_, -1);
+  position_ = std::exchange(other.position_, 0);
+  num_bytes_ = std::exchange(other.num_bytes_, 0);
+  return *this;
+}
+
+void StoredState::Release() {
+  if (manager_ == nullptr) return;
+  std::exchange(manager_, nullptr)->Return(*this);
+  position_ = 0;
+}
+
 absl::StatusOr<std::unique_ptr<CacheManager>> CacheManager::Create(CacheGeometry geometry) {
   if (geometry.num_slots < 1 || geometry.num_slots > std::numeric_limits<int32_t>::max()) {
     return absl::InvalidArgumentError(
@@ -113,6 +131,10 @@ absl::StatusOr<std::unique_ptr<CacheManager>> CacheManager::Create(CacheGeometry
   if (geometry.swap_bytes < 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("swap bytes ", geometry.swap_bytes, " not >= 0"));
+  }
+  if (geometry.store_bytes < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("store bytes ", geometry.store_bytes, " not >= 0"));
   }
   return std::unique_ptr<CacheManager>(new CacheManager(std::move(geometry)));
 }
@@ -161,9 +183,9 @@ absl::StatusOr<CacheLease> CacheManager::Reserve(int64_t num_tokens) {
   return lease;
 }
 
-int64_t CacheManager::SwapBytes(const CacheLease& lease) const {
-  int64_t bytes = geometry_.blocks_for(lease.position()) * geometry_.block_bytes();
-  const int64_t live_rows = std::min(lease.position(), geometry_.window_rows);
+int64_t CacheManager::StateBytes(int64_t position) const {
+  int64_t bytes = geometry_.blocks_for(position) * geometry_.block_bytes();
+  const int64_t live_rows = std::min(position, geometry_.window_rows);
   for (const StateComponent& component : geometry_.components) {
     bytes += component.base_bytes;
     if (component.windowed()) bytes += live_rows * component.row_bytes;
@@ -205,6 +227,49 @@ absl::StatusOr<CacheCopy> CacheManager::SwapIn(CacheLease& lease) {
   return copy;
 }
 
+absl::StatusOr<StoredState> CacheManager::Store(int64_t position) {
+  GODWIT_CHECK(position >= 1);
+  const int64_t bytes = StateBytes(position);
+  if (bytes > free_store_bytes()) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("needs ", bytes, " bytes of host memory for a stored state, ",
+                     free_store_bytes(), " of ", geometry_.store_bytes, " are free"));
+  }
+  StoredState state;
+  state.manager_ = this;
+  state.host_id_ = next_host_id_++;
+  state.position_ = position;
+  state.num_bytes_ = bytes;
+  used_store_bytes_ += bytes;
+  return state;
+}
+
+absl::StatusOr<CacheManager::Saved> CacheManager::Save(const CacheLease& lease, int64_t position) {
+  GODWIT_CHECK(lease.manager_ == this);
+  GODWIT_CHECK(lease.resident());
+  GODWIT_CHECK(position <= lease.reserved_tokens_);
+  ASSIGN_OR_RETURN(StoredState state, Store(position));
+  CacheCopy copy{.kind = CacheCopy::Kind::kSave,
+                 .from_slot = lease.slot_,
+                 .from_blocks = FirstBlocks(lease.blocks_, geometry_.blocks_for(position)),
+                 .host_id = state.host_id_,
+                 .position = position};
+  return Saved{std::move(state), std::move(copy)};
+}
+
+CacheCopy CacheManager::Load(const StoredState& state, CacheLease& lease) {
+  GODWIT_CHECK(state.manager_ == this && lease.manager_ == this);
+  GODWIT_CHECK(lease.resident() && lease.fresh_);
+  GODWIT_CHECK(state.position_ <= lease.reserved_tokens_);
+  lease.fresh_ = false;
+  lease.position_ = state.position_;
+  return {.kind = CacheCopy::Kind::kLoad,
+          .to_slot = lease.slot_,
+          .to_blocks = FirstBlocks(lease.blocks_, geometry_.blocks_for(state.position_)),
+          .host_id = state.host_id_,
+          .position = state.position_};
+}
+
 std::vector<int64_t> CacheManager::TakeReleasedHostIds() {
   return std::exchange(released_host_ids_, {});
 }
@@ -225,6 +290,12 @@ void CacheManager::Return(CacheLease& lease) {
   used_swap_bytes_ -= std::exchange(lease.host_bytes_, 0);
   GODWIT_CHECK(used_swap_bytes_ >= 0);
   released_host_ids_.push_back(std::exchange(lease.host_id_, -1));
+}
+
+void CacheManager::Return(StoredState& state) {
+  used_store_bytes_ -= std::exchange(state.num_bytes_, 0);
+  GODWIT_CHECK(used_store_bytes_ >= 0);
+  released_host_ids_.push_back(std::exchange(state.host_id_, -1));
 }
 
 }  // namespace godwit

@@ -24,6 +24,7 @@ struct CacheGeometry {
   int64_t num_slots = 0;        // one per resident sequence
   int64_t num_blocks = 0;       // KV blocks of kPagedBlock tokens, shared by all paged components (one id = one block each)
   int64_t swap_bytes = 0;       // host memory for preempted sequences
+  int64_t store_bytes = 0;      // host memory for stored states: sessions, prefixes
 
   bool has_paged() const;
   int64_t slot_bytes() const;        // bases and window rings of one sequence
@@ -74,15 +75,40 @@ class CacheLease {
   int64_t host_bytes_ = 0;
 };
 
+// A state kept in host memory beside the sequences: any number of leases can be loaded from it. Move-only; returns its bytes
+// when destroyed. Not thread-safe; owned by the engine thread.
+class StoredState {
+ public:
+  StoredState() = default;
+  StoredState(StoredState&& other) noexcept;
+  StoredState& operator=(StoredState&& other) noexcept;
+  ~StoredState() { Release(); }
+
+  explicit operator bool() const { return manager_ != nullptr; }
+  int64_t host_id() const { return host_id_; }
+  int64_t position() const { return position_; }  // tokens in the state
+  int64_t num_bytes() const { return num_bytes_; }  // of host memory
+
+  void Release();
+
+ private:
+  friend class CacheManager;
+  CacheManager* manager_ = nullptr;
+  int64_t host_id_ = -1;
+  int64_t position_ = 0;
+  int64_t num_bytes_ = 0;
+};
+
 // A copy of a whole sequence state, done by StepExecutor::Copy in order with the steps. Ids are captured by value: the
 // manager may hand the source's device ids to others at once, because later steps run after the copy. Whoever orders a
 // kFork clears fresh() of the target's lease, or its first step would zero the copy.
 struct CacheCopy {
-  enum class Kind { kFork, kSwapOut, kSwapIn };
+  // kSave and kLoad leave their source as it is; a swap's is gone.
+  enum class Kind { kFork, kSwapOut, kSwapIn, kSave, kLoad };
   Kind kind = Kind::kFork;
   int32_t from_slot = -1, to_slot = -1;
   std::vector<int32_t> from_blocks, to_blocks;  // as many as hold `position` tokens
-  int64_t host_id = -1;                          // of a swap
+  int64_t host_id = -1;                          // all but kFork
   int64_t position = 0;
 };
 
@@ -95,6 +121,7 @@ class CacheManager {
   int64_t free_slots() const { return static_cast<int64_t>(free_slots_.size()); }
   int64_t free_blocks() const { return static_cast<int64_t>(free_blocks_.size()); }
   int64_t free_swap_bytes() const { return geometry_.swap_bytes - used_swap_bytes_; }
+  int64_t free_store_bytes() const { return geometry_.store_bytes - used_store_bytes_; }
 
   // Would `count` sequences of `num_tokens` each fit now / in an empty cache?
   bool Fits(int64_t num_tokens, int64_t count = 1) const;
@@ -108,22 +135,40 @@ class CacheManager {
   absl::StatusOr<CacheCopy> SwapOut(CacheLease& lease);
   absl::StatusOr<CacheCopy> SwapIn(CacheLease& lease);
   // Host bytes that SwapOut would take.
-  int64_t SwapBytes(const CacheLease& lease) const;
+  int64_t SwapBytes(const CacheLease& lease) const { return StateBytes(lease.position()); }
+  // Host bytes of a state of `position` tokens.
+  int64_t StateBytes(int64_t position) const;
 
-  // Host ids freed by released swapped leases since the last call; the pool frees their bytes.
+  // Copies the state of a resident lease to host memory; the lease keeps all it has. `position`, at least 1: where the state
+  // will stand once every submitted step has run, none of which may have drawn from it uncollected. RESOURCE_EXHAUSTED
+  // changes nothing; on OK the caller executes the copy before the lease's next step, or drops the state first.
+  struct Saved {
+    StoredState state;
+    CacheCopy copy;
+  };
+  absl::StatusOr<Saved> Save(const CacheLease& lease, int64_t position);
+  // Fills a fresh lease with room for it from a stored state, which stays. The copy must be executed before the lease's
+  // next step; the stored state may be dropped as soon as the copy is planned to run before any other.
+  CacheCopy Load(const StoredState& state, CacheLease& lease);
+  // Host memory for a state of `position` tokens that comes from elsewhere (StateFile). RESOURCE_EXHAUSTED changes nothing.
+  absl::StatusOr<StoredState> Store(int64_t position);
+
+  // Host ids freed by released swapped leases and stored states since the last call; the pool frees their bytes.
   std::vector<int64_t> TakeReleasedHostIds();
 
  private:
   friend class CacheLease;
+  friend class StoredState;
   explicit CacheManager(CacheGeometry geometry);
   absl::Status Take(int64_t num_blocks, CacheLease& lease);  // all or nothing
   void Return(CacheLease& lease);
+  void Return(StoredState& state);
   void ReturnDeviceIds(CacheLease& lease);
 
   CacheGeometry geometry_;
   std::vector<int32_t> free_slots_, free_blocks_;
   std::vector<int64_t> released_host_ids_;
-  int64_t used_swap_bytes_ = 0;
+  int64_t used_swap_bytes_ = 0, used_store_bytes_ = 0;
   int64_t next_host_id_ = 0;
 };
 

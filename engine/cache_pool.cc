@@ -143,7 +143,7 @@ absl::Status CachePool::Fork(const CacheCopy& copy) {
                       });
 }
 
-absl::Status CachePool::SwapOut(const CacheCopy& copy) {
+absl::Status CachePool::ToHost(const CacheCopy& copy) {
   int64_t total = 0;
   const auto count = [&](char*, int64_t num_bytes) {
     total += num_bytes;
@@ -155,7 +155,7 @@ absl::Status CachePool::SwapOut(const CacheCopy& copy) {
       .num_bytes = total};
   if (host.bytes == nullptr) {
     return absl::ResourceExhaustedError(
-        absl::StrCat("no host memory for a preempted sequence of ", FormatBytes(total)));
+        absl::StrCat("no host memory for a state of ", FormatBytes(total)));
   }
   int64_t offset = 0;
   RETURN_IF_ERROR(ForEachRange(
@@ -168,7 +168,7 @@ absl::Status CachePool::SwapOut(const CacheCopy& copy) {
   return absl::OkStatus();
 }
 
-absl::Status CachePool::SwapIn(const CacheCopy& copy) {
+absl::Status CachePool::FromHost(const CacheCopy& copy) {
   const auto found = host_copies_.find(copy.host_id);
   GODWIT_CHECK(found != host_copies_.end());
   const HostCopy& host = found->second;
@@ -180,7 +180,6 @@ absl::Status CachePool::SwapIn(const CacheCopy& copy) {
         return ToStatus(backend_.CopyFromHost(data, from, num_bytes));
       }));
   GODWIT_CHECK(offset == host.num_bytes);
-  host_copies_.erase(found);
   return absl::OkStatus();
 }
 
@@ -189,9 +188,14 @@ absl::Status CachePool::Copy(const CacheCopy& copy) {
     case CacheCopy::Kind::kFork:
       return Fork(copy);
     case CacheCopy::Kind::kSwapOut:
-      return SwapOut(copy);
+    case CacheCopy::Kind::kSave:
+      return ToHost(copy);
     case CacheCopy::Kind::kSwapIn:
-      return SwapIn(copy);
+      RETURN_IF_ERROR(FromHost(copy));
+      host_copies_.erase(copy.host_id);
+      return absl::OkStatus();
+    case CacheCopy::Kind::kLoad:
+      return FromHost(copy);
   }
   return absl::OkStatus();
 }

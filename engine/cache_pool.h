@@ -1,5 +1,5 @@
 #pragma once
-// The bytes of all sequence states on one device, and the host copies of swapped ones.
+// The bytes of all sequence states on one device, and the host copies of swapped and stored ones.
 
 #include <cstdint>
 #include <map>
@@ -29,7 +29,7 @@ class CachePool {
 
   absl::Status ZeroSlot(int32_t slot);            // bases; in debug builds windows are filled with NaN
 
-  // Bases, rows that were written, blocks. A swap-out keeps the bytes under host_id until swapped in or dropped;
+  // Bases, rows that were written, blocks. A swap-out or save keeps the bytes under host_id until swapped in or dropped;
   // RESOURCE_EXHAUSTED without host memory for them.
   absl::Status Copy(const CacheCopy& copy);
   int64_t num_host_copies() const { return static_cast<int64_t>(host_copies_.size()); }
@@ -47,8 +47,8 @@ class CachePool {
   template <typename Visit>
   absl::Status ForEachRange(int32_t slot, std::span<const int32_t> blocks, int64_t position, const Visit& visit) const;
   absl::Status Fork(const CacheCopy& copy);
-  absl::Status SwapOut(const CacheCopy& copy);
-  absl::Status SwapIn(const CacheCopy& copy);
+  absl::Status ToHost(const CacheCopy& copy);
+  absl::Status FromHost(const CacheCopy& copy);
 
   Backend& backend_;
   CacheGeometry geometry_;

@@ -53,6 +53,8 @@ absl::Status CheckOptions(const EngineOptions& options) {
   RETURN_IF_ERROR(CheckRange("kv_bytes", options.kv_bytes, 0, std::numeric_limits<int64_t>::max()));
   RETURN_IF_ERROR(
       CheckRange("swap_bytes", options.swap_bytes, 0, std::numeric_limits<int64_t>::max()));
+  RETURN_IF_ERROR(
+      CheckRange("store_bytes", options.store_bytes, 0, std::numeric_limits<int64_t>::max()));
   RETURN_IF_ERROR(CheckRange("context_length", options.context_length, 0, kMaxContext));
   RETURN_IF_ERROR(
       CheckRange("max_steps_in_flight", options.max_steps_in_flight, 0, kMaxStepsInFlight));
@@ -203,6 +205,7 @@ struct Engine::Impl {
   void ResolveTokens(Step& step);
   void Measure(const Step& step, const StepResult& result);
   absl::Status CopyOne(const CacheCopy& copy);
+  absl::Status CopyFromHost(const CacheCopy& copy);
   void DropReleasedHostCopies();
 
   // Three marks a step in flight: when the queue begins it, has its drafts, and has ended it.
@@ -230,7 +233,7 @@ struct Engine::Impl {
   bool replays = false;  // DeviceInfo's
 
   std::vector<SlotState> slots;  // as the queue will have left them after the last submitted step
-  std::map<int64_t, SlotState> host_slots;  // of swapped sequences, by host id
+  std::map<int64_t, SlotState> host_slots;  // of swapped and stored states, by host id
   std::deque<Step> in_flight;
   StepId next_step = 0;
 };
@@ -269,7 +272,8 @@ CacheGeometry Engine::Impl::MakeGeometry(const EngineOptions& options) const {
   CacheGeometry geometry = {.components = model->state_components(),
                             .window_rows = WindowRows(options.max_steps_in_flight, kMaxDraftTokens),
                             .num_slots = options.max_sequences,
-                            .swap_bytes = options.swap_bytes};
+                            .swap_bytes = options.swap_bytes,
+                            .store_bytes = options.store_bytes};
   geometry.components.push_back(
       {.name = "penalties", .base_bytes = model->config().vocab_size * DTypeBytes(DType::kU32)});
   if (draft == nullptr) return geometry;
@@ -768,16 +772,24 @@ absl::StatusOr<StepResult> Engine::Collect(StepId id) {
 // --- Copy
 // ---------------------------------------------------------------------------------------------------------------
 
-absl::Status Engine::Impl::CopyOne(const CacheCopy& copy) {
-  if (copy.kind == CacheCopy::Kind::kSwapIn) {
-    const auto found = host_slots.find(copy.host_id);
-    GODWIT_CHECK(found != host_slots.end());
-    GODWIT_CHECK(found->second.position == copy.position);
-    RETURN_IF_ERROR(pool->Copy(copy));
-    slot(copy.to_slot) = found->second;
-    host_slots.erase(found);
-    if (speculator != nullptr) speculator->SwapIn(copy.host_id, copy.to_slot);
+absl::Status Engine::Impl::CopyFromHost(const CacheCopy& copy) {
+  const auto found = host_slots.find(copy.host_id);
+  GODWIT_CHECK(found != host_slots.end());
+  GODWIT_CHECK(found->second.position == copy.position);
+  RETURN_IF_ERROR(pool->Copy(copy));
+  slot(copy.to_slot) = found->second;
+  if (copy.kind == CacheCopy::Kind::kLoad) {
+    if (speculator != nullptr) speculator->Load(copy.host_id, copy.to_slot);
     return absl::OkStatus();
+  }
+  host_slots.erase(found);
+  if (speculator != nullptr) speculator->SwapIn(copy.host_id, copy.to_slot);
+  return absl::OkStatus();
+}
+
+absl::Status Engine::Impl::CopyOne(const CacheCopy& copy) {
+  if (copy.kind == CacheCopy::Kind::kSwapIn || copy.kind == CacheCopy::Kind::kLoad) {
+    return CopyFromHost(copy);
   }
   // Copied where no step in flight can still change it; position 0: never used, so the slot's
   // record is another sequence's.
@@ -789,9 +801,14 @@ absl::Status Engine::Impl::CopyOne(const CacheCopy& copy) {
   if (copy.kind == CacheCopy::Kind::kFork) {
     slot(copy.to_slot) = from;
     if (speculator != nullptr) speculator->Fork(copy.from_slot, copy.to_slot);
+    return absl::OkStatus();
+  }
+  host_slots[copy.host_id] = from;
+  if (speculator == nullptr) return absl::OkStatus();
+  if (copy.kind == CacheCopy::Kind::kSave) {
+    speculator->Save(copy.from_slot, copy.host_id);
   } else {
-    host_slots[copy.host_id] = from;
-    if (speculator != nullptr) speculator->SwapOut(copy.from_slot, copy.host_id);
+    speculator->SwapOut(copy.from_slot, copy.host_id);
   }
   return absl::OkStatus();
 }

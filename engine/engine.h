@@ -28,6 +28,7 @@ struct EngineOptions {
   // memory is ours, all that is free.
   int64_t kv_bytes = 0;
   int64_t swap_bytes = 0;       // host memory for preempted sequences
+  int64_t store_bytes = 0;      // host memory for stored states: sessions, prefixes
   int64_t context_length = 0;   // limit of prompt + output; 0: the model's (recurrent: 2^31 - 1)
   int max_steps_in_flight = 0;  // 1, or 2: plan a step while one runs; 0: 2 on a GPU
   bool deterministic = false;   // BackendLimits; the CPU always is

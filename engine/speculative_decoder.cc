@@ -536,6 +536,16 @@ void SpeculativeDecoder::SwapIn(int64_t host_id, int32_t slot) {
   host_slots_.erase(found);
 }
 
+void SpeculativeDecoder::Save(int32_t slot, int64_t host_id) {
+  host_slots_[host_id] = slots_[static_cast<size_t>(slot)];
+}
+
+void SpeculativeDecoder::Load(int64_t host_id, int32_t slot) {
+  const auto found = host_slots_.find(host_id);
+  GODWIT_CHECK(found != host_slots_.end());
+  slots_[static_cast<size_t>(slot)] = found->second;
+}
+
 void SpeculativeDecoder::Drop(std::span<const int64_t> host_ids) {
   for (const int64_t host_id : host_ids) host_slots_.erase(host_id);
 }

@@ -73,6 +73,8 @@ class SpeculativeDecoder {
   void Fork(int32_t from_slot, int32_t to_slot);
   void SwapOut(int32_t slot, int64_t host_id);
   void SwapIn(int64_t host_id, int32_t slot);
+  void Save(int32_t slot, int64_t host_id);
+  void Load(int64_t host_id, int32_t slot);
   void Drop(std::span<const int64_t> host_ids);
 
  private:
@@ -144,7 +146,7 @@ class SpeculativeDecoder {
   DeviceBuffer rope_table_ids_;  // [max_tokens_per_step] i32, zeros
 
   std::vector<SlotDraft> slots_;
-  std::map<int64_t, SlotDraft> host_slots_;  // of swapped sequences, by host id
+  std::map<int64_t, SlotDraft> host_slots_;  // of swapped and stored states, by host id
 
   AcceptanceEstimator estimator_;
   SpeculationCosts costs_;

@@ -200,6 +200,43 @@ TEST(CacheManagerTest, SwapOutBeyondTheBudgetAndSwapInWithoutRoomChangeNothing) 
   EXPECT_EQ(manager->free_slots(), 3);
 }
 
+TEST(CacheManagerTest, SavedStateHasABudgetOfItsOwnAndTheLeaseKeepsAll) {
+  CacheGeometry geometry = HybridGeometry();
+  geometry.store_bytes = 5000;
+  const auto manager = MakeManager(std::move(geometry));
+  CacheLease lease = MustReserve(*manager, 40);
+  lease.set_position(20);
+  auto saved = manager->Save(lease, 20);
+  ASSERT_TRUE(saved.ok());
+  EXPECT_EQ(saved->state.num_bytes(), manager->SwapBytes(lease));
+  EXPECT_EQ(saved->state.position(), 20);
+  EXPECT_EQ(saved->copy.from_slot, lease.slot());
+  EXPECT_EQ(saved->copy.from_blocks.size(), 2u);
+  EXPECT_TRUE(lease.resident());
+  EXPECT_EQ(lease.blocks().size(), 3u);
+  EXPECT_EQ(manager->free_store_bytes(), 5000 - saved->state.num_bytes());
+  EXPECT_EQ(manager->free_swap_bytes(), 100'000);
+
+  auto refused = manager->Save(lease, 40);
+  EXPECT_EQ(refused.status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(manager->free_store_bytes(), 5000 - saved->state.num_bytes());
+
+  CacheLease other = MustReserve(*manager, 30);
+  const CacheCopy load = manager->Load(saved->state, other);
+  EXPECT_EQ(load.to_slot, other.slot());
+  EXPECT_EQ(load.to_blocks.size(), 2u);
+  EXPECT_EQ(load.host_id, saved->copy.host_id);
+  EXPECT_FALSE(other.fresh());
+  EXPECT_EQ(other.position(), 20);
+
+  StoredState moved = std::move(saved->state);
+  EXPECT_TRUE(manager->TakeReleasedHostIds().empty());
+  moved.Release();
+  EXPECT_FALSE(moved);
+  EXPECT_EQ(manager->free_store_bytes(), 5000);
+  EXPECT_THAT(manager->TakeReleasedHostIds(), testing::ElementsAre(load.host_id));
+}
+
 TEST(CacheManagerTest, ReleasedSwappedLeaseNamesItsHostIdOnce) {
   auto manager = MakeManager(HybridGeometry());
   CacheLease lease = MustReserve(*manager, 16);

@@ -29,6 +29,7 @@ bool SameBitsOf(const std::vector<float>& a, const std::vector<float>& b) {
 struct Sequence {
   const DriverRequest* request = nullptr;
   std::vector<CacheLease> leases;      // per output
+  std::vector<StoredState> stored;     // per output, while swapped out by store
   std::vector<RowOutput> row_outputs;  // per output
   std::vector<DriverOutput> outputs;
   std::shared_ptr<const RopeTable> rope;
@@ -96,8 +97,7 @@ class Driver {
     sequence.steps_in_flight.resize(sequence.outputs.size());
     for (int output = 0; output < request.num_outputs; ++output) {
       CacheLease& lease = sequence.leases[static_cast<size_t>(output)];
-      lease = Must(
-          engine_.caches().Reserve(std::ssize(request.prompt) + request.max_tokens + kProbeTokens));
+      lease = Must(engine_.caches().Reserve(NumReserved(request)));
       sequence.row_outputs.push_back({.lease = &lease,
                                       .sampling = &request.sampling,
                                       .seed = request.seed,
@@ -118,15 +118,44 @@ class Driver {
     for (Sequence& sequence : sequences_) {
       const DriverRequest& request = *sequence.request;
       if (sequence.resume_step >= 0 && num_steps_ >= sequence.resume_step) {
-        for (CacheLease& lease : sequence.leases) Copy(Must(engine_.caches().SwapIn(lease)));
+        if (request.swap_by_store) {
+          Load(sequence);
+        } else {
+          for (CacheLease& lease : sequence.leases) Copy(Must(engine_.caches().SwapIn(lease)));
+        }
         sequence.resume_step = -1;
       }
       if (WaitsForSwap(sequence) && !sequence.in_flight()) {
-        for (CacheLease& lease : sequence.leases) Copy(Must(engine_.caches().SwapOut(lease)));
+        if (request.swap_by_store) {
+          Save(sequence);
+        } else {
+          for (CacheLease& lease : sequence.leases) Copy(Must(engine_.caches().SwapOut(lease)));
+        }
         sequence.was_swapped = true;
         sequence.resume_step = num_steps_ + request.swap_steps;
       }
     }
+  }
+
+  void Save(Sequence& sequence) {
+    for (CacheLease& lease : sequence.leases) {
+      CacheManager::Saved saved = Must(engine_.caches().Save(lease, lease.position()));
+      Copy(saved.copy);
+      sequence.stored.push_back(std::move(saved.state));
+      lease.Release();
+    }
+  }
+
+  void Load(Sequence& sequence) {
+    for (size_t output = 0; output < sequence.leases.size(); ++output) {
+      sequence.leases[output] = Must(engine_.caches().Reserve(NumReserved(*sequence.request)));
+      Copy(engine_.caches().Load(sequence.stored[output], sequence.leases[output]));
+    }
+    sequence.stored.clear();
+  }
+
+  static int64_t NumReserved(const DriverRequest& request) {
+    return std::ssize(request.prompt) + request.max_tokens + kProbeTokens;
   }
 
   static bool WaitsForSwap(const Sequence& sequence) {

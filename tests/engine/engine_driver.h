@@ -24,8 +24,9 @@ struct DriverRequest {
   int64_t start_step = 0;     // not before this many steps
   int64_t swap_after = -1;    // swapped out when so many tokens are drawn, for swap_steps steps
   int64_t swap_steps = 3;
-  int num_outputs = 1;  // forks get output_index + 1, ...
-  std::string rope;     // JSON of the request's own method; "": the model's
+  bool swap_by_store = false;  // by saving, releasing and loading
+  int num_outputs = 1;         // forks get output_index + 1, ...
+  std::string rope;            // JSON of the request's own method; "": the model's
   // Drafts asked for in the row of step s: those of s % size; empty: none, and the draft model does
   // not read the prompt.
   std::vector<int> draft_tokens;

@@ -254,22 +254,31 @@ bool FakeExecutor::SlotInFlight(int32_t slot) const {
                      [&](const Step& step) { return step.slots.contains(slot); });
 }
 
+bool FakeExecutor::SlotDrafting(int32_t slot) const {
+  return std::any_of(in_flight_.begin(), in_flight_.end(),
+                     [&](const Step& step) { return step.drafting.contains(slot); });
+}
+
 void FakeExecutor::CopyOne(const CacheCopy& copy) {
   Trace(static_cast<uint64_t>(copy.kind) + 977);
   Trace(static_cast<uint64_t>(copy.host_id));
-  if (copy.kind == CacheCopy::Kind::kSwapOut) {
-    Check(!SlotInFlight(copy.from_slot), "swapped out with a step in flight");
+  if (copy.kind == CacheCopy::Kind::kFork) return Fork(copy);
+  if (copy.kind == CacheCopy::Kind::kSwapOut || copy.kind == CacheCopy::Kind::kSave) {
+    // What a step in flight does not draw is known before it is collected.
+    Check(copy.kind == CacheCopy::Kind::kSave || !SlotInFlight(copy.from_slot),
+          "swapped out with a step in flight");
+    Check(!SlotDrafting(copy.from_slot), "saved with drafts in flight");
     SlotState& state = slots_[static_cast<size_t>(copy.from_slot)];
     Check(state.position == copy.position, "swapped out at another position");
     HostCopy host{.state = state};
     for (int32_t block : copy.from_blocks)
       host.blocks.push_back(blocks_[static_cast<size_t>(block)]);
     Check(host_copies_.emplace(copy.host_id, std::move(host)).second, "host id twice");
+    if (copy.kind == CacheCopy::Kind::kSave) return;
     state = {.hash = 0xdead, .position = -1};  // poison
     for (int32_t block : copy.from_blocks) blocks_[static_cast<size_t>(block)].fill(0xdead);
     return;
   }
-  Check(copy.kind == CacheCopy::Kind::kSwapIn, "the scheduler leaves forks to the rows");
   Check(!SlotInFlight(copy.to_slot), "swapped into a slot in flight");
   const auto host = host_copies_.find(copy.host_id);
   if (host == host_copies_.end()) return Check(false, "swapped in from an unknown host id");
@@ -278,7 +287,20 @@ void FakeExecutor::CopyOne(const CacheCopy& copy) {
   for (size_t block = 0; block < copy.to_blocks.size(); ++block) {
     blocks_[static_cast<size_t>(copy.to_blocks[block])] = host->second.blocks[block];
   }
-  host_copies_.erase(host);
+  if (copy.kind == CacheCopy::Kind::kSwapIn) host_copies_.erase(host);
+}
+
+void FakeExecutor::Fork(const CacheCopy& copy) {
+  Check(!SlotDrafting(copy.from_slot), "forked with drafts in flight");
+  Check(!SlotInFlight(copy.to_slot), "forked into a slot in flight");
+  const SlotState& from = slots_[static_cast<size_t>(copy.from_slot)];
+  Check(from.position == copy.position, "forked at another position");
+  slots_[static_cast<size_t>(copy.to_slot)] = from;
+  Check(copy.from_blocks.size() == copy.to_blocks.size(), "blocks of the fork do not match");
+  for (size_t block = 0; block < copy.to_blocks.size(); ++block) {
+    blocks_[static_cast<size_t>(copy.to_blocks[block])] =
+        blocks_[static_cast<size_t>(copy.from_blocks[block])];
+  }
 }
 
 void FakeExecutor::DropHostCopies() {
