@@ -12,6 +12,10 @@ if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
   # H100 and H200; sm_90a code runs on Hopper only. A release takes "80-real;90a-real;100-virtual".
   set(CMAKE_CUDA_ARCHITECTURES 90a-real CACHE STRING "architectures of the CUDA back end")
 endif()
+# The kernels of Hopper have no body in plain 90, and would still be launched.
+if("${CMAKE_CUDA_ARCHITECTURES}" MATCHES "(^|;)90(-|;|$)")
+  message(FATAL_ERROR "CMAKE_CUDA_ARCHITECTURES: take 90a for Hopper, not 90")
+endif()
 enable_language(CUDA)
 find_package(CUDAToolkit 12.4 REQUIRED)
 if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 knows CUDA17 at most

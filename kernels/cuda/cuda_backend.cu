@@ -38,6 +38,7 @@ cudaError_t Scratch::Reserve(int64_t num_bytes, void** data) {
 namespace {
 
 constexpr int kMinComputeCapability = 80;
+constexpr size_t kHopperSharedBytes = 227 << 10;  // of a block: what kernels of 90 take
 // Left out of every plan: recorded graphs, modules that load late, scratch that grows with the plan
 // itself.
 constexpr int64_t kMarginBytes = int64_t{768} << 20;
@@ -50,6 +51,21 @@ struct Recording {
   cudaGraphExec_t graph = nullptr;
   bool ran = false;
 };
+
+// Its attributes say for which architecture the code that this device runs was compiled.
+__global__ void __launch_bounds__(1) CodeKernel() {}
+
+// Of the kernels to launch (Context); 0 if the plugin holds no code that the device runs. PTX of an
+// older architecture is translated, but the kernels of newer ones have no body in it.
+int CodeComputeCapability(const cudaDeviceProp& device) {
+  cudaFuncAttributes code;
+  if (cudaFuncGetAttributes(&code, CodeKernel) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  if (device.sharedMemPerBlockOptin < kHopperSharedBytes) return kMinComputeCapability;
+  return std::min(device.major * 10 + device.minor, code.ptxVersion);
+}
 
 class CudaBackend final : public Backend {
  public:
@@ -234,7 +250,8 @@ class CudaBackend final : public Backend {
 OpStatus CudaBackend::Reserve(const BackendLimits& limits) {
   context_.deterministic = limits.deterministic;
   const int64_t num_bytes = std::max({LinearScratchBytes(limits), LightningScratchBytes(limits),
-                                      PagedScratchBytes(limits), SampleScratchBytes(limits)});
+                                      PagedScratchBytes(limits),
+                                      SampleScratchBytes(limits, context_.compute_capability)});
   void* scratch = nullptr;
   return Result("Reserve", scratch_.Reserve(num_bytes, &scratch));
 }
@@ -341,6 +358,14 @@ CudaBackend* CudaBackend::Create(char* error, size_t error_bytes) {
                   properties.name, properties.major, properties.minor);
     return nullptr;
   }
+  const int compute_capability = CodeComputeCapability(properties);
+  if (compute_capability == 0) {
+    std::snprintf(error, error_bytes,
+                  "GPU %s: the plugin was built without code for compute "
+                  "capability %d.%d (CMAKE_CUDA_ARCHITECTURES)",
+                  properties.name, properties.major, properties.minor);
+    return nullptr;
+  }
   auto* backend = new (std::nothrow) CudaBackend;
   if (backend == nullptr) return nullptr;
   std::snprintf(backend->description_, sizeof(backend->description_), "%s, %d multiprocessors",
@@ -358,7 +383,7 @@ CudaBackend* CudaBackend::Create(char* error, size_t error_bytes) {
   }
   backend->context_.stream = backend->stream_;
   backend->context_.num_multiprocessors = properties.multiProcessorCount;
-  backend->context_.compute_capability = properties.major * 10 + properties.minor;
+  backend->context_.compute_capability = compute_capability;
   if (status == cudaSuccess) return backend;
   std::snprintf(error, error_bytes, "GPU %s: %s", properties.name, cudaGetErrorString(status));
   backend->Destroy();

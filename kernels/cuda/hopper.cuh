@@ -9,12 +9,21 @@
 // with either of its dimensions as the contracted one:
 //   ContractColumns: rows are M (or N), columns are K;  ContractRows: columns are M (or N), rows
 //   are K ("transposed").
+//
+// A plugin may hold code for several architectures. Kernels that use what only sm_90a has (wgmma,
+// setmaxnreg) have an empty body elsewhere, #ifdef __CUDA_ARCH_FEAT_SM90_ALL, and are launched
+// where Context::compute_capability is 90; those with mbarriers and TMA alone, #if __CUDA_ARCH__ >=
+// 900, from 90 on.
 
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#pragma nv_diag_suppress 177  // the parts of a kernel without a body are unused
+#endif
 
 namespace godwit::cuda::hopper {
 

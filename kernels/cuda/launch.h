@@ -34,10 +34,12 @@ inline constexpr int64_t kNumCounters = 65536;
 struct Context {
   cudaStream_t stream = nullptr;
   Scratch& scratch;
-  Gemm* gemm = nullptr;  // for LaunchLinear and LaunchGatedLinear
+  Gemm* gemm = nullptr;          // for LaunchLinear and LaunchGatedLinear
   uint32_t* counters = nullptr;  // kNumCounters, zero before and after each op
   int num_multiprocessors = 0;
-  int compute_capability = 0;  // 90 for Hopper
+  // Whose kernels to launch: 90 for Hopper. Less than the device's where the plugin holds none for
+  // it, or they do not fit.
+  int compute_capability = 0;
   bool deterministic = false;  // BackendLimits
 };
 
@@ -78,6 +80,6 @@ int64_t LightningScratchBytes(const BackendLimits& limits);
 int64_t PagedDecodeScratchBytes(const BackendLimits& limits);
 int64_t PagedPrefillScratchBytes(const BackendLimits& limits);
 int64_t PagedScratchBytes(const BackendLimits& limits);
-int64_t SampleScratchBytes(const BackendLimits& limits);
+int64_t SampleScratchBytes(const BackendLimits& limits, int compute_capability);
 
 }  // namespace godwit::cuda

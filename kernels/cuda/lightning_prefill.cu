@@ -28,10 +28,6 @@
 #include "kernels/cuda/lightning_rows.cuh"
 #include "kernels/cuda/pdl.cuh"
 
-#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#pragma nv_diag_suppress 177  // the kernel's body is empty there: its parts are unused
-#endif
-
 namespace godwit::cuda {
 namespace {
 

@@ -679,6 +679,7 @@ template <int kHeadDim>
 __global__ void __launch_bounds__(kAttendThreads, 1)
     AttendKernel(const AttendArgs args, const __grid_constant__ CUtensorMap q_map,
                  const __grid_constant__ CUtensorMap cache_map) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ char memory[];
   auto& shared =
       *reinterpret_cast<Shared<kHeadDim>*>(memory + (-SharedAddress(memory) & (kAlignment - 1)));
@@ -710,6 +711,7 @@ __global__ void __launch_bounds__(kAttendThreads, 1)
     TakeRegisters<kConsumerRegisters>();
     Consumer<kHeadDim>(args, shared).Run();
   }
+#endif
 }
 
 // ---- Launch ----
@@ -725,7 +727,7 @@ int64_t NumCacheGroups(const PagedAttentionArgs& args) {
 
 // By properties of the model alone, so that every step of it takes the same path.
 bool Supports(const PagedAttentionArgs& args, const Context& context) {
-  return context.compute_capability / 10 == 9 && args.q.dtype == DType::kBF16 &&
+  return context.compute_capability == 90 && args.q.dtype == DType::kBF16 &&
          (args.head_dim == 64 || args.head_dim == 128) && args.scale > 0 &&
          (!args.cos ||
           (args.cos.shape[1] % 8 == 0 && Aligned16(args.cos) && Aligned16(args.sin))) &&

@@ -80,20 +80,21 @@ __global__ void __launch_bounds__(kRowThreads, 4)
 
 cudaError_t LaunchSample(const SampleArgs& args, Context& context) {
   if (args.num_rows == 0) return cudaSuccess;
-  const RowLayout layout = LayoutOf(args.logits.shape[1]);
+  const RowLayout layout = LayoutOf(args.logits.shape[1], context.compute_capability);
   const auto kernel = layout.cluster == 1 ? SampleKernel<1> : SampleKernel<kMaxCluster>;
   return LaunchRows<SampleArgs>(kernel, args, layout, args.num_rows, context);
 }
 
 cudaError_t LaunchScoreTokens(const ScoreTokensArgs& args, Context& context) {
   if (args.logits.rows() == 0) return cudaSuccess;
-  const RowLayout layout = LayoutOf(args.logits.shape[1]);
+  const RowLayout layout = LayoutOf(args.logits.shape[1], context.compute_capability);
   const auto kernel = layout.cluster == 1 ? ScoreKernel<1> : ScoreKernel<kMaxCluster>;
   return LaunchRows<ScoreTokensArgs>(kernel, args, layout, args.logits.rows(), context);
 }
 
-int64_t SampleScratchBytes(const BackendLimits& limits) {
-  return limits.vocab_size == 0 ? 0 : LayoutOf(limits.vocab_size).scratch_bytes(limits.max_draws);
+int64_t SampleScratchBytes(const BackendLimits& limits, int compute_capability) {
+  if (limits.vocab_size == 0) return 0;
+  return LayoutOf(limits.vocab_size, compute_capability).scratch_bytes(limits.max_draws);
 }
 
 }  // namespace godwit::cuda

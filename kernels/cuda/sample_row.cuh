@@ -688,13 +688,12 @@ __device__ void WriteLogprobs(RowOps<kCluster>& ops, const Args& args, const Sam
                Row<float>(args.top_logprobs, output));
 }
 
-inline RowLayout LayoutOf(int64_t vocab_size) {
-  int device = 0, major = 0, most_shared = 0;
+inline RowLayout LayoutOf(int64_t vocab_size, int compute_capability) {
+  int device = 0, most_shared = 0;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   RowLayout layout;
-  layout.cluster = major >= 9 ? kMaxCluster : 1;
+  layout.cluster = compute_capability >= 90 ? kMaxCluster : 1;
   layout.groups_per_block = static_cast<int>(DivideUp(DivideUp(vocab_size, 4), layout.cluster));
   layout.resident = int64_t{layout.groups_per_block} * static_cast<int64_t>(sizeof(float4)) <=
                     most_shared - static_cast<int64_t>(sizeof(RowShared));

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
 
 cudaError_t LaunchVerifyTokens(const VerifyTokensArgs& args, Context& context) {
   if (args.num_verify_rows == 0) return cudaSuccess;
-  const RowLayout layout = LayoutOf(args.logits.shape[1]);
+  const RowLayout layout = LayoutOf(args.logits.shape[1], context.compute_capability);
   const auto kernel = layout.cluster == 1 ? VerifyKernel<1> : VerifyKernel<kMaxCluster>;
   return LaunchRows<VerifyTokensArgs>(kernel, args, layout, args.num_verify_rows, context);
 }
