@@ -21,7 +21,7 @@ tests_on_cuda() {
   return "$status"
 }
 engine() { "$bin/godwit" bench engine "$@"; }
-tnl_7b_decode() { engine --shape tnl-7b --phase decode --contexts 1k,4k,16k,32k,64k,256k,1M; }
+tnl_7b_decode() { engine --shape tnl-7b --phase decode --contexts 1k,4k,16k,32k,64k,256k,1M --output "$out/tnl_7b_decode.json"; }
 tnl_7b_batch() { engine --shape tnl-7b --phase decode --contexts 1k,128k --batches 32,256; }
 tnl_7b_prefill() { engine --shape tnl-7b --phase prefill --lengths 4k,64k,1M; }
 tnl_7b_deterministic() { engine --shape tnl-7b --contexts 1k --batches 1,32,256 --lengths 4k --deterministic; }
@@ -32,7 +32,8 @@ llama_2_13b() { engine --shape llama-2-13b --contexts 512 --batches 1 --lengths 
 llama_2_7b_contexts() {
   local tokens
   for tokens in 1024 4096 16384 65536; do
-    engine --shape llama-2-7b --phase decode --contexts "$tokens" --kv-memory "$(awk "BEGIN {print (2 * $tokens + 512) * 512 / 1024 / 1024}")"
+    engine --shape llama-2-7b --phase decode --contexts "$tokens" --kv-memory "$(awk "BEGIN {print (2 * $tokens + 512) * 512 / 1024 / 1024}")" \
+      --output "$out/llama_2_7b_$tokens.json"
   done
 }
 kernels() { "$bin/godwit" bench kernels; }
