@@ -8,6 +8,7 @@
 
 #include "cli/command.h"
 #include "cli/model_flags.h"
+#include "engine/draft_policy.h"
 #include "engine/offline.h"
 #include "kernels/base/status.h"
 
@@ -24,6 +25,8 @@ struct GenerateFlags {
   std::optional<uint64_t> seed;
   int64_t chunk = 0;
   int max_draft_tokens = 4;
+  std::string draft_policy = "fixed";
+  float draft_threshold = 0.5f;
   bool ignore_eos = false, json = false;
 };
 
@@ -90,6 +93,8 @@ int RunGenerate(const GenerateFlags& flags) {
   options.ignore_eos = flags.ignore_eos;
   options.chunk = flags.chunk;
   if (!flags.model.draft_model.empty()) options.max_draft_tokens = flags.max_draft_tokens;
+  options.draft_policy = *ParseDraftPolicy(flags.draft_policy);  // CLI11 has checked it
+  options.draft_threshold = flags.draft_threshold;
   options.coupled = flags.seed.has_value();
   if (!flags.json) {
     options.on_token = [&](const SampledToken& token) {
@@ -126,6 +131,12 @@ void AddGenerateCommand(CLI::App& app, int& exit_code) {
       ->add_option("--max-draft-tokens", flags->max_draft_tokens,
                    "proposed in a step, with --draft-model")
       ->check(CLI::Range(1, kMaxDraftTokens));
+  command->add_option("--draft-policy", flags->draft_policy, "how many of these a step proposes")
+      ->check(CLI::IsMember({"fixed", "margin", "throughput", "specdecpp"}));
+  command
+      ->add_option("--draft-threshold", flags->draft_threshold,
+                   "margin, specdecpp: the probability of a rejection at which they stop")
+      ->check(CLI::Range(0.0f, 1.0f));
   auto* input = command->add_option_group("input")->require_option(1);
   input->add_option("--prompt", flags->prompt, "text");
   input->add_option("--token-ids", flags->token_ids, "e.g. 1,5,9");

@@ -10,6 +10,7 @@
 #include "absl/strings/str_format.h"
 #include "cli/command.h"
 #include "cli/model_flags.h"
+#include "engine/draft_policy.h"
 #include "server/server.h"
 
 namespace godwit::cli {
@@ -28,11 +29,6 @@ volatile std::sig_atomic_t g_num_signals = 0;  // SIGTERM or SIGINT: 1 drains, 2
 void OnSignal(int) {
   g_num_signals = g_num_signals + 1;
   if (g_num_signals >= 2) std::_Exit(kFailed);
-}
-
-DraftPolicy ParseDraftPolicy(const std::string& policy) {  // CLI11 has checked it
-  if (policy == "fixed") return DraftPolicy::kFixed;
-  return policy == "margin" ? DraftPolicy::kMargin : DraftPolicy::kThroughput;
 }
 
 int64_t Bytes(double gib) { return static_cast<int64_t>(gib * 1024.0 * 1024.0 * 1024.0); }
@@ -74,8 +70,10 @@ int RunServe(ServeFlags flags) {
   flags.server.engine.rope_override = flags.model.rope;
   flags.server.engine.dtype = ParseDType(flags.model.dtype);
   flags.server.engine.draft_folder = flags.model.draft_model;
-  flags.server.limits.draft_policy = ParseDraftPolicy(flags.draft_policy);
-  flags.server.limits.speculate = flags.speculation == "on";
+  // CLI11 has checked it. off: --speculation off; a request may still turn it on.
+  const std::optional<DraftPolicy> policy = ParseDraftPolicy(flags.draft_policy);
+  flags.server.limits.draft_policy = policy.value_or(DraftPolicy::kThroughput);
+  flags.server.limits.speculate = flags.speculation == "on" && policy.has_value();
   flags.server.engine.kv_bytes = Bytes(flags.kv_gib);
   flags.server.engine.deterministic = flags.model.deterministic;
   flags.server.engine.swap_bytes = Bytes(flags.swap_gib);
@@ -139,10 +137,10 @@ void AddSpeculationFlags(CLI::App& command, ServeFlags& flags) {
   command
       .add_option("--draft-policy", flags.draft_policy,
                   "how many drafts a step proposes, of a request that does not say")
-      ->check(CLI::IsMember({"fixed", "margin", "throughput"}));
+      ->check(CLI::IsMember({"fixed", "margin", "throughput", "specdecpp", "off"}));
   command
       .add_option("--draft-threshold", flags.server.limits.draft_threshold,
-                  "margin: the probability of a rejection at which it stops")
+                  "margin, specdecpp: the probability of a rejection at which they stop")
       ->check(CLI::Range(0.0, 1.0));
   command
       .add_option("--max-draft-tokens", flags.server.limits.max_draft_tokens,

@@ -3,6 +3,7 @@
 // between.
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -34,7 +35,20 @@ enum class DraftPolicy {
   kFixed,       // all of them
   kMargin,      // until P(any of them is rejected), by the draft's margins, exceeds the threshold
   kThroughput,  // while one more makes the batch faster, by what drafts and rows cost here
+  kSpecDecPP,   // as kMargin, by the draft's acceptance head: ModelCard::has_acceptance_head
 };
+
+// What ended a row's drafts in a step.
+enum class DraftStop {
+  kMaxDraftTokens,  // the request's own number of them
+  kBudget,          // max_tokens_per_step
+  kMaxTokens,       // the output's length
+  kPolicy,
+  kMeasurement,  // a number that no estimate chose, for the estimates' sake
+  kLag,          // the draft model has not followed the sequence
+  kContext,      // the draft model's
+};
+inline constexpr int kNumDraftStops = 7;
 
 // Pointers and spans must stay valid until the step is collected.
 struct BatchRow {
@@ -53,7 +67,8 @@ struct BatchRow {
   // which the sequence is not speculated on. No other step of a row that speculates is in flight.
   int max_draft_tokens = 0;
   DraftPolicy draft_policy = DraftPolicy::kFixed;
-  float draft_threshold = 0.5f;  // kMargin
+  float draft_threshold = 0.5f;                        // kMargin, kSpecDecPP
+  DraftStop draft_limit = DraftStop::kMaxDraftTokens;  // what max_draft_tokens was lowered to
 
   // Scoring of given tokens (prompt log-probabilities): target i is the token whose log-probability
   // row token_ids[i] predicts (the next prompt token), -1 for none. Same length as token_ids, or
@@ -82,6 +97,10 @@ struct RowResult {
   std::vector<SampledToken> scores;  // per score target that is not -1
   int64_t num_computed = 0;          // tokens of this row now in the state
   int num_drafts = 0;  // proposed in this step; one less than outputs[0] has were accepted
+  std::optional<DraftStop> draft_stop;  // of a row that asked for drafts, and may have got none
+  // P(draft is accepted | all before it are) as the policy saw it, of each draft; empty where no
+  // policy asked.
+  std::vector<float> predicted;
 };
 
 struct StepResult {

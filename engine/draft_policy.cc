@@ -1,13 +1,13 @@
 #include "engine/draft_policy.h"
 
 #include <algorithm>
-#include <cmath>
+#include <utility>
+
+#include "kernels/base/check.h"
 
 namespace godwit {
 namespace {
 
-constexpr double kFitMemory = 0.998;  // per observation of a place: about 500 of them
-constexpr double kMeanMemory = 0.99;  // per observation of a class
 constexpr double kCostMemory = 0.98;  // per step: about 50 of them
 
 constexpr double kRowsWeight = 0.05;  // of a new step among those with as many rows
@@ -15,47 +15,26 @@ constexpr int64_t kMinSteps = 4;      // of as many rows, before their time is b
 
 constexpr int64_t kLookAhead = 4;  // drafts; a row behind a jump may be cheap
 
-double Logit(const double* weight, double x) { return weight[0] + weight[1] * x; }
-double Sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+constexpr std::pair<absl::string_view, DraftPolicy> kPolicyNames[] = {
+    {"fixed", DraftPolicy::kFixed},
+    {"margin", DraftPolicy::kMargin},
+    {"throughput", DraftPolicy::kThroughput},
+    {"specdecpp", DraftPolicy::kSpecDecPP}};
 
 }  // namespace
 
-AcceptanceEstimator::AcceptanceEstimator() = default;
-
-double AcceptanceEstimator::Predict(AcceptanceClass acceptance_class, int place,
-                                    double margin) const {
-  const Logistic& fit = classes_[static_cast<int>(acceptance_class)].places[place];
-  return Sigmoid(Logit(fit.weight, std::log1p(margin)));
+absl::string_view DraftPolicyName(DraftPolicy policy) {
+  for (const auto& [name, value] : kPolicyNames) {
+    if (value == policy) return name;
+  }
+  GODWIT_CHECK(false);
 }
 
-void AcceptanceEstimator::Observe(AcceptanceClass acceptance_class, int place, double margin,
-                                  bool accepted) {
-  Class& of = classes_[static_cast<int>(acceptance_class)];
-  of.accepted = kMeanMemory * of.accepted + (accepted ? 1 : 0);
-  of.total = kMeanMemory * of.total + 1;
-  ++of.num_observed;
-  Logistic& fit = of.places[place];
-  const double x = std::log1p(margin);
-  const double p = Sigmoid(Logit(fit.weight, x));
-  const double curvature = std::max(p * (1 - p), 1e-3);
-  double* const h = fit.hessian;
-  h[0] = kFitMemory * h[0] + curvature;
-  h[1] = kFitMemory * h[1] + curvature * x;
-  h[2] = kFitMemory * h[2] + curvature * x * x;
-  const double determinant = h[0] * h[2] - h[1] * h[1];
-  if (!(determinant > 1e-9)) return;  // one margin only, so far
-  const double error = (accepted ? 1 : 0) - p;
-  fit.weight[0] += error * (h[2] - h[1] * x) / determinant;
-  fit.weight[1] += error * (h[0] * x - h[1]) / determinant;
-}
-
-double AcceptanceEstimator::Mean(AcceptanceClass acceptance_class) const {
-  const Class& of = classes_[static_cast<int>(acceptance_class)];
-  return of.accepted / of.total;
-}
-
-int64_t AcceptanceEstimator::num_observed(AcceptanceClass acceptance_class) const {
-  return classes_[static_cast<int>(acceptance_class)].num_observed;
+std::optional<DraftPolicy> ParseDraftPolicy(absl::string_view name) {
+  for (const auto& [known, value] : kPolicyNames) {
+    if (known == name) return value;
+  }
+  return std::nullopt;
 }
 
 void SpeculationCosts::Observe(int64_t num_passes, double draft_seconds, int64_t num_rows,

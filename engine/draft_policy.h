@@ -1,6 +1,6 @@
 #pragma once
-// How far to draft: what a draft's own certainty says of its acceptance, learnt online, and when
-// one more draft pays. Pure: no device, no model, no clock.
+// How far to draft: when one more draft pays, by what it costs and how likely it is to stand
+// (acceptance_score.h). Pure: no device, no model, no clock.
 //
 // Whether a draft is verified may depend on the distribution that it is drawn from, on all before
 // it, and on earlier rounds, but never on the drawn token: else what remains is no longer
@@ -8,42 +8,17 @@
 // it). So scores are of the distribution, and every draft that was drawn is verified.
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
+#include "absl/strings/string_view.h"
 #include "engine/batch.h"
 
 namespace godwit {
 
-// Greedy rows, rows that match a seed and rows of the standard rule accept differently.
-enum class AcceptanceClass { kGreedy, kCoupled, kStandard };
-inline constexpr int kNumAcceptanceClasses = 3;
-
-// P(draft is accepted | all before it are): logistic in log(1 + margin), margin = distance of the
-// two largest logits that the draft is drawn from; one for each class and place in the round.
-// Learnt from verified drafts by Newton steps whose memory fades, 2 numbers a place.
-class AcceptanceEstimator {
- public:
-  AcceptanceEstimator();
-
-  double Predict(AcceptanceClass acceptance_class, int place, double margin) const;
-  void Observe(AcceptanceClass acceptance_class, int place, double margin, bool accepted);
-
-  // Over all margins: recent share of accepted drafts.
-  double Mean(AcceptanceClass acceptance_class) const;
-  int64_t num_observed(AcceptanceClass acceptance_class) const;
-
- private:
-  struct Logistic {
-    double weight[2] = {0, 1};
-    double hessian[3] = {4, 0, 4};  // 00, 01, 11; also the strength of the prior
-  };
-  struct Class {
-    Logistic places[kMaxDraftTokens];
-    double accepted = 1, total = 2;
-    int64_t num_observed = 0;
-  };
-  Class classes_[kNumAcceptanceClasses];
-};
+// "fixed", "margin", "throughput", "specdecpp".
+absl::string_view DraftPolicyName(DraftPolicy policy);
+std::optional<DraftPolicy> ParseDraftPolicy(absl::string_view name);
 
 // Seconds per pass of the draft model and per row of the target, and the tokens per second that
 // they have to beat, from the steps that ran.
@@ -87,8 +62,9 @@ struct DraftCandidate {
   bool goes_on = true;    // the answer
 };
 
-// fixed: go on. margin: while 1 - survival <= threshold. throughput: while some number of further
-// drafts, up to 4, is worth its rows of the target and its passes of the draft model:
+// fixed: go on. margin and specdecpp: while 1 - survival <= threshold. throughput: while some
+// number of further drafts, up to 4, is worth its rows of the target and its passes of the draft
+// model:
 //   survival * (acceptance + acceptance^2 + ...) > tokens/s * seconds of the rows, each row for
 //   itself, and the sum of what is left over > tokens/s * seconds of the passes, unless others run
 //   them.

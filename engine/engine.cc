@@ -169,6 +169,8 @@ struct Engine::Impl {
     std::vector<RowOutputs> outputs;       // per row
     std::vector<int64_t> positions_after;  // per row; before its drafts are judged: without them
     int64_t num_tokens = 0;
+    std::vector<bool> asked;                    // per row: for drafts
+    std::vector<std::vector<float>> predicted;  // per row, of its drafts
     bool replayable = false;  // every row decodes one token, on a back end that records
   };
 
@@ -586,6 +588,7 @@ absl::Status Engine::Impl::Run(Step& step) {
   RETURN_IF_ERROR(backend->SetMark(BeginMark(step.id)));
   RETURN_IF_ERROR(ZeroFreshSlots(step.rows));
   RETURN_IF_ERROR(AssignRopes(step.rows));
+  for (const BatchRow& row : step.rows) step.asked.push_back(HasDrafts(row));
   if (speculator != nullptr) RETURN_IF_ERROR(speculator->Draft(step.id, step.rows, slots));
   RETURN_IF_ERROR(backend->SetMark(DraftMark(step.id)));
   const StepArrays& arrays = planner->Plan(step.rows, slots);
@@ -658,6 +661,8 @@ RowResult Engine::Impl::Result(const Step& step, size_t row_index) const {
   RowResult result;
   result.num_computed = step.positions_after[row_index];
   result.num_drafts = HasDrafts(row) ? row.max_draft_tokens : 0;
+  if (step.asked[row_index]) result.draft_stop = row.draft_limit;
+  if (!step.predicted.empty()) result.predicted = step.predicted[row_index];
   const OutputArrays& draws = outputs->draws(step.id);
   const int64_t num_tokens = NumTokens(step, row_index);
   bool failed = false;
@@ -707,6 +712,7 @@ bool Engine::Impl::AppendScores(const Step& step, size_t row_index, RowResult& r
 // keeps what that said. What could not be drawn counts as token 0: its sequence is about to end.
 void Engine::Impl::ResolveTokens(Step& step) {
   const int32_t* const drawn = outputs->draws(step.id).tokens;
+  if (speculator != nullptr) step.predicted.resize(step.rows.size());
   for (size_t row_index = 0; row_index < step.rows.size(); ++row_index) {
     const BatchRow& row = step.rows[row_index];
     int64_t draw = step.outputs[row_index].draw_begin;
@@ -728,8 +734,9 @@ void Engine::Impl::ResolveTokens(Step& step) {
         state.pending_step = -1;
       }
       if (speculator != nullptr) {
-        speculator->Accept(step.id, output.lease->slot(), tokens,
-                           HasDrafts(row) ? row.max_draft_tokens : 0);
+        std::vector<float> predicted = speculator->Accept(
+            step.id, output.lease->slot(), tokens, HasDrafts(row) ? row.max_draft_tokens : 0);
+        if (HasDrafts(row)) step.predicted[row_index] = std::move(predicted);
       }
     }
   }

@@ -41,6 +41,7 @@ struct ModelCard {
   ModelConfig draft_config;
   int64_t draft_num_parameters = 0;
   int max_draft_tokens = 0;  // that a BatchRow may ask for
+  bool has_acceptance_head = false;  // DraftPolicy::kSpecDecPP may be asked for
 
   ModelConfig config;
   int64_t num_parameters = 0;

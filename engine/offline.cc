@@ -120,6 +120,11 @@ absl::StatusOr<OfflineGenerateResult> GenerateOffline(Engine& engine,
     return absl::InvalidArgumentError(absl::StrCat("max_draft_tokens ", options.max_draft_tokens,
                                                    " not in [0, ", card.max_draft_tokens, "]"));
   }
+  if (options.max_draft_tokens > 0 && options.draft_policy == DraftPolicy::kSpecDecPP &&
+      !card.has_acceptance_head) {
+    return absl::FailedPreconditionError(
+        "draft policy specdecpp, but the draft model has no acceptance head");
+  }
   RETURN_IF_ERROR(CheckTokens(card, prompt, options.max_tokens));
   const std::vector<int32_t> end_tokens = EndTokens(card, options);
   SamplingParams sampling = options.sampling;

@@ -27,6 +27,11 @@ AcceptanceClass ClassOf(const RowOutput& output) {
   return output.coupled ? AcceptanceClass::kCoupled : AcceptanceClass::kStandard;
 }
 
+void StopAt(BatchRow& row, int num_drafts) {
+  row.max_draft_tokens = num_drafts;
+  row.draft_limit = DraftStop::kPolicy;
+}
+
 // Bytes of a pass of `tokens` tokens of `rows` rows, without draws.
 int64_t PassBytes(int64_t tokens, int64_t rows, int64_t num_blocks) {
   return StepArena::Footprint(tokens * DTypeBytes(DType::kI32)) +
@@ -191,12 +196,15 @@ void SpeculativeDecoder::ChooseReaders(std::span<BatchRow> rows, std::span<const
     SlotDraft& slot = slots_[static_cast<size_t>(row.lease->slot())];
     const int64_t num_unread = std::ssize(slot.unread);
     if (!CanDraft(row, slot, tokens_left)) {
+      row.draft_limit =
+          slot.lost || num_unread > tokens_left ? DraftStop::kLag : DraftStop::kContext;
       row.max_draft_tokens = 0;
       continue;
     }
     const int64_t position = slots[static_cast<size_t>(row.lease->slot())].position;
     GODWIT_CHECK(slot.position + num_unread == position + 1);
     slot.acceptance_class = ClassOf(row.outputs[0]);
+    slot.policy = row.draft_policy;
     readers_.push_back({.row = &row,
                         .slot = &slot,
                         .token_ids = slot.unread,
@@ -355,8 +363,9 @@ absl::Status SpeculativeDecoder::RunPass(int32_t index) {
 
 // --- How far
 
-const float* SpeculativeDecoder::Margins(StepId step, int32_t index) const {
-  return host_margins_[step % kMaxStepsInFlight].as<const float>() + index * options_.num_slots;
+DraftSigns SpeculativeDecoder::Signs(StepId step, int32_t draft_row, int32_t index) const {
+  const float* const margins = host_margins_[step % kMaxStepsInFlight].as<const float>();
+  return {.margin = margins[index * options_.num_slots + draft_row]};
 }
 
 absl::Status SpeculativeDecoder::ReadMargins(StepId step, int32_t index) {
@@ -376,7 +385,7 @@ bool SpeculativeDecoder::Explores(std::span<BatchRow> rows) {
   for (BatchRow& row : rows) {
     if (!HasDrafts(row) || row.draft_policy == DraftPolicy::kFixed) continue;
     row.max_draft_tokens = 1 + turn % row.max_draft_tokens;
-    row.draft_policy = DraftPolicy::kFixed;
+    row.draft_limit = DraftStop::kMeasurement;
   }
   return true;
 }
@@ -388,13 +397,13 @@ void SpeculativeDecoder::DecideFirst() {
   for (Reader& reader : readers_) {
     if (reader.draft_row < 0) continue;
     DraftCandidate& candidate = candidates_.emplace_back(Candidate(reader));
-    if (candidate.policy == DraftPolicy::kMargin) candidate.policy = DraftPolicy::kFixed;
+    if (candidate.policy != DraftPolicy::kThroughput) candidate.policy = DraftPolicy::kFixed;
     candidate_readers_.push_back(&reader);
   }
   DecideDrafts(costs_, num_rows_, candidates_);
   for (size_t candidate = 0; candidate < candidates_.size(); ++candidate) {
     if (!candidates_[candidate].goes_on) {
-      candidate_readers_[candidate]->row->max_draft_tokens = 0;
+      StopAt(*candidate_readers_[candidate]->row, 0);
     }
   }
   std::erase_if(readers_, [](const Reader& reader) {
@@ -406,7 +415,7 @@ void SpeculativeDecoder::DecideFirst() {
 DraftCandidate SpeculativeDecoder::Candidate(const Reader& reader) const {
   return {.policy = reader.row->draft_policy,
           .threshold = reader.row->draft_threshold,
-          .acceptance = estimator_.Mean(reader.slot->acceptance_class)};
+          .acceptance = score_.Mean(reader.slot->acceptance_class)};
 }
 
 // P(the reader's drafts are all accepted): by the margins of the first num_known, by the mean for
@@ -416,9 +425,9 @@ double SpeculativeDecoder::Survival(StepId step, const Reader& reader, int32_t n
   const AcceptanceClass acceptance_class = reader.slot->acceptance_class;
   double survival = 1;
   for (int32_t index = 0; index < num_drafts; ++index) {
-    survival *= index < num_known ? estimator_.Predict(acceptance_class, index,
-                                                       Margins(step, index)[reader.draft_row])
-                                  : estimator_.Mean(acceptance_class);
+    survival *= index < num_known ? score_.Predict(reader.row->draft_policy, acceptance_class,
+                                                   index, Signs(step, reader.draft_row, index))
+                                  : score_.Mean(acceptance_class);
   }
   return survival;
 }
@@ -437,7 +446,7 @@ void SpeculativeDecoder::Decide(StepId step, int32_t index) {
   DecideDrafts(costs_, num_rows_, candidates_);
   for (size_t candidate = 0; candidate < candidates_.size(); ++candidate) {
     if (!candidates_[candidate].goes_on) {
-      candidate_readers_[candidate]->row->max_draft_tokens = index + 1;
+      StopAt(*candidate_readers_[candidate]->row, index + 1);
     }
   }
 }
@@ -451,7 +460,7 @@ absl::Status SpeculativeDecoder::Draft(StepId step, std::span<BatchRow> rows,
   learns_[step % kMaxStepsInFlight] = adapts_;
   warms_up_ = std::any_of(rows.begin(), rows.end(), [this](const BatchRow& row) {
     return HasDrafts(row) && row.draft_policy != DraftPolicy::kFixed &&
-           estimator_.num_observed(ClassOf(row.outputs[0])) < kWarmUpObservations;
+           score_.num_observed(ClassOf(row.outputs[0])) < kWarmUpObservations;
   });
   const bool decides = adapts_ && !Explores(rows);
   ChooseReaders(rows, slots);
@@ -491,28 +500,35 @@ absl::Status SpeculativeDecoder::Draft(StepId step, std::span<BatchRow> rows,
 
 // --- What the host learns
 
-void SpeculativeDecoder::Accept(StepId step, int32_t slot_index, std::span<const int32_t> tokens,
-                                int num_drafts) {
+std::vector<float> SpeculativeDecoder::Accept(StepId step, int32_t slot_index,
+                                              std::span<const int32_t> tokens, int num_drafts) {
   SlotDraft& slot = slots_[static_cast<size_t>(slot_index)];
-  if (slot.lost) return;
+  std::vector<float> predicted;
+  if (slot.lost) return predicted;
   if (num_drafts > 0) {
     const auto num_accepted = static_cast<int>(tokens.size()) - 1;
     const bool learns = learns_[step % kMaxStepsInFlight];
+    // All before any is learnt from.
+    for (int index = 0; learns && index < num_drafts; ++index) {
+      predicted.push_back(static_cast<float>(score_.Predict(
+          slot.policy, slot.acceptance_class, index, Signs(step, slot.draft_row, index))));
+    }
     for (int index = 0; learns && index <= num_accepted && index < num_drafts; ++index) {
-      estimator_.Observe(slot.acceptance_class, index, Margins(step, index)[slot.draft_row],
-                         index < num_accepted);
+      score_.Observe(slot.acceptance_class, index, Signs(step, slot.draft_row, index),
+                     index < num_accepted);
     }
     // The draft read the target's input and its own proposals but the last. Those that stand are
     // read for good.
     const int64_t num_read = std::min<int64_t>(std::ssize(tokens), num_drafts) - 1;
     slot.position += num_read;
     slot.unread.assign(tokens.begin() + num_read, tokens.end());
-    return;
+    return predicted;
   }
   slot.unread.insert(slot.unread.end(), tokens.begin(), tokens.end());
-  if (std::ssize(slot.unread) <= kMaxDraftLag) return;
+  if (std::ssize(slot.unread) <= kMaxDraftLag) return predicted;
   slot.lost = true;
   slot.unread.clear();
+  return predicted;
 }
 
 void SpeculativeDecoder::Measure(StepId step, double draft_seconds, int64_t num_rows,

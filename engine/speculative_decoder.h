@@ -15,6 +15,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "engine/acceptance_score.h"
 #include "engine/batch.h"
 #include "engine/cache_pool.h"
 #include "engine/device_buffer.h"
@@ -61,7 +62,9 @@ class SpeculativeDecoder {
   Sampler::Drafts drafts() const;
 
   // Once the step has ended: the tokens that one output gained; num_drafts were proposed for it.
-  void Accept(StepId step, int32_t slot, std::span<const int32_t> tokens, int num_drafts);
+  // What was predicted of them, where a policy asked.
+  std::vector<float> Accept(StepId step, int32_t slot, std::span<const int32_t> tokens,
+                            int num_drafts);
   // And what a step of decode rows only took.
   void Measure(StepId step, double draft_seconds, int64_t num_rows, double verify_seconds,
                int64_t num_tokens);
@@ -85,6 +88,7 @@ class SpeculativeDecoder {
     bool lost = false;            // it has fallen behind for good
     int32_t draft_row = -1;       // in the last step that it had drafts in
     AcceptanceClass acceptance_class = AcceptanceClass::kGreedy;
+    DraftPolicy policy = DraftPolicy::kFixed;
   };
   // A row that reads, and proposes if `draft_row` says which row with drafts it is.
   struct Reader {
@@ -118,7 +122,8 @@ class SpeculativeDecoder {
   void DecideFirst();
   void Decide(StepId step, int32_t index);
   double Survival(StepId step, const Reader& reader, int32_t num_known, int32_t num_drafts) const;
-  const float* Margins(StepId step, int32_t index) const;
+  // Of draft `index` of a row, once its pass has run and ReadMargins has.
+  DraftSigns Signs(StepId step, int32_t draft_row, int32_t index) const;
   absl::Status ReadMargins(StepId step, int32_t index);
   void AddRead(const Reader& reader);
   void AddDraft(const Reader& reader, int32_t index);
@@ -148,7 +153,7 @@ class SpeculativeDecoder {
   std::vector<SlotDraft> slots_;
   std::map<int64_t, SlotDraft> host_slots_;  // of swapped and stored states, by host id
 
-  AcceptanceEstimator estimator_;
+  AcceptanceScore score_{false};
   SpeculationCosts costs_;
   int64_t num_passes_[kMaxStepsInFlight] = {};  // with drafts, of a step
   bool learns_[kMaxStepsInFlight] = {};         // a step's margins are read back

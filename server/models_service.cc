@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "engine/draft_policy.h"
 #include "engine/rope_table.h"
 #include "godwit/v1/models.grpc.pb.h"
 #include "kernels/base/status.h"
@@ -65,6 +66,9 @@ void EncodeDraftModel(const ServedModel& model, v1::DraftModelCard& draft) {
   draft.set_on_by_default(model.limits().speculate);
   draft.set_default_draft_tokens(model.limits().max_draft_tokens);
   draft.set_max_draft_tokens(card.max_draft_tokens);
+  draft.set_default_policy(std::string(DraftPolicyName(model.limits().draft_policy)));
+  draft.set_default_threshold(model.limits().draft_threshold);
+  draft.set_has_acceptance_head(card.has_acceptance_head);
 }
 
 v1::ModelCard EncodeCard(const ServedModel& model) {

@@ -238,41 +238,61 @@ void ReadResponse(const v1::ResponseOptions& from, const ServedModel& model,
   if (from.has_prompt_logprobs()) prepared.request.prompt_logprobs = from.prompt_logprobs();
 }
 
-void ReadDraftPolicy(const v1::SpeculationOptions& from, const ServedModel& model,
-                     GenerateRequest& request, Checker& check) {
-  request.draft_policy = model.limits().draft_policy;
+// None: no drafts.
+std::optional<DraftPolicy> ReadDraftPolicy(const v1::SpeculationOptions& from,
+                                           const ServedModel& model, Checker& check) {
   switch (from.policy()) {
     case v1::SpeculationOptions::POLICY_UNSPECIFIED:
-      break;
+      return model.limits().draft_policy;
     case v1::SpeculationOptions::POLICY_FIXED:
-      request.draft_policy = DraftPolicy::kFixed;
-      break;
+      return DraftPolicy::kFixed;
     case v1::SpeculationOptions::POLICY_MARGIN:
-      request.draft_policy = DraftPolicy::kMargin;
-      break;
+      return DraftPolicy::kMargin;
     case v1::SpeculationOptions::POLICY_THROUGHPUT:
-      request.draft_policy = DraftPolicy::kThroughput;
-      break;
+      return DraftPolicy::kThroughput;
+    case v1::SpeculationOptions::POLICY_SPECDECPP:
+      return DraftPolicy::kSpecDecPP;
+    case v1::SpeculationOptions::POLICY_OFF:
+      if (from.mode() == v1::SpeculationOptions::MODE_ON) {
+        check.Fail("speculation.policy", "is POLICY_OFF, but mode is MODE_ON");
+      }
+      return std::nullopt;
     default:
       check.Fail("speculation.policy",
                  absl::StrCat("is unknown: ", static_cast<int>(from.policy())));
+      return std::nullopt;
   }
+}
+
+absl::Status ReadThreshold(const v1::SpeculationOptions& from, const ServedModel& model,
+                           GenerateRequest& request, Checker& check) {
   request.draft_threshold =
       from.has_threshold() ? from.threshold() : model.limits().draft_threshold;
   check.InRange("speculation.threshold", request.draft_threshold, 0.0f, 1.0f);
-  if (from.has_threshold() && request.draft_policy != DraftPolicy::kMargin) {
-    check.Fail("speculation.threshold", "needs POLICY_MARGIN");
+  const bool by_threshold = request.draft_policy == DraftPolicy::kMargin ||
+                            request.draft_policy == DraftPolicy::kSpecDecPP;
+  if (from.has_threshold() && !by_threshold) {
+    check.Fail("speculation.threshold", "needs POLICY_MARGIN or POLICY_SPECDECPP");
   }
+  if (request.draft_policy != DraftPolicy::kSpecDecPP || model.card().has_acceptance_head) {
+    return absl::OkStatus();
+  }
+  return WithErrorInfo(
+      absl::FailedPreconditionError(
+          "speculation.policy: POLICY_SPECDECPP, but the draft model has no acceptance head"),
+      "NO_ACCEPTANCE_HEAD");
 }
 
 absl::Status ReadSpeculation(const v1::SpeculationOptions& from, const ServedModel& model,
                              GenerateRequest& request, Checker& check) {
   const int most = model.card().max_draft_tokens;
   const bool is_on = from.mode() == v1::SpeculationOptions::MODE_ON;
+  const bool asks_for_policy =
+      from.has_policy() && from.policy() != v1::SpeculationOptions::POLICY_OFF;
   if (most == 0) {
     const char* field = is_on                         ? "mode"
                         : from.has_max_draft_tokens() ? "max_draft_tokens"
-                        : from.has_policy()           ? "policy"
+                        : asks_for_policy             ? "policy"
                         : from.has_threshold()        ? "threshold"
                                                       : nullptr;
     if (field == nullptr) return absl::OkStatus();
@@ -280,14 +300,16 @@ absl::Status ReadSpeculation(const v1::SpeculationOptions& from, const ServedMod
                              "speculation.", field, ": this server has no draft model")),
                          "NO_DRAFT_MODEL");
   }
-  ReadDraftPolicy(from, model, request, check);
+  const std::optional<DraftPolicy> policy = ReadDraftPolicy(from, model, check);
+  request.draft_policy = policy.value_or(DraftPolicy::kFixed);
+  RETURN_IF_ERROR(ReadThreshold(from, model, request, check));
   const int wanted =
       from.has_max_draft_tokens() ? from.max_draft_tokens() : model.limits().max_draft_tokens;
   check.InRange("speculation.max_draft_tokens", wanted, 1, most);
   if (!v1::SpeculationOptions::Mode_IsValid(from.mode())) {
     check.Fail("speculation.mode", absl::StrCat("is unknown: ", static_cast<int>(from.mode())));
   }
-  const bool is_off = from.mode() == v1::SpeculationOptions::MODE_OFF;
+  const bool is_off = from.mode() == v1::SpeculationOptions::MODE_OFF || !policy;
   if (is_on || (!is_off && model.limits().speculate)) request.max_draft_tokens = wanted;
   return absl::OkStatus();
 }

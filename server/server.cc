@@ -196,6 +196,12 @@ Server::~Server() = default;
 absl::StatusOr<std::unique_ptr<Server>> Server::CreateWithParts(const ServerOptions& options,
                                                                 const ServerParts& parts) {
   RETURN_IF_ERROR(ValidateServerOptions(options));
+  if (parts.card.max_draft_tokens > 0 && !parts.card.has_acceptance_head &&
+      options.limits.draft_policy == DraftPolicy::kSpecDecPP) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("draft policy specdecpp, but the draft model ", options.engine.draft_folder,
+                     " has no acceptance head"));
+  }
   GODWIT_CHECK(parts.executor != nullptr);
   GODWIT_CHECK(parts.caches != nullptr);
   Authenticator authenticator;

@@ -10,32 +10,12 @@
 namespace godwit {
 namespace {
 
-TEST(AcceptanceEstimatorTest, LearnsTheProbabilityOfEachPlaceAndClass) {
-  AcceptanceEstimator estimator;
-  std::mt19937 random(1);
-  std::uniform_real_distribution<double> uniform;
-  const auto truth = [](int place, double margin) {
-    return 1 / (1 + std::exp(1.0 - 0.3 * place - 1.5 * std::log1p(margin)));
-  };
-  double accepted = 0;
-  constexpr int kObservations = 20'000;
-  for (int i = 0; i < kObservations; ++i) {
-    const int place = i % 4;
-    const double margin = -2 * std::log(uniform(random));
-    const bool accepts = uniform(random) < truth(place, margin);
-    accepted += accepts;
-    estimator.Observe(AcceptanceClass::kStandard, place, margin, accepts);
+TEST(DraftPolicyTest, NamesAreReadAsTheyAreWritten) {
+  for (const DraftPolicy policy : {DraftPolicy::kFixed, DraftPolicy::kMargin,
+                                   DraftPolicy::kThroughput, DraftPolicy::kSpecDecPP}) {
+    EXPECT_EQ(ParseDraftPolicy(DraftPolicyName(policy)), policy);
   }
-  for (int place = 0; place < 4; ++place) {
-    for (const double margin : {0.1, 0.5, 1.0, 3.0, 6.0}) {
-      EXPECT_NEAR(estimator.Predict(AcceptanceClass::kStandard, place, margin),
-                  truth(place, margin), 0.1)
-          << place << " " << margin;
-    }
-  }
-  EXPECT_NEAR(estimator.Mean(AcceptanceClass::kStandard), accepted / kObservations, 0.15);
-  EXPECT_EQ(estimator.num_observed(AcceptanceClass::kStandard), kObservations);
-  EXPECT_EQ(estimator.num_observed(AcceptanceClass::kGreedy), 0);
+  EXPECT_FALSE(ParseDraftPolicy("off").has_value());
 }
 
 TEST(SpeculationCostsTest, TellsWhatPassesAndRowsCost) {

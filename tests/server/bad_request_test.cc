@@ -204,6 +204,11 @@ const std::vector<BadRequestCase>& Cases() {
        grpc::StatusCode::FAILED_PRECONDITION, "", "NO_DRAFT_MODEL"},
       {"SpeculationDraft", [](auto& r) { r.mutable_speculation()->set_max_draft_tokens(2); },
        grpc::StatusCode::FAILED_PRECONDITION, "", "NO_DRAFT_MODEL"},
+      {"SpeculationPolicy",
+       [](auto& r) {
+         r.mutable_speculation()->set_policy(v1::SpeculationOptions::POLICY_SPECDECPP);
+       },
+       grpc::StatusCode::FAILED_PRECONDITION, "", "NO_DRAFT_MODEL"},
       {"GuidedSchema", [](auto& r) { r.mutable_guided()->set_json_schema("{}"); }, kUnimplemented,
        "guided.json_schema", "FIELD_NOT_IMPLEMENTED"},
       {"GuidedRegex", [](auto& r) { r.mutable_guided()->set_regex("(a+)+"); }, kUnimplemented,

@@ -279,6 +279,21 @@ TEST_P(TinyServerTest, SpeculationGivesTheSameTokensAndSaysWhatItDid) {
   EXPECT_TRUE(server.Generate(request, &response).ok());
   request.mutable_speculation()->set_max_draft_tokens(16);
   EXPECT_EQ(server.Generate(request, &response).error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+
+  request.mutable_speculation()->set_max_draft_tokens(2);
+  request.mutable_speculation()->set_policy(v1::SpeculationOptions::POLICY_SPECDECPP);
+  const grpc::Status refused = server.Generate(request, &response);
+  EXPECT_EQ(refused.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+  EXPECT_NE(refused.error_message().find("no acceptance head"), std::string::npos)
+      << refused.error_message();
+  request.mutable_speculation()->clear_threshold();
+  request.mutable_speculation()->set_policy(v1::SpeculationOptions::POLICY_OFF);
+  EXPECT_EQ(server.Generate(request, &response).error_code(), grpc::StatusCode::INVALID_ARGUMENT)
+      << "MODE_ON";
+  request.mutable_speculation()->clear_mode();
+  ASSERT_TRUE(server.Generate(request, &response).ok());
+  expect_same(response);
+  EXPECT_FALSE(response.summary().has_speculation());
 }
 
 TEST_P(TinyServerTest, LogitBiasAndPenaltiesReachTheSampler) {
