@@ -3,6 +3,7 @@
 // between.
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <vector>
@@ -14,7 +15,8 @@
 
 namespace godwit {
 
-struct RopeTable;  // rope_table.h
+struct RopeTable;   // rope_table.h
+struct StateImage;  // state_image.h
 
 // One sequence that draws from a row's logits. outputs[0] is the row's own lease; further outputs
 // (n > 1, last prefill chunk only) are forks: the engine copies the row's state to their leases
@@ -125,6 +127,11 @@ class StepExecutor {  // Engine in production, a fake in scheduler tests
 
   // Copies whole sequence states, in order with the steps (fork, preempt, save, load).
   virtual absl::Status Copy(std::span<const CacheCopy> copies) = 0;
+
+  // The bytes of a stored state, whose copy has run; and the bytes that a state from elsewhere has.
+  // INVALID_ARGUMENT: not as many as the state's tokens take here.
+  virtual std::shared_ptr<const StateImage> ExportState(int64_t host_id) = 0;
+  virtual absl::Status ImportState(int64_t host_id, std::shared_ptr<const StateImage> image) = 0;
 };
 // Invariant at every Collect: kv length == state position == num_computed_tokens of each confirmed
 // row.

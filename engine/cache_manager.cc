@@ -249,12 +249,51 @@ absl::StatusOr<CacheManager::Saved> CacheManager::Save(const CacheLease& lease, 
   GODWIT_CHECK(lease.resident());
   GODWIT_CHECK(position <= lease.reserved_tokens_);
   ASSIGN_OR_RETURN(StoredState state, Store(position));
-  CacheCopy copy{.kind = CacheCopy::Kind::kSave,
-                 .from_slot = lease.slot_,
-                 .from_blocks = FirstBlocks(lease.blocks_, geometry_.blocks_for(position)),
-                 .host_id = state.host_id_,
-                 .position = position};
+  CacheCopy copy = SaveTo(state, lease);
   return Saved{std::move(state), std::move(copy)};
+}
+
+CacheCopy CacheManager::SaveTo(const StoredState& state, const CacheLease& lease) {
+  GODWIT_CHECK(state.manager_ == this && lease.manager_ == this);
+  GODWIT_CHECK(lease.resident());
+  return {.kind = CacheCopy::Kind::kSave,
+          .from_slot = lease.slot_,
+          .from_blocks = FirstBlocks(lease.blocks_, geometry_.blocks_for(state.position_)),
+          .host_id = state.host_id_,
+          .position = state.position_};
+}
+
+CacheCopy CacheManager::Fork(const CacheLease& from, CacheLease& lease) {
+  GODWIT_CHECK(from.manager_ == this && lease.manager_ == this);
+  GODWIT_CHECK(from.resident() && lease.resident() && lease.fresh_);
+  GODWIT_CHECK(from.position_ >= 1 && from.position_ <= lease.reserved_tokens_);
+  lease.fresh_ = false;
+  lease.position_ = from.position_;
+  const int64_t num_blocks = geometry_.blocks_for(from.position_);
+  return {.kind = CacheCopy::Kind::kFork,
+          .from_slot = from.slot_,
+          .to_slot = lease.slot_,
+          .from_blocks = FirstBlocks(from.blocks_, num_blocks),
+          .to_blocks = FirstBlocks(lease.blocks_, num_blocks),
+          .position = from.position_};
+}
+
+CacheCopy CacheManager::Trim(CacheLease& lease, int64_t position, int32_t next_token,
+                             std::vector<int32_t> dropped_tokens) {
+  GODWIT_CHECK(lease.manager_ == this && lease.resident());
+  GODWIT_CHECK(position >= 1 && position <= lease.reserved_tokens_);
+  const auto num_blocks = static_cast<size_t>(geometry_.blocks_for(position));
+  while (lease.blocks_.size() > num_blocks) {
+    free_blocks_.push_back(lease.blocks_.back());
+    lease.blocks_.pop_back();
+  }
+  lease.reserved_tokens_ = position;
+  lease.position_ = position;
+  return {.kind = CacheCopy::Kind::kTrim,
+          .from_slot = lease.slot_,
+          .position = position,
+          .next_token = next_token,
+          .dropped_tokens = std::move(dropped_tokens)};
 }
 
 CacheCopy CacheManager::Load(const StoredState& state, CacheLease& lease) {

@@ -103,13 +103,16 @@ class StoredState {
 // manager may hand the source's device ids to others at once, because later steps run after the copy. Whoever orders a
 // kFork clears fresh() of the target's lease, or its first step would zero the copy.
 struct CacheCopy {
-  // kSave and kLoad leave their source as it is; a swap's is gone.
-  enum class Kind { kFork, kSwapOut, kSwapIn, kSave, kLoad };
+  // kFork, kSave and kLoad leave their source as it is; a swap's is gone. kTrim copies nothing: the state in from_slot is
+  // cut to `position`.
+  enum class Kind { kFork, kSwapOut, kSwapIn, kSave, kLoad, kTrim };
   Kind kind = Kind::kFork;
   int32_t from_slot = -1, to_slot = -1;
   std::vector<int32_t> from_blocks, to_blocks;  // as many as hold `position` tokens
-  int64_t host_id = -1;                          // all but kFork
+  int64_t host_id = -1;                          // all but kFork and kTrim
   int64_t position = 0;
+  int32_t next_token = -1;              // kTrim: drawn after the state, not in it; -1: none
+  std::vector<int32_t> dropped_tokens;  // kTrim: drawn, and no longer part of the text
 };
 
 class CacheManager {
@@ -147,6 +150,13 @@ class CacheManager {
     CacheCopy copy;
   };
   absl::StatusOr<Saved> Save(const CacheLease& lease, int64_t position);
+  // The second half of Save, into a state that Store gave.
+  CacheCopy SaveTo(const StoredState& state, const CacheLease& lease);
+  // Fills a fresh lease with the state of another, which has no step in flight and stays. The same rules as for Load.
+  CacheCopy Fork(const CacheLease& from, CacheLease& lease);
+  // Cuts the state of a lease with no step in flight to `position`, at least 1, and what is reserved for it too. The state's
+  // bases have not been folded beyond it: it is no less than any confirmed_position that a row of the lease named.
+  CacheCopy Trim(CacheLease& lease, int64_t position, int32_t next_token, std::vector<int32_t> dropped_tokens);
   // Fills a fresh lease with room for it from a stored state, which stays. The copy must be executed before the lease's
   // next step; the stored state may be dropped as soon as the copy is planned to run before any other.
   CacheCopy Load(const StoredState& state, CacheLease& lease);

@@ -128,19 +128,21 @@ absl::Status CachePool::ForEachRange(int32_t slot, std::span<const int32_t> bloc
 }
 
 absl::Status CachePool::Fork(const CacheCopy& copy) {
-  std::vector<std::pair<char*, int64_t>> sources;
+  std::vector<CopyRange> ranges;
   RETURN_IF_ERROR(ForEachRange(copy.from_slot, copy.from_blocks, copy.position,
                                [&](char* data, int64_t num_bytes) {
-                                 sources.emplace_back(data, num_bytes);
+                                 ranges.push_back({.from = data, .num_bytes = num_bytes});
                                  return absl::OkStatus();
                                }));
   size_t next = 0;
-  return ForEachRange(copy.to_slot, copy.to_blocks, copy.position,
-                      [&](char* data, int64_t num_bytes) {
-                        const auto [source, source_bytes] = sources[next++];
-                        GODWIT_CHECK(source_bytes == num_bytes);
-                        return ToStatus(backend_.CopyOnDevice(data, source, num_bytes));
-                      });
+  RETURN_IF_ERROR(
+      ForEachRange(copy.to_slot, copy.to_blocks, copy.position, [&](char* data, int64_t num_bytes) {
+        CopyRange& range = ranges[next++];
+        GODWIT_CHECK(range.num_bytes == num_bytes);
+        range.to = data;
+        return absl::OkStatus();
+      }));
+  return ToStatus(backend_.CopyRanges(ranges.data(), std::ssize(ranges)));
 }
 
 absl::Status CachePool::ToHost(const CacheCopy& copy) {
@@ -150,21 +152,19 @@ absl::Status CachePool::ToHost(const CacheCopy& copy) {
     return absl::OkStatus();
   };
   RETURN_IF_ERROR(ForEachRange(copy.from_slot, copy.from_blocks, copy.position, count));
-  HostCopy host{
-      .bytes = std::unique_ptr<char[]>(new (std::nothrow) char[static_cast<size_t>(total)]),
-      .num_bytes = total};
-  if (host.bytes == nullptr) {
+  std::shared_ptr<char[]> bytes(new (std::nothrow) char[static_cast<size_t>(total)]);
+  if (bytes == nullptr) {
     return absl::ResourceExhaustedError(
         absl::StrCat("no host memory for a state of ", FormatBytes(total)));
   }
   int64_t offset = 0;
-  RETURN_IF_ERROR(ForEachRange(
-      copy.from_slot, copy.from_blocks, copy.position, [&](char* data, int64_t num_bytes) {
-        char* to = host.bytes.get() + std::exchange(offset, offset + num_bytes);
-        return ToStatus(backend_.CopyToHost(to, data, num_bytes));
-      }));
+  RETURN_IF_ERROR(ForEachRange(copy.from_slot, copy.from_blocks, copy.position,
+                               [&](char* data, int64_t num_bytes) {
+                                 char* to = bytes.get() + std::exchange(offset, offset + num_bytes);
+                                 return ToStatus(backend_.CopyToHost(to, data, num_bytes));
+                               }));
   RETURN_IF_ERROR(backend_.Synchronize());
-  host_copies_[copy.host_id] = std::move(host);
+  host_copies_[copy.host_id] = {.bytes = std::move(bytes), .num_bytes = total};
   return absl::OkStatus();
 }
 
@@ -196,8 +196,16 @@ absl::Status CachePool::Copy(const CacheCopy& copy) {
       return absl::OkStatus();
     case CacheCopy::Kind::kLoad:
       return FromHost(copy);
+    case CacheCopy::Kind::kTrim:
+      break;
   }
   return absl::OkStatus();
+}
+
+const CachePool::HostCopy& CachePool::host_copy(int64_t host_id) const {
+  const auto found = host_copies_.find(host_id);
+  GODWIT_CHECK(found != host_copies_.end());
+  return found->second;
 }
 
 void CachePool::DropHostCopies(std::span<const int64_t> host_ids) {

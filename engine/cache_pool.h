@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -32,15 +33,18 @@ class CachePool {
   // Bases, rows that were written, blocks. A swap-out or save keeps the bytes under host_id until swapped in or dropped;
   // RESOURCE_EXHAUSTED without host memory for them.
   absl::Status Copy(const CacheCopy& copy);
+  // The bytes under a host id, shared with whoever keeps them; and the other way, bytes of that many tokens made elsewhere.
+  struct HostCopy {
+    std::shared_ptr<const char[]> bytes;
+    int64_t num_bytes = 0;
+  };
+  const HostCopy& host_copy(int64_t host_id) const;
+  void Adopt(int64_t host_id, HostCopy copy) { host_copies_[host_id] = std::move(copy); }
   int64_t num_host_copies() const { return static_cast<int64_t>(host_copies_.size()); }
   void DropHostCopies(std::span<const int64_t> host_ids);
 
  private:
   struct Storage;
-  struct HostCopy {
-    std::unique_ptr<char[]> bytes;
-    int64_t num_bytes = 0;
-  };
   CachePool(Backend& backend, const CacheGeometry& geometry);
 
   // Calls visit(device data, num_bytes) for each range that a state at `position` occupies, in one fixed order.

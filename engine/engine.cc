@@ -17,6 +17,7 @@
 #include "engine/rope_store.h"
 #include "engine/sampler.h"
 #include "engine/speculative_decoder.h"
+#include "engine/state_image.h"
 #include "engine/step_arena.h"
 #include "engine/step_outputs.h"
 #include "kernels/base/check.h"
@@ -208,6 +209,7 @@ struct Engine::Impl {
   void Measure(const Step& step, const StepResult& result);
   absl::Status CopyOne(const CacheCopy& copy);
   absl::Status CopyFromHost(const CacheCopy& copy);
+  absl::Status Trim(const CacheCopy& copy);
   void DropReleasedHostCopies();
 
   // Three marks a step in flight: when the queue begins it, has its drafts, and has ended it.
@@ -794,10 +796,23 @@ absl::Status Engine::Impl::CopyFromHost(const CacheCopy& copy) {
   return absl::OkStatus();
 }
 
+// Nothing was folded beyond what the host had confirmed, so that the rows of what is cut off are
+// just not read again.
+absl::Status Engine::Impl::Trim(const CacheCopy& copy) {
+  SlotState& state = slot(copy.from_slot);
+  GODWIT_CHECK(state.pending_step < 0 && !state.unresolved);
+  GODWIT_CHECK(state.base <= copy.position && copy.position <= state.position);
+  state.position = copy.position;
+  state.last_token = copy.next_token;
+  if (speculator != nullptr) speculator->Trim(copy.from_slot, copy.position, copy.next_token);
+  return sampler->Uncount(copy.from_slot, copy.dropped_tokens);
+}
+
 absl::Status Engine::Impl::CopyOne(const CacheCopy& copy) {
   if (copy.kind == CacheCopy::Kind::kSwapIn || copy.kind == CacheCopy::Kind::kLoad) {
     return CopyFromHost(copy);
   }
+  if (copy.kind == CacheCopy::Kind::kTrim) return Trim(copy);
   // Copied where no step in flight can still change it; position 0: never used, so the slot's
   // record is another sequence's.
   const SlotState from = copy.position == 0 ? SlotState{} : slot(copy.from_slot);
@@ -825,6 +840,33 @@ void Engine::Impl::DropReleasedHostCopies() {
   pool->DropHostCopies(host_ids);
   for (const int64_t host_id : host_ids) host_slots.erase(host_id);
   if (speculator != nullptr) speculator->Drop(host_ids);
+}
+
+std::shared_ptr<const StateImage> Engine::ExportState(int64_t host_id) {
+  const auto state = impl_->host_slots.find(host_id);
+  GODWIT_CHECK(state != impl_->host_slots.end());
+  const CachePool::HostCopy& copy = impl_->pool->host_copy(host_id);
+  auto image = std::make_shared<StateImage>();
+  image->position = state->second.position;
+  image->base = state->second.base;
+  image->last_token = state->second.last_token;
+  if (impl_->speculator != nullptr) image->draft = impl_->speculator->Export(host_id);
+  image->bytes = copy.bytes;
+  image->num_bytes = copy.num_bytes;
+  return image;
+}
+
+absl::Status Engine::ImportState(int64_t host_id, std::shared_ptr<const StateImage> image) {
+  if (image->num_bytes != impl_->caches->StateBytes(image->position)) {
+    return absl::InvalidArgumentError(absl::StrCat("a state of ", image->position, " tokens has ",
+                                                   image->num_bytes, " bytes, expected ",
+                                                   impl_->caches->StateBytes(image->position)));
+  }
+  impl_->host_slots[host_id] = {
+      .position = image->position, .base = image->base, .last_token = image->last_token};
+  if (impl_->speculator != nullptr) impl_->speculator->Import(host_id, image->draft);
+  impl_->pool->Adopt(host_id, {.bytes = image->bytes, .num_bytes = image->num_bytes});
+  return absl::OkStatus();
 }
 
 absl::Status Engine::Copy(std::span<const CacheCopy> copies) {

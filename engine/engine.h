@@ -70,6 +70,8 @@ class Engine final : public StepExecutor {
   absl::StatusOr<StepId> Submit(std::span<const BatchRow> rows) override;
   absl::StatusOr<StepResult> Collect(StepId id) override;
   absl::Status Copy(std::span<const CacheCopy> copies) override;
+  std::shared_ptr<const StateImage> ExportState(int64_t host_id) override;
+  absl::Status ImportState(int64_t host_id, std::shared_ptr<const StateImage> image) override;
 
  private:
   struct Impl;

@@ -83,6 +83,7 @@ void StepPlanner::CheckRow(const BatchRow& row, const SlotState& state) const {
     GODWIT_CHECK(row.score_targets.empty() || row.score_targets.size() == row.token_ids.size());
   } else {
     GODWIT_CHECK(state.position > 0);
+    GODWIT_CHECK(state.pending_step >= 0 || state.last_token >= 0);
     GODWIT_CHECK(!row.outputs.empty());
     GODWIT_CHECK(end - state.base <= limits_.window_rows);
     GODWIT_CHECK(row.score_targets.empty());

@@ -207,6 +207,19 @@ absl::Status Sampler::CountPrompts(const StepArrays& arrays, const TensorView& t
   return absl::OkStatus();
 }
 
+absl::Status Sampler::Uncount(int32_t slot, std::span<const int32_t> token_ids) {
+  for (const int32_t token_id : token_ids) {
+    uint32_t* const at = options_.counts + slot * options_.vocab_size + token_id;
+    uint32_t count = 0;
+    RETURN_IF_ERROR(backend_->CopyToHost(&count, at, sizeof(count)));
+    RETURN_IF_ERROR(backend_->Synchronize());
+    GODWIT_CHECK((count & ~kPromptBit) > 0);
+    --count;
+    RETURN_IF_ERROR(backend_->CopyFromHost(at, &count, sizeof(count)));
+  }
+  return absl::OkStatus();
+}
+
 absl::StatusOr<TensorView> Sampler::Logits(const TensorView& hidden, int32_t* tokens,
                                            int64_t count) {
   const TensorView gathered = MakeView(gathered_.bytes(), DType::kF32, count, options_.d_model);

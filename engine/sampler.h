@@ -60,6 +60,9 @@ class Sampler {
   // Step 2: counts prompt tokens. Forks copy the counts afterwards.
   absl::Status CountPrompts(const StepArrays& arrays, const TensorView& token_ids);
 
+  // Takes drawn tokens off the counts of a slot again. Waits for the device when there are some.
+  absl::Status Uncount(int32_t slot, std::span<const int32_t> token_ids);
+
   // Step 3: draws, then scores. hidden: [T, d_model] f32. drafts of the rows that have some: draft
   // i of the r-th of them at r * max_drafts + i; probabilities likewise.
   struct Drafts {

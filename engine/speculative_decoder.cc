@@ -158,11 +158,16 @@ Sampler::Drafts SpeculativeDecoder::drafts() const {
 
 // --- Draft
 
-bool SpeculativeDecoder::ReadsPrompt(const BatchRow& row, const SlotDraft& slot) const {
+// A prompt that continues an earlier text begins where the target stands; of what is before that
+// the draft may have some to read still.
+bool SpeculativeDecoder::ReadsPrompt(const BatchRow& row, const SlotDraft& slot,
+                                     int64_t tokens_left) const {
   const int64_t limit = draft_->config().context_length;
   const int64_t end = row.first_position + std::ssize(row.token_ids);
-  return row.max_draft_tokens > 0 && !slot.lost && slot.position == row.first_position &&
-         (limit == 0 || end <= limit);
+  const int64_t num_behind = row.first_position - slot.position;
+  return row.max_draft_tokens > 0 && !slot.lost && num_behind >= 0 &&
+         num_behind <= std::ssize(slot.unread) &&
+         num_behind + std::ssize(row.token_ids) <= tokens_left && (limit == 0 || end <= limit);
 }
 
 bool SpeculativeDecoder::CanDraft(const BatchRow& row, const SlotDraft& slot,
@@ -182,10 +187,14 @@ void SpeculativeDecoder::ChooseReaders(std::span<BatchRow> rows, std::span<const
     SlotDraft& slot = slots_[static_cast<size_t>(row.lease->slot())];
     if (row.lease->fresh()) slot = {};
     if (row.token_ids.empty()) continue;
-    if (ReadsPrompt(row, slot)) {
+    if (ReadsPrompt(row, slot, tokens_left)) {
+      const auto num_behind = row.first_position - slot.position;
+      slot.prompt.assign(slot.unread.begin(), slot.unread.begin() + num_behind);
+      slot.prompt.insert(slot.prompt.end(), row.token_ids.begin(), row.token_ids.end());
+      slot.unread.clear();
       readers_.push_back(
-          {.row = &row, .slot = &slot, .token_ids = row.token_ids, .is_prefill = true});
-      tokens_left -= std::ssize(row.token_ids);
+          {.row = &row, .slot = &slot, .token_ids = slot.prompt, .is_prefill = true});
+      tokens_left -= std::ssize(slot.prompt);
     } else {
       slot.lost = true;
       slot.unread.clear();
@@ -560,6 +569,37 @@ void SpeculativeDecoder::Load(int64_t host_id, int32_t slot) {
   const auto found = host_slots_.find(host_id);
   GODWIT_CHECK(found != host_slots_.end());
   slots_[static_cast<size_t>(slot)] = found->second;
+}
+
+void SpeculativeDecoder::Trim(int32_t slot_index, int64_t position, int32_t next_token) {
+  SlotDraft& slot = slots_[static_cast<size_t>(slot_index)];
+  if (slot.lost) return;
+  // Bases of the draft too stand at or below every confirmed position.
+  GODWIT_CHECK(slot.base <= position);
+  if (slot.position > position) {
+    slot.position = position;
+    slot.unread.clear();
+  }
+  GODWIT_CHECK(position - slot.position <= std::ssize(slot.unread));
+  slot.unread.resize(static_cast<size_t>(position - slot.position));
+  if (next_token >= 0) slot.unread.push_back(next_token);
+}
+
+std::optional<DraftImage> SpeculativeDecoder::Export(int64_t host_id) const {
+  const auto found = host_slots_.find(host_id);
+  GODWIT_CHECK(found != host_slots_.end());
+  const SlotDraft& slot = found->second;
+  if (slot.lost) return std::nullopt;
+  return DraftImage{.position = slot.position, .base = slot.base, .unread = slot.unread};
+}
+
+void SpeculativeDecoder::Import(int64_t host_id, const std::optional<DraftImage>& image) {
+  SlotDraft& slot = host_slots_[host_id] = {};
+  slot.lost = !image.has_value();
+  if (slot.lost) return;
+  slot.position = image->position;
+  slot.base = image->base;
+  slot.unread = image->unread;
 }
 
 void SpeculativeDecoder::Drop(std::span<const int64_t> host_ids) {

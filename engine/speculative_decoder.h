@@ -25,6 +25,7 @@
 #include "engine/model.h"
 #include "engine/rope_store.h"
 #include "engine/sampler.h"
+#include "engine/state_image.h"
 #include "engine/step_arena.h"
 
 namespace godwit {
@@ -79,6 +80,11 @@ class SpeculativeDecoder {
   void Save(int32_t slot, int64_t host_id);
   void Load(int64_t host_id, int32_t slot);
   void Drop(std::span<const int64_t> host_ids);
+  // The state is cut to `position`; next_token was drawn after it, unless it is -1.
+  void Trim(int32_t slot, int64_t position, int32_t next_token);
+  // Nothing: the draft does not follow the sequence.
+  std::optional<DraftImage> Export(int64_t host_id) const;
+  void Import(int64_t host_id, const std::optional<DraftImage>& image);
 
  private:
   struct SlotDraft {
@@ -86,7 +92,9 @@ class SpeculativeDecoder {
     int64_t base = 0;             // of its lightning state
     std::vector<int32_t> unread;  // from there to the next input of the target, which is the last
     bool lost = false;            // it has fallen behind for good
-    int32_t draft_row = -1;       // in the last step that it had drafts in
+    std::vector<int32_t>
+        prompt;              // what it reads of one in the step, with what it had not read before
+    int32_t draft_row = -1;  // in the last step that it had drafts in
     AcceptanceClass acceptance_class = AcceptanceClass::kGreedy;
     DraftPolicy policy = DraftPolicy::kFixed;
   };
@@ -114,7 +122,7 @@ class SpeculativeDecoder {
                      const TensorView& drawn, const SpeculativeDecoderOptions& options);
   absl::Status MakeRope();
   void ChooseReaders(std::span<BatchRow> rows, std::span<const SlotState> slots);
-  bool ReadsPrompt(const BatchRow& row, const SlotDraft& slot) const;
+  bool ReadsPrompt(const BatchRow& row, const SlotDraft& slot, int64_t tokens_left) const;
   bool CanDraft(const BatchRow& row, const SlotDraft& slot, int64_t tokens_left) const;
   void OrderReaders();
   bool Explores(std::span<BatchRow> rows);

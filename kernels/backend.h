@@ -45,6 +45,13 @@ inline constexpr int kNumMarks = 8;
 // Not thread-safe: one owner thread calls it. Ops are queued in order and may still be running when
 // the call returns; arguments structs are read before it returns, device data they point to when
 // the op runs. Host and device memory are the same on the CPU.
+// One part of a copy between device memories.
+struct CopyRange {
+  void* to = nullptr;
+  const void* from = nullptr;
+  int64_t num_bytes = 0;
+};
+
 class Backend {
  public:
   virtual DeviceInfo Info() const = 0;
@@ -68,6 +75,8 @@ class Backend {
   virtual OpStatus CopyFromHost(void* device_to, const void* host_from, int64_t num_bytes) = 0;
   virtual OpStatus CopyToHost(void* host_to, const void* device_from, int64_t num_bytes) = 0;
   virtual OpStatus CopyOnDevice(void* to, const void* from, int64_t num_bytes) = 0;
+  // Copies that do not overlap, in one launch where launches cost more than the bytes.
+  virtual OpStatus CopyRanges(const CopyRange* ranges, int64_t num_ranges) = 0;
   virtual OpStatus FillZero(void* data, int64_t num_bytes) = 0;
 
   // Weights, in the back end's one layout. PackMatrixRows stores `source` (host, [n, num_columns],

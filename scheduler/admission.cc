@@ -17,10 +17,22 @@ absl::Status InvalidField(absl::string_view field, int64_t value, absl::string_v
   return absl::InvalidArgumentError(absl::StrCat(field, " ", value, " ", limit));
 }
 
+// With the state that it starts from. Without input the token drawn after that is its last.
+int64_t PromptLength(const GenerateRequest& request) {
+  const int64_t num_input = std::ssize(request.token_ids);
+  return request.start_position +
+         (request.session == 0 ? num_input : std::max<int64_t>(num_input, 1));
+}
+
 absl::Status ValidateFields(const GenerateRequest& request) {
   const int64_t num_outputs = request.num_outputs;
   if (request.stream == nullptr) return absl::InvalidArgumentError("stream is missing");
-  if (request.token_ids.empty()) return absl::InvalidArgumentError("the prompt has no tokens");
+  if (request.token_ids.empty() && request.session == 0) {
+    return absl::InvalidArgumentError("the prompt has no tokens");
+  }
+  if (request.token_ids.empty() && (num_outputs != 1 || request.max_tokens == 0)) {
+    return absl::InvalidArgumentError("a session goes on without input in one output only");
+  }
   if (num_outputs < 1) return InvalidField("n", num_outputs, "not >= 1");
   if (request.max_tokens < 0) return InvalidField("max_tokens", request.max_tokens, "not >= 0");
   if (request.max_tokens == 0 && num_outputs != 1) {
@@ -59,7 +71,7 @@ bool InQueueOrder(const GroupPtr& a, const GroupPtr& b) { return QueueKey(*a) < 
 absl::Status ValidateRequest(const GenerateRequest& request, const SchedulerOptions& options,
                              const CacheManager& caches) {
   RETURN_IF_ERROR(ValidateFields(request));
-  const int64_t num_prompt = std::ssize(request.token_ids);
+  const int64_t num_prompt = PromptLength(request);
   if (num_prompt > options.context_length ||
       request.max_tokens > options.context_length - num_prompt) {
     return absl::InvalidArgumentError(
@@ -96,10 +108,15 @@ absl::Status Scheduler::Impl::Add(GenerateRequest request, TimeNs now) {
   RETURN_IF_ERROR(ValidateRequest(request, options_, caches_));
   const int64_t num_prompt = std::ssize(request.token_ids);
   RETURN_IF_ERROR(CheckQueue(num_waiting_, num_waiting_tokens_, num_prompt, options_));
+  const int64_t prompt_length = PromptLength(request);
   auto group = std::make_unique<RequestGroup>();
   group->request = std::move(request);
   group->request.token_ids.push_back(-1);
-  group->prompt_length = num_prompt;
+  group->prompt_length = prompt_length;
+  group->first_prompt_token = group->request.start_position;
+  group->num_prompt_submitted = group->request.start_position;
+  if (num_prompt == 0) group->num_prompt_submitted = group->prompt_length;
+  group->num_prompt_confirmed = group->num_prompt_submitted;
   group->order = next_order_++;
   group->sequences.resize(static_cast<size_t>(group->request.num_outputs));
   for (size_t output = 0; output < group->sequences.size(); ++output) {
@@ -117,7 +134,7 @@ void Scheduler::Impl::Enqueue(GroupPtr group) {
     ++num_swapped_;
   } else {
     ++num_waiting_;
-    num_waiting_tokens_ += group->prompt_length;
+    num_waiting_tokens_ += group->num_input();
   }
   const auto place = std::upper_bound(queue_.begin(), queue_.end(), group, InQueueOrder);
   queue_.insert(place, std::move(group));
@@ -142,7 +159,7 @@ void Scheduler::Impl::Admit(StepPlan& plan, TimeNs now) {
   size_t num_blocked = 0;  // groups at the front of the queue that stay
   while (num_blocked < queue_.size()) {
     RequestGroup& group = *queue_[num_blocked];
-    const Room room = Fits(group) ? Room::kMade : MakeRoom(group, plan, now);
+    const Room room = MakeFit(group, plan) ? Room::kMade : MakeRoom(group, plan, now);
     if (room == Room::kPending) return;
     if (room == Room::kMade) {
       GODWIT_CHECK(queue_[num_blocked].get() == &group);  // its victims queue behind it
@@ -164,9 +181,10 @@ void Scheduler::Impl::StartGroup(size_t queue_index, StepPlan& plan, TimeNs now)
     --num_swapped_;
   } else {
     --num_waiting_;
-    num_waiting_tokens_ -= group->prompt_length;
+    num_waiting_tokens_ -= group->num_input();
     group->timings.admitted = now;
   }
+  const bool begins = group->phase == Phase::kWaiting;
   SwapIn(*group, plan);
   const bool decodes = group->num_prompt_confirmed == group->prompt_length;
   group->phase = decodes ? Phase::kDecoding : Phase::kPrefilling;
@@ -174,7 +192,33 @@ void Scheduler::Impl::StartGroup(size_t queue_index, StepPlan& plan, TimeNs now)
   group->num_bypassed = 0;
   group->last_row = now;
   group->admission = next_admission_++;
+  RequestGroup& started = *group;
   running_.push_back(std::move(group));
+  if (begins && started.request.session != 0) BeginSession(started, plan, now);
+}
+
+void Scheduler::Impl::BeginSession(RequestGroup& group, StepPlan& plan, TimeNs now) {
+  Sequence& sequence = group.sequences[0];
+  if (!sessions_.Begin(group.request.session, sequence.lease, plan.copies)) {
+    EndGroup(
+        group,
+        absl::DataLossError("the state of the session is gone: device and host memory were full"),
+        now);
+    Sweep();
+    return;
+  }
+  GODWIT_CHECK(sequence.lease.position() == group.request.start_position);
+  plan.record->copied_orders.push_back(group.order);
+  sequence.confirmed_position = group.request.start_position;
+  if (group.phase == Phase::kDecoding) group.events.push_back({.kind = TokenEvent::Kind::kPrompt});
+}
+
+// Room for the group once states of sessions have made way.
+bool Scheduler::Impl::MakeFit(const RequestGroup& group, StepPlan& plan) {
+  while (!Fits(group)) {
+    if (!sessions_.Evict(plan.copies)) return false;
+  }
+  return true;
 }
 
 void Scheduler::Impl::FailStuck(TimeNs now) {

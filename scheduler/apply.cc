@@ -66,6 +66,7 @@ void Scheduler::Impl::Apply(StepPlan plan, StepResult result, TimeNs now) {
     RequestGroup& group = *planned.sequence->group;
     GODWIT_CHECK(computed.outputs.size() == planned.num_outputs);
     prompt_tokens_ += planned.num_prompt_tokens;
+    RecordDropped(record, planned, computed);
     if (group.phase == Phase::kFinished) continue;
     if (!computed.status.ok()) {
       EndGroup(group, computed.status, now);
@@ -97,6 +98,19 @@ void Scheduler::Impl::Apply(StepPlan plan, StepResult result, TimeNs now) {
   Recycle(std::move(plan));
 }
 
+// What a step drew for an output that had ended is no part of the state that is kept.
+void Scheduler::Impl::RecordDropped(const StepPlan::Record& record,
+                                    const StepPlan::Record::Row& planned,
+                                    const RowResult& computed) {
+  for (size_t output = 0; output < planned.num_outputs; ++output) {
+    Sequence& sequence = *record.drawers[planned.first_output + output];
+    if (!sequence.kept) continue;
+    for (const SampledToken& token : computed.outputs[output]) {
+      if (token.token_id >= 0) sequence.dropped_tokens.push_back(token.token_id);
+    }
+  }
+}
+
 void Scheduler::Impl::ApplyPrompt(RequestGroup& group, int64_t num_tokens,
                                   std::vector<SampledToken> scores, TimeNs now) {
   group.num_prompt_confirmed += num_tokens;
@@ -107,14 +121,20 @@ void Scheduler::Impl::ApplyPrompt(RequestGroup& group, int64_t num_tokens,
   group.phase = Phase::kDecoding;
   group.events.push_back(
       {.kind = TokenEvent::Kind::kPrompt, .tokens = std::move(group.prompt_scores)});
-  if (group.request.max_tokens == 0) EndGroup(group, absl::OkStatus(), now);
+  if (group.request.max_tokens > 0) return;
+  MarkKept(group.sequences[0], FinishReason::kLength);
+  EndGroup(group, absl::OkStatus(), now);
 }
 
 void Scheduler::Impl::ApplyDraws(Sequence& sequence, std::vector<SampledToken> tokens, TimeNs now) {
   RequestGroup& group = *sequence.group;
   const Cut cut = FindEnd(tokens, group.request, sequence);
+  for (size_t token = cut.num_kept; token < tokens.size(); ++token) {
+    sequence.dropped_tokens.push_back(tokens[token].token_id);
+  }
   tokens.resize(cut.num_kept);
   if (!tokens.empty()) {
+    sequence.last_token = tokens.back().token_id;
     sequence.num_output += std::ssize(tokens);
     generation_tokens_ += std::ssize(tokens);
     if (group.timings.first_token == kNever) group.timings.first_token = now;
@@ -130,6 +150,7 @@ void Scheduler::Impl::ApplyDraws(Sequence& sequence, std::vector<SampledToken> t
 
 void Scheduler::Impl::Fail(StepPlan plan, const absl::Status& status, TimeNs now) {
   GODWIT_CHECK(!status.ok());
+  sessions_.Lose(plan.copies);
   for (const StepPlan::Record::Row& row : plan.record->rows) {
     RequestGroup& group = *row.sequence->group;
     if (group.phase != Phase::kFinished) EndGroup(group, status, now);
@@ -166,9 +187,12 @@ void Scheduler::Impl::Land(StepPlan& plan) {
   for (const StepPlan::Record::Row& row : record.rows) {
     RequestGroup& group = *row.sequence->group;
     for (Sequence& sequence : group.sequences) {
-      if (sequence.finished && sequence.steps_in_flight == 0) sequence.lease.Release();
+      if (sequence.finished && sequence.steps_in_flight == 0) GiveBack(sequence);
     }
-    group.request.stream->Push(std::exchange(group.events, {}));
+    // A state that is kept is there before the client hears of the end.
+    if (!group.ended_ok || group.request.keep_as == 0) {
+      group.request.stream->Push(std::exchange(group.events, {}));
+    }
   }
   Sweep();
 }

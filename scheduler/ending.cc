@@ -56,6 +56,7 @@ void Scheduler::Impl::FinishOutput(Sequence& sequence, FinishInfo finish, TimeNs
   GODWIT_CHECK(!sequence.finished);
   RequestGroup& group = *sequence.group;
   sequence.finished = true;
+  if (sequence.output_index == 0) MarkKept(sequence, finish.reason);
   group.events.push_back({.kind = TokenEvent::Kind::kFinished,
                           .output_index = sequence.output_index,
                           .finish = finish});
@@ -67,16 +68,49 @@ void Scheduler::Impl::EndGroup(RequestGroup& group, absl::Status status, TimeNs 
   if (group.phase == Phase::kWaiting || group.phase == Phase::kSwapped) {
     group.timings.queue_ns += now - group.queued_since;
     --(group.phase == Phase::kSwapped ? num_swapped_ : num_waiting_);
-    if (group.phase == Phase::kWaiting) num_waiting_tokens_ -= group.prompt_length;
+    if (group.phase == Phase::kWaiting) num_waiting_tokens_ -= group.num_input();
   }
+  group.ended_ok = status.ok();
+  const Sequence& first = group.sequences[0];
   group.timings.finished = now;
   group.events.push_back({.kind = TokenEvent::Kind::kDone,
                           .status = std::move(status),
                           .phase = group.phase,
                           .timings = group.timings,
-                          .speculation = group.speculation});
+                          .speculation = group.speculation,
+                          .kept_position = first.kept ? first.kept_position : -1,
+                          .kept_token = first.kept ? first.kept_token : -1});
   group.phase = Phase::kFinished;
   for (Sequence& sequence : group.sequences) sequence.finished = true;
+}
+
+// Output 0 has ended. Its state is the text's: the prompt and the tokens that were delivered. The
+// last of these is not in the state, unless a token that ends the text was drawn after it. Nothing
+// is kept of a prompt that was not read whole, or of an output that waits in host memory.
+void Scheduler::Impl::MarkKept(Sequence& sequence, FinishReason reason) {
+  const RequestGroup& group = *sequence.group;
+  if (group.request.keep_as == 0 || group.num_prompt_confirmed < group.prompt_length) return;
+  if (!sequence.lease.resident()) return;
+  const bool ended = reason == FinishReason::kEos || reason == FinishReason::kStopToken;
+  const bool all_computed = ended || sequence.num_output == 0;
+  // Whether the token that it went on from is in the state is not known.
+  if (group.num_input() == 0 && sequence.num_output == 0 && !ended) return;
+  sequence.kept_position = group.prompt_length + sequence.num_output - (all_computed ? 0 : 1);
+  sequence.kept_token = all_computed ? -1 : sequence.last_token;
+  sequence.kept = true;
+}
+
+// The lease of an output that has ended and has no step in flight. A state that is kept stays where
+// it is until the whole request has ended, well or not.
+void Scheduler::Impl::GiveBack(Sequence& sequence) {
+  RequestGroup& group = *sequence.group;
+  if (sequence.kept && group.phase != Phase::kFinished) return;
+  if (sequence.kept && group.ended_ok && sequence.lease) {
+    sessions_.Keep(group.request.keep_as, std::move(sequence.lease), sequence.kept_position,
+                   sequence.kept_token, std::move(sequence.dropped_tokens));
+    return;
+  }
+  sequence.lease.Release();
 }
 
 // Releases and pushes for all groups that ended, those outside a step too, which Land does not see.
@@ -90,9 +124,11 @@ void Scheduler::Impl::Sweep() {
   }
   for (const GroupPtr& group : ending_) {
     for (Sequence& sequence : group->sequences) {
-      if (sequence.steps_in_flight == 0) sequence.lease.Release();
+      if (sequence.steps_in_flight == 0) GiveBack(sequence);
     }
-    group->request.stream->Push(std::exchange(group->events, {}));
+    if (group->steps_in_flight() == 0 || !group->ended_ok || group->request.keep_as == 0) {
+      group->request.stream->Push(std::exchange(group->events, {}));
+    }
   }
   std::erase_if(ending_, [](const GroupPtr& group) { return group->steps_in_flight() == 0; });
 }

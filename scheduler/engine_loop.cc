@@ -59,6 +59,8 @@ absl::Status WithoutDeviceLostMark(absl::Status status) {
 }
 
 struct EngineLoop::Impl {
+  using SessionWork = EngineLoop::SessionWork;
+
   Impl(EngineLoopOptions options, StepExecutor& executor, CacheManager& caches)
       : options(std::move(options)),
         executor(executor),
@@ -74,7 +76,9 @@ struct EngineLoop::Impl {
 
   // Engine thread.
   void Run();
-  bool TakeMail();   // false: stop
+  bool TakeMail();  // false: stop
+  void RunSessionWork();
+  bool Post(SessionWork work);
   bool FillSteps();  // plans and submits; true if there was something to do
   bool SubmitStep(StepPlan plan, TimeNs planned);
   void FinishOldestStep();
@@ -95,7 +99,9 @@ struct EngineLoop::Impl {
 
   mutable std::mutex mutex;  // guards the next block
   std::condition_variable wake_engine, became_idle;
-  std::vector<Mail> mailbox;  // at most max_mailbox
+  std::vector<Mail> mailbox;              // at most max_mailbox
+  std::vector<SessionWork> session_work;  // at most one a caller of the server's
+  bool closed = false;                    // no more of it
   int64_t mailbox_tokens = 0;
   // Mailbox and the scheduler's queue. Between TakeMail and Publish it also counts those that were
   // admitted meanwhile, so what it lets in always fits the scheduler's queue.
@@ -131,6 +137,23 @@ absl::Status EngineLoop::Impl::Submit(GenerateRequest request) {
   mailbox.push_back({std::move(request), Now()});
   wake_engine.notify_one();
   return absl::OkStatus();
+}
+
+bool EngineLoop::Impl::Post(SessionWork work) {
+  std::lock_guard<std::mutex> lock(mutex);
+  if (closed || device_lost.load()) return false;
+  session_work.push_back(std::move(work));
+  wake_engine.notify_one();
+  return true;
+}
+
+void EngineLoop::Impl::RunSessionWork() {
+  std::vector<SessionWork> work;
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    std::swap(work, session_work);
+  }
+  for (SessionWork& one : work) one(scheduler.sessions(), executor);
 }
 
 void EngineLoop::Impl::Wake() {
@@ -169,6 +192,7 @@ void EngineLoop::Impl::Run() {
   while (running) {
     heartbeat.store(Now(), std::memory_order_relaxed);
     running = TakeMail();
+    RunSessionWork();
     const bool progressed = FillSteps();
     if (!in_flight.empty()) {
       FinishOldestStep();
@@ -180,6 +204,11 @@ void EngineLoop::Impl::Run() {
   }
   // Everything has ended; what is still in flight is collected, so that the executor is left clean.
   while (!in_flight.empty()) FinishOldestStep();
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    closed = true;
+  }
+  RunSessionWork();
   Publish();
 }
 
@@ -291,8 +320,9 @@ void EngineLoop::Impl::Publish() {
 void EngineLoop::Impl::Sleep() {
   std::unique_lock<std::mutex> lock(mutex);
   const auto until = Clock::now() + std::chrono::nanoseconds(kHeartbeatPeriod);
-  wake_engine.wait_until(lock, until,
-                         [this] { return woken || abort || stopping || !mailbox.empty(); });
+  wake_engine.wait_until(lock, until, [this] {
+    return woken || abort || stopping || !mailbox.empty() || !session_work.empty();
+  });
 }
 
 EngineLoop::EngineLoop(EngineLoopOptions options, StepExecutor& executor, CacheManager& caches)
@@ -305,6 +335,7 @@ EngineLoop::~EngineLoop() { Stop(); }
 absl::Status EngineLoop::Submit(GenerateRequest request) {
   return impl_->Submit(std::move(request));
 }
+bool EngineLoop::Post(SessionWork work) { return impl_->Post(std::move(work)); }
 void EngineLoop::Wake() { impl_->Wake(); }
 void EngineLoop::Drain(TimeNs timeout_ns) { impl_->Drain(timeout_ns); }
 void EngineLoop::Stop() { impl_->Stop(); }

@@ -46,6 +46,12 @@ class EngineLoop {
   // stopped; INVALID_ARGUMENT: can never run.
   absl::Status Submit(GenerateRequest request);
 
+  // Any thread. Runs `work` on the engine thread between two steps, with what sessions are there;
+  // it may use the executor for copies of theirs. False: the loop has stopped or lost its device,
+  // `work` will not run.
+  using SessionWork = std::function<void(SessionTable& sessions, StepExecutor& executor)>;
+  bool Post(SessionWork work);
+
   // Any thread: a request's cancel flag was set; wakes the engine thread if it sleeps.
   void Wake();
 

@@ -77,6 +77,10 @@ struct TokenEvent {
   Phase phase = Phase::kWaiting;  // kDone with an error: where it happened
   RequestTimings timings;         // kDone
   SpeculationStats speculation;   // kDone
+  // kDone: the position of the state that was kept, and the token drawn after it (-1: none). -1:
+  // none was.
+  int64_t kept_position = -1;
+  int32_t kept_token = -1;
 };
 
 // The consumer side of a request. Push runs on the engine thread; Drain and Cancel on any thread.
@@ -105,7 +109,7 @@ class TokenStream {
 
 struct GenerateRequest {
   std::string id;                  // for logs
-  std::vector<int32_t> token_ids;  // >= 1
+  std::vector<int32_t> token_ids;  // >= 1, but for a session
   SamplingParams sampling;
   uint64_t seed = 0;
   // The seed was the client's: the tokens are a function of it, speculation or not.
@@ -126,6 +130,14 @@ struct GenerateRequest {
   int32_t prompt_logprobs =
       -1;  // -1: none; n: score each prompt token after the first, with n most likely
   std::shared_ptr<TokenStream> stream;  // required
+
+  // Sessions (session_table.h). `session`, not 0: the request starts from the state of that one, which has
+  // start_position tokens and is not changed. Then token_ids may be empty if a token that was drawn
+  // after the state follows it: the output goes on where it ended. keep_as, not 0: what output 0
+  // leaves becomes the state of that session, if the request ends with OK.
+  int64_t session = 0;
+  int64_t start_position = 0;
+  int64_t keep_as = 0;
 };
 
 }  // namespace godwit

@@ -46,7 +46,7 @@ int64_t RequestGroup::steps_in_flight() const {
 }
 
 Scheduler::Impl::Impl(SchedulerOptions options, CacheManager& caches)
-    : options_(options), caches_(caches) {
+    : options_(options), caches_(caches), sessions_(caches, options.may_drop_sessions) {
   GODWIT_CHECK(options_.max_tokens_per_step >= kMinTokensPerStep);
   GODWIT_CHECK(options_.max_steps_in_flight >= 1);
   GODWIT_CHECK(options_.max_steps_in_flight <= kMaxStepsInFlight);
@@ -71,6 +71,7 @@ StepPlan Scheduler::Impl::Plan(TimeNs now) {
   for (const GroupPtr& group : running_) group->held = false;
   AgeQueue(now);
   StepPlan plan = TakeSpare();
+  plan.copies = sessions_.TakeCopies();
   Admit(plan, now);
   FailStuck(now);
   PlanDecodeRows(plan);
@@ -134,9 +135,9 @@ void Scheduler::Impl::PlanPrompts(StepPlan& plan, TimeNs now) {
     const int64_t budget = options_.max_tokens_per_step - plan.record->num_tokens;
     const int64_t begin = group->num_prompt_submitted;
     int64_t end = group->prompt_length;
-    // begin is a multiple of kPrefillBlock: every cut before it was.
-    if (end - begin > budget) end = begin + budget / kPrefillBlock * kPrefillBlock;
-    if (end == begin) continue;  // the end of a shorter prompt may still fit
+    // Cuts are at multiples of kPrefillBlock, wherever the prompt begins.
+    if (end - begin > budget) end = (begin + budget) / kPrefillBlock * kPrefillBlock;
+    if (end <= begin) continue;  // the end of a shorter prompt may still fit
     group->last_row = now;
     AddPromptRow(*group, end - begin, plan);
   }
@@ -146,7 +147,8 @@ void Scheduler::Impl::AddPromptRow(RequestGroup& group, int64_t num_tokens, Step
   Sequence& sequence = group.sequences[0];
   const int64_t begin = group.num_prompt_submitted;
   const std::span<const int32_t> token_ids(group.request.token_ids);
-  const auto first = static_cast<size_t>(begin), count = static_cast<size_t>(num_tokens);
+  const auto first = static_cast<size_t>(begin - group.first_prompt_token),
+             count = static_cast<size_t>(num_tokens);
   BatchRow row{.token_ids = token_ids.subspan(first, count),
                .first_position = begin,
                .confirmed_position = sequence.confirmed_position,
@@ -226,7 +228,8 @@ SchedulerStats Scheduler::Impl::Stats() const {
           .num_steps = num_steps_,
           .prompt_tokens = prompt_tokens_,
           .generation_tokens = generation_tokens_,
-          .speculation = speculation_};
+          .speculation = speculation_,
+          .sessions = sessions_.stats()};
 }
 
 Scheduler::Scheduler(SchedulerOptions options, CacheManager& caches)
@@ -246,9 +249,11 @@ void Scheduler::Fail(StepPlan plan, const absl::Status& status, TimeNs now) {
 void Scheduler::AbortAll(const absl::Status& status, TimeNs now) { impl_->AbortAll(status, now); }
 
 bool Scheduler::idle() const {
-  return impl_->queue_.empty() && impl_->running_.empty() && impl_->ending_.empty();
+  return impl_->queue_.empty() && impl_->running_.empty() && impl_->ending_.empty() &&
+         !impl_->sessions_.has_copies();
 }
 
 SchedulerStats Scheduler::stats() const { return impl_->Stats(); }
+SessionTable& Scheduler::sessions() { return impl_->sessions_; }
 
 }  // namespace godwit

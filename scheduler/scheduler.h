@@ -15,6 +15,8 @@
 //   last admitted first) if the swap budget holds all state of those needed. A request's sequences
 //   are swapped together, once none has a step in flight: until then they get no rows and nothing
 //   else is admitted.
+// * Before anything is preempted, states of sessions that wait on the device go to host memory, the
+//   one used longest ago first.
 // * If that is not possible, those behind it (also of lower priority) may pass, kMaxBypass in all;
 // then
 //   the request keeps what becomes free and nothing behind it starts before it.
@@ -33,6 +35,7 @@
 #include "engine/batch.h"
 #include "engine/cache_manager.h"
 #include "scheduler/request.h"
+#include "scheduler/session_table.h"
 
 namespace godwit {
 
@@ -44,6 +47,7 @@ struct SchedulerOptions {
   TimeNs max_wait = 30'000'000'000;      // a request waiting longer is served before any priority
   int max_steps_in_flight = 1;           // 1 or 2
   int64_t context_length = 0;            // prompt + max_tokens may not exceed it; required
+  bool may_drop_sessions = true;         // SessionTable's may_drop
 };
 
 // Gauges and counters for metrics; a copy is published once per step. waiting, running and swapped
@@ -53,6 +57,7 @@ struct SchedulerStats {
   int64_t slots_used = 0, slots_total = 0, blocks_used = 0, blocks_total = 0;
   int64_t num_preemptions = 0, num_steps = 0, prompt_tokens = 0, generation_tokens = 0;
   SpeculationStats speculation;
+  SessionStats sessions;
 };
 
 // No smaller max_tokens_per_step: one prompt block beside kPrefillBlock decode rows. Whoever parses
@@ -117,6 +122,7 @@ class Scheduler {
   // or waits for a step in flight, so whoever calls Plan at every step boundary needs no timer.
   bool idle() const;
   SchedulerStats stats() const;
+  SessionTable& sessions();  // on the same thread
 
  private:
   struct Impl;

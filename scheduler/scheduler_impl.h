@@ -49,6 +49,8 @@ struct Scheduler::Impl {
   void Admit(StepPlan& plan, TimeNs now);
   bool Fits(const RequestGroup& group) const;
   void StartGroup(size_t queue_index, StepPlan& plan, TimeNs now);
+  void BeginSession(RequestGroup& group, StepPlan& plan, TimeNs now);
+  bool MakeFit(const RequestGroup& group, StepPlan& plan);
   void FailStuck(TimeNs now);
 
   // preemption.cc
@@ -64,6 +66,8 @@ struct Scheduler::Impl {
   void Fail(StepPlan plan, const absl::Status& status, TimeNs now);
   void ApplyPrompt(RequestGroup& group, int64_t num_tokens, std::vector<SampledToken> scores,
                    TimeNs now);
+  void RecordDropped(const StepPlan::Record& record, const StepPlan::Record::Row& planned,
+                     const RowResult& computed);
   void ApplyDraws(Sequence& sequence, std::vector<SampledToken> tokens, TimeNs now);
   void Land(StepPlan& plan);  // the rows are no longer in flight
   void Recycle(StepPlan plan);
@@ -76,11 +80,14 @@ struct Scheduler::Impl {
   void
   Sweep();  // moves ended groups out of queue_ and running_, drops those with nothing in flight
   void AbortAll(const absl::Status& status, TimeNs now);
+  void MarkKept(Sequence& sequence, FinishReason reason);
+  void GiveBack(Sequence& sequence);
 
   SchedulerStats Stats() const;
 
   const SchedulerOptions options_;
   CacheManager& caches_;
+  SessionTable sessions_;
   // Each group is in exactly one of these.
   std::vector<GroupPtr> queue_;    // waiting and swapped, in the order of the queue; at most
                                    // max_waiting of each kind

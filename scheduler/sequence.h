@@ -24,13 +24,21 @@ struct Sequence {
   int64_t last_step = -1;          // number of the last step with a row of it
   int steps_in_flight = 0;
   bool finished = false;  // results still in flight are dropped
+  // The state is kept when the group ends: cut to kept_position, with kept_token drawn after it and
+  // dropped_tokens taken back.
+  bool kept = false;
+  int64_t kept_position = 0;
+  int32_t kept_token = -1;
+  int32_t last_token = -1;  // of the output so far
+  std::vector<int32_t> dropped_tokens;
 };
 
 // Phases: kWaiting -> kPrefilling -> kDecoding -> kFinished; kSwapped between any two rows.
 struct RequestGroup {
   GenerateRequest request;  // token_ids carries one more id, -1: then the score targets of the
                             // prompt tokens [a, b) are token_ids[a + 1, b + 1)
-  int64_t prompt_length = 0;
+  int64_t prompt_length = 0;        // with the tokens of the state that it starts from
+  int64_t first_prompt_token = 0;   // position of token_ids[0]
   int64_t order = 0;  // of arrival; also names the group
   Phase phase = Phase::kWaiting;
   std::vector<Sequence> sequences;  // n; never resized, rows point to the leases
@@ -48,12 +56,14 @@ struct RequestGroup {
   SpeculationStats speculation;
   std::vector<SampledToken> prompt_scores;
   std::vector<TokenEvent> events;  // of this step, pushed at its end
+  bool ended_ok = false;
 
   // Tokens that one sequence reserves.
   int64_t num_reserved() const { return prompt_length + request.max_tokens; }
   int64_t num_live() const;  // sequences that have not finished
   int64_t steps_in_flight() const;
   bool speculates() const { return request.max_draft_tokens > 0; }
+  int64_t num_input() const { return std::ssize(request.token_ids) - 1; }
   bool prompt_submitted() const { return num_prompt_submitted == prompt_length; }
 };
 

@@ -121,6 +121,9 @@ class CudaBackend final : public Backend {
     return Result("CopyOnDevice", cudaMemcpyAsync(to, from, static_cast<size_t>(num_bytes),
                                                   cudaMemcpyDeviceToDevice, stream_));
   }
+  OpStatus CopyRanges(const CopyRange* ranges, int64_t num_ranges) override {
+    return Result("CopyRanges", LaunchCopyRanges(ranges, num_ranges, stream_));
+  }
   OpStatus FillZero(void* data, int64_t num_bytes) override {
     return Result("FillZero", cudaMemsetAsync(data, 0, static_cast<size_t>(num_bytes), stream_));
   }

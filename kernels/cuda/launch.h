@@ -43,6 +43,8 @@ struct Context {
   bool deterministic = false;  // BackendLimits
 };
 
+// `ranges` is host memory, read before the call returns.
+cudaError_t LaunchCopyRanges(const CopyRange* ranges, int64_t num_ranges, cudaStream_t stream);
 cudaError_t LaunchEmbedTokens(const EmbedTokensArgs& args, cudaStream_t stream);
 cudaError_t LaunchGatherRows(const GatherRowsArgs& args, cudaStream_t stream);
 cudaError_t LaunchRope(const RopeArgs& args, cudaStream_t stream);

@@ -49,6 +49,12 @@ class RefBackend final : public Backend {
     if (num_bytes > 0) std::memmove(to, from, static_cast<size_t>(num_bytes));
     return {};
   }
+  OpStatus CopyRanges(const CopyRange* ranges, int64_t num_ranges) override {
+    for (int64_t range = 0; range < num_ranges; ++range) {
+      CopyOnDevice(ranges[range].to, ranges[range].from, ranges[range].num_bytes);
+    }
+    return {};
+  }
   OpStatus FillZero(void* data, int64_t num_bytes) override {
     if (num_bytes > 0) std::memset(data, 0, static_cast<size_t>(num_bytes));
     return {};

@@ -31,7 +31,7 @@ class StoredStateTest : public testing::TestWithParam<Case> {
     return MakeEngine(model_, {.draft_folder = with_draft() ? draft_.folder() : "",
                                .dtype = std::get<1>(GetParam()),
                                .max_sequences = 24,
-                               .max_tokens_per_step = 1024,
+                               .max_tokens_per_step = 4096,
                                .kv_bytes = 8 << 20,
                                .store_bytes = kStoreBytes,
                                .max_steps_in_flight = steps_in_flight});
@@ -126,6 +126,62 @@ TEST_P(StoredStateTest, OneStateServesManySequences) {
   }
   stored.Release();
   EXPECT_EQ(caches.free_store_bytes(), kStoreBytes);
+}
+
+// A state that went further than the text, by drafts or by a step that was in flight at its end, is
+// cut: bases, rows, counts and the draft's bookkeeping are those of the text.
+TEST_P(StoredStateTest, CutToAnEarlierTokenEqualsNeverFurther) {
+  const SamplingParams sampling = {.temperature = 0.8f,
+                                   .repetition_penalty = 1.1f,
+                                   .presence_penalty = 0.3f,
+                                   .frequency_penalty = 0.9f,
+                                   .num_logprobs = 5};
+  const auto decode = [&](Engine& engine, CacheLease& lease, std::span<const int32_t> prompt,
+                          int64_t num_tokens, int num_drafts) {
+    std::vector<SampledToken> tokens;
+    const RowOutput output = {.lease = &lease, .sampling = &sampling, .seed = 5};
+    while (std::ssize(tokens) < num_tokens) {
+      const bool reads = tokens.empty() && !prompt.empty();
+      const BatchRow row = {.token_ids = reads ? prompt : std::span<const int32_t>(),
+                            .confirmed_position = lease.position(),
+                            .prompt_length = 30,
+                            .lease = &lease,
+                            .outputs = std::span(&output, 1),
+                            .max_draft_tokens = reads && with_draft() ? 1 : num_drafts};
+      const auto result = engine.Collect(*engine.Submit(std::span(&row, 1)));
+      EXPECT_TRUE(result.ok());
+      tokens.insert(tokens.end(), result->rows[0].outputs[0].begin(),
+                    result->rows[0].outputs[0].end());
+    }
+    return tokens;
+  };
+  for (int64_t kept = 1; kept <= 24; ++kept) {
+    const std::vector<int32_t> prompt = RandomTokens(77, 30, model_.options().vocab_size);
+    const auto engine = Make();
+    CacheLease whole = *engine->caches().Reserve(200);
+    const std::vector<SampledToken> expected = decode(*engine, whole, prompt, 60, 0);
+    CacheLease lease = *engine->caches().Reserve(200);
+    // One plain step too far, or a round of drafts.
+    const std::vector<SampledToken> drawn =
+        decode(*engine, lease, prompt, kept + (with_draft() ? 0 : 1), with_draft() ? 6 : 0);
+    std::vector<int32_t> dropped;
+    for (size_t token = static_cast<size_t>(kept); token < drawn.size(); ++token) {
+      dropped.push_back(drawn[token].token_id);
+    }
+    const int32_t last = drawn[static_cast<size_t>(kept) - 1].token_id;
+    const CacheCopy trim = engine->caches().Trim(lease, 30 + kept - 1, last, dropped);
+    ASSERT_TRUE(engine->Copy(std::span(&trim, 1)).ok());
+    CacheLease next = *engine->caches().Reserve(200);
+    const CacheCopy fork = engine->caches().Fork(lease, next);
+    ASSERT_TRUE(engine->Copy(std::span(&fork, 1)).ok());
+    const std::vector<SampledToken> rest =
+        decode(*engine, next, {}, 60 - kept, with_draft() ? 3 : 0);
+    for (size_t token = static_cast<size_t>(kept); token < expected.size(); ++token) {
+      const SampledToken& got = rest[token - static_cast<size_t>(kept)];
+      ASSERT_EQ(got.token_id, expected[token].token_id) << "kept " << kept << " token " << token;
+      ASSERT_EQ(got.logprob, expected[token].logprob) << "kept " << kept << " token " << token;
+    }
+  }
 }
 
 std::string CaseName(const testing::TestParamInfo<Case>& info) {

@@ -62,6 +62,9 @@ class WrappedBackend final : public Backend {
   OpStatus CopyOnDevice(void* to, const void* from, int64_t num_bytes) override {
     return inner_->CopyOnDevice(to, from, num_bytes);
   }
+  OpStatus CopyRanges(const CopyRange* ranges, int64_t num_ranges) override {
+    return inner_->CopyRanges(ranges, num_ranges);
+  }
   OpStatus FillZero(void* data, int64_t num_bytes) override {
     return inner_->FillZero(data, num_bytes);
   }

@@ -115,11 +115,12 @@ void FakeExecutor::CheckRow(const BatchRow& row, Step& step) {
             "a row with drafts beside a step in flight");
     }
     if (row.max_draft_tokens > 0) step.drafting.insert(row.lease->slot());
-    Check(position >= row.prompt_length, "decodes inside the prompt");
+    Check(position + 1 >= row.prompt_length, "decodes inside the prompt");
   } else {
     const int64_t end = row.first_position + std::ssize(row.token_ids);
     Check(row.first_position == position, "positions are not contiguous");
-    Check(row.first_position % kPrefillBlock == 0, "chunk begins off the prefill block");
+    Check(row.first_position % kPrefillBlock == 0 || row.first_position == state.loaded,
+          "chunk begins off the prefill block");
     Check(end % kPrefillBlock == 0 || end == row.prompt_length, "chunk ends off the prefill block");
     Check(end <= row.prompt_length, "chunk past the prompt");
     Check(row.outputs.empty() || end == row.prompt_length, "draws before the prompt's end");
@@ -147,6 +148,7 @@ void FakeExecutor::Append(const CacheLease& lease, SlotState& state, int32_t tok
     blocks_[block][static_cast<size_t>(state.position % kPagedBlock)] = state.hash;
   }
   ++state.position;
+  state.recent[static_cast<size_t>(state.position) % state.recent.size()] = state.hash;
 }
 
 uint64_t FakeExecutor::Cell(const CacheLease& lease, int64_t position) {
@@ -188,6 +190,7 @@ RowResult FakeExecutor::ComputeRow(const BatchRow& row, Step& step) {
   Trace(static_cast<uint64_t>(state.position) * 4096 + row.token_ids.size());
   ComputePrompt(row, state, result);
   const bool prompt = !row.token_ids.empty();
+  if (prompt) state.next_token = -1;
   for (size_t output = 1; output < row.outputs.size(); ++output) {
     Fork(row, *row.outputs[output].lease);
     row.outputs[output].lease->clear_fresh();
@@ -205,6 +208,7 @@ RowResult FakeExecutor::ComputeRow(const BatchRow& row, Step& step) {
       if (!prompt) Append(*output.lease, drawer, drawer.next_token);
       tokens.push_back(Draw(output, drawer));
       drawer.next_token = tokens.back().token_id;
+      ++drawer.num_drawn;
     }
     if (output.lease != row.lease) step.positions.emplace_back(output.lease, drawer.position);
   }
@@ -263,6 +267,7 @@ void FakeExecutor::CopyOne(const CacheCopy& copy) {
   Trace(static_cast<uint64_t>(copy.kind) + 977);
   Trace(static_cast<uint64_t>(copy.host_id));
   if (copy.kind == CacheCopy::Kind::kFork) return Fork(copy);
+  if (copy.kind == CacheCopy::Kind::kTrim) return Trim(copy);
   if (copy.kind == CacheCopy::Kind::kSwapOut || copy.kind == CacheCopy::Kind::kSave) {
     // What a step in flight does not draw is known before it is collected.
     Check(copy.kind == CacheCopy::Kind::kSave || !SlotInFlight(copy.from_slot),
@@ -283,6 +288,9 @@ void FakeExecutor::CopyOne(const CacheCopy& copy) {
   const auto host = host_copies_.find(copy.host_id);
   if (host == host_copies_.end()) return Check(false, "swapped in from an unknown host id");
   slots_[static_cast<size_t>(copy.to_slot)] = host->second.state;
+  if (copy.kind == CacheCopy::Kind::kLoad) {
+    slots_[static_cast<size_t>(copy.to_slot)].loaded = copy.position;
+  }
   Check(host->second.blocks.size() == copy.to_blocks.size(), "blocks of the swap do not match");
   for (size_t block = 0; block < copy.to_blocks.size(); ++block) {
     blocks_[static_cast<size_t>(copy.to_blocks[block])] = host->second.blocks[block];
@@ -296,11 +304,45 @@ void FakeExecutor::Fork(const CacheCopy& copy) {
   const SlotState& from = slots_[static_cast<size_t>(copy.from_slot)];
   Check(from.position == copy.position, "forked at another position");
   slots_[static_cast<size_t>(copy.to_slot)] = from;
+  slots_[static_cast<size_t>(copy.to_slot)].loaded = copy.position;
   Check(copy.from_blocks.size() == copy.to_blocks.size(), "blocks of the fork do not match");
   for (size_t block = 0; block < copy.to_blocks.size(); ++block) {
     blocks_[static_cast<size_t>(copy.to_blocks[block])] =
         blocks_[static_cast<size_t>(copy.from_blocks[block])];
   }
+}
+
+// Of what was drawn, as many are taken back as were drawn after the cut, but for the next token.
+void FakeExecutor::Trim(const CacheCopy& copy) {
+  Check(!SlotInFlight(copy.from_slot), "cut with a step in flight");
+  SlotState& state = slots_[static_cast<size_t>(copy.from_slot)];
+  const int64_t num_cut = state.position - copy.position;
+  Check(num_cut >= 0 && num_cut < std::ssize(state.recent), "cut to a place that is not there");
+  const int64_t num_after = num_cut + (state.next_token >= 0) - (copy.next_token >= 0);
+  Check(std::ssize(copy.dropped_tokens) == num_after, "dropped tokens do not match the cut");
+  state.num_drawn -= std::ssize(copy.dropped_tokens);
+  state.position = copy.position;
+  state.hash = state.recent[static_cast<size_t>(copy.position) % state.recent.size()];
+  state.next_token = copy.next_token;
+}
+
+struct FakeExecutor::Image : StateImage {
+  HostCopy copy;
+};
+
+std::shared_ptr<const StateImage> FakeExecutor::ExportState(int64_t host_id) {
+  const auto host = host_copies_.find(host_id);
+  Check(host != host_copies_.end(), "exported an unknown host id");
+  auto image = std::make_shared<Image>();
+  image->copy = host->second;
+  image->position = host->second.state.position;
+  image->last_token = host->second.state.next_token;
+  return image;
+}
+
+absl::Status FakeExecutor::ImportState(int64_t host_id, std::shared_ptr<const StateImage> image) {
+  host_copies_[host_id] = static_cast<const Image&>(*image).copy;
+  return absl::OkStatus();
 }
 
 void FakeExecutor::DropHostCopies() {

@@ -10,6 +10,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <set>
 #include <span>
 #include <string>
@@ -18,6 +19,7 @@
 #include "absl/status/statusor.h"
 #include "engine/batch.h"
 #include "engine/cache_manager.h"
+#include "engine/state_image.h"
 #include "scheduler/request.h"
 
 namespace godwit {
@@ -37,6 +39,8 @@ class FakeExecutor final : public StepExecutor {
   absl::StatusOr<StepId> Submit(std::span<const BatchRow> rows) override;
   absl::StatusOr<StepResult> Collect(StepId id) override;
   absl::Status Copy(std::span<const CacheCopy> copies) override;
+  std::shared_ptr<const StateImage> ExportState(int64_t host_id) override;
+  absl::Status ImportState(int64_t host_id, std::shared_ptr<const StateImage> image) override;
 
   const std::vector<std::string>& violations() const { return violations_; }  // the first 20
   uint64_t trace_hash() const {
@@ -56,13 +60,17 @@ class FakeExecutor final : public StepExecutor {
   struct SlotState {
     uint64_t hash = 0;
     int64_t position = 0;
-    int32_t next_token = -1;  // drawn, not computed
+    int32_t next_token = -1;            // drawn, not computed
+    int64_t loaded = -1;                // position that it was copied here at
+    int64_t num_drawn = 0;              // counted, as for penalties
+    std::array<uint64_t, 64> recent{};  // hashes by position, to go back to
   };
   using Block = std::array<uint64_t, 16>;
   struct HostCopy {
     SlotState state;
     std::vector<Block> blocks;
   };
+  struct Image;
   struct Step {
     StepId id = 0;
     StepResult result;
@@ -81,6 +89,7 @@ class FakeExecutor final : public StepExecutor {
   void Fork(const BatchRow& row, const CacheLease& to);
   uint64_t Cell(const CacheLease& lease, int64_t position);
   void CopyOne(const CacheCopy& copy);
+  void Trim(const CacheCopy& copy);
   void Fork(const CacheCopy& copy);
   bool SlotInFlight(int32_t slot) const;
   bool SlotDrafting(int32_t slot) const;

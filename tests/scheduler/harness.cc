@@ -42,6 +42,8 @@ void Client::ReadOne(TokenEvent event) {
       phase = event.phase;
       timings = event.timings;
       speculation = event.speculation;
+      kept_position = event.kept_position;
+      kept_token = event.kept_token;
       break;
   }
 }

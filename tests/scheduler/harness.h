@@ -35,6 +35,8 @@ struct Client {
   Phase phase = Phase::kWaiting;
   RequestTimings timings;
   SpeculationStats speculation;
+  int64_t kept_position = -1;
+  int32_t kept_token = -1;
   std::vector<std::string> errors;
 
  private:

@@ -56,6 +56,7 @@ ModelCard FakeEngine::card() const {
   card.geometry.window_rows = WindowRows(1, 0);
   card.geometry.num_slots = options_.num_slots;
   card.geometry.swap_bytes = 1 << 20;
+  card.geometry.store_bytes = options_.store_bytes;
   card.dtype = "f32";
   card.backend = "fake";
   return card;
@@ -150,6 +151,34 @@ absl::StatusOr<StepResult> FakeEngine::Collect(StepId id) {
   return std::move(pending.result);
 }
 
-absl::Status FakeEngine::Copy(std::span<const CacheCopy>) { return absl::OkStatus(); }
+// A state is its position and the token after it; its bytes are zeros.
+absl::Status FakeEngine::Copy(std::span<const CacheCopy> copies) {
+  for (const CacheCopy& copy : copies) {
+    if (copy.kind == CacheCopy::Kind::kTrim) next_tokens_[copy.from_slot] = copy.next_token;
+    if (copy.kind == CacheCopy::Kind::kFork) {
+      next_tokens_[copy.to_slot] = next_tokens_[copy.from_slot];
+    }
+    if (copy.kind == CacheCopy::Kind::kLoad) {
+      next_tokens_[copy.to_slot] = host_states_.at(copy.host_id).last_token;
+    }
+    if (copy.kind != CacheCopy::Kind::kSave) continue;
+    const auto num_bytes = static_cast<size_t>(caches_->StateBytes(copy.position));
+    host_states_[copy.host_id] = {.position = copy.position,
+                                  .base = copy.position / 16 * 16,
+                                  .last_token = next_tokens_[copy.from_slot],
+                                  .bytes = std::shared_ptr<const char[]>(new char[num_bytes]()),
+                                  .num_bytes = static_cast<int64_t>(num_bytes)};
+  }
+  return absl::OkStatus();
+}
+
+std::shared_ptr<const StateImage> FakeEngine::ExportState(int64_t host_id) {
+  return std::make_shared<StateImage>(host_states_.at(host_id));
+}
+
+absl::Status FakeEngine::ImportState(int64_t host_id, std::shared_ptr<const StateImage> image) {
+  host_states_[host_id] = *image;
+  return absl::OkStatus();
+}
 
 }  // namespace godwit

@@ -14,6 +14,7 @@
 #include "engine/batch.h"
 #include "engine/cache_manager.h"
 #include "engine/engine.h"
+#include "engine/state_image.h"
 #include "tokenizer/tokenizer.h"
 
 namespace godwit {
@@ -36,6 +37,7 @@ struct FakeEngineOptions {
   int64_t num_slots = 4;
   int64_t context_length = 4096;
   bool add_bos = true;
+  int64_t store_bytes = 1 << 20;
 };
 
 class FakeEngine final : public StepExecutor {
@@ -60,6 +62,8 @@ class FakeEngine final : public StepExecutor {
   absl::StatusOr<StepId> Submit(std::span<const BatchRow> rows) override;
   absl::StatusOr<StepResult> Collect(StepId id) override;
   absl::Status Copy(std::span<const CacheCopy> copies) override;
+  std::shared_ptr<const StateImage> ExportState(int64_t host_id) override;
+  absl::Status ImportState(int64_t host_id, std::shared_ptr<const StateImage> image) override;
 
  private:
   struct Pending {
@@ -76,7 +80,9 @@ class FakeEngine final : public StepExecutor {
   NextToken next_token_ = Letter;
   int64_t step_time_us_ = 0, num_allowed_ = -1, num_steps_ = 0;
   absl::Status next_error_;
-  std::map<StepId, Pending> pending_;  // engine thread
+  std::map<StepId, Pending> pending_;          // engine thread
+  std::map<int32_t, int32_t> next_tokens_;     // by slot: cut there
+  std::map<int64_t, StateImage> host_states_;  // by host id: all that a state is here
   StepId next_id_ = 1;
 };
 
