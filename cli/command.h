@@ -17,6 +17,7 @@ void AddGenerateCommand(CLI::App& app, int& exit_code);
 void AddScoreCommand(CLI::App& app, int& exit_code);
 void AddInspectCommand(CLI::App& app, int& exit_code);
 void AddEvalCommand(CLI::App& app, int& exit_code);
+void AddSessionsCommand(CLI::App& app, int& exit_code);
 void AddHealthCommand(CLI::App& app, int& exit_code);
 // Under `godwit bench`.
 void AddBenchServeCommand(CLI::App& bench, int& exit_code);

@@ -29,7 +29,7 @@ using Clock = std::chrono::steady_clock;
 
 struct CompleteFlags {
   ClientFlags client;
-  std::string prompt, prompt_file, token_ids, request_id;
+  std::string prompt, prompt_file, token_ids, request_id, session, save_as;
   std::optional<float> temperature, top_p, min_p, repetition_penalty, presence_penalty,
       frequency_penalty;
   std::optional<int32_t> top_k, n, priority;
@@ -51,9 +51,11 @@ absl::StatusOr<v1::GenerateRequest> MakeRequest(const CompleteFlags& flags) {
     std::ifstream file(flags.prompt_file, std::ios::binary);
     if (!file) return absl::NotFoundError("--prompt-file: cannot read " + flags.prompt_file);
     request.set_prompt(std::string(std::istreambuf_iterator<char>(file), {}));
-  } else {
+  } else if (!flags.prompt.empty() || flags.session.empty()) {
     request.set_prompt(flags.prompt);
   }
+  if (!flags.session.empty()) request.mutable_state()->set_session_id(flags.session);
+  if (!flags.save_as.empty()) request.mutable_state()->set_save_as(flags.save_as);
   v1::SamplingOptions& sampling = *request.mutable_sampling();
   if (flags.temperature) sampling.set_temperature(*flags.temperature);
   if (flags.top_k) sampling.set_top_k(*flags.top_k);
@@ -216,6 +218,11 @@ class InterruptWatcher {
 int RunComplete(const CompleteFlags& flags) {
   absl::StatusOr<Client> client = Connect(flags.client);
   if (!client.ok()) return Report(client.status(), kUsage);
+  if (flags.prompt.empty() && flags.prompt_file.empty() && flags.token_ids.empty() &&
+      flags.session.empty()) {
+    return Report(absl::InvalidArgumentError("--prompt, --prompt-file, --token-ids or --session is needed"),
+                  kUsage);
+  }
   absl::StatusOr<v1::GenerateRequest> request = MakeRequest(flags);
   if (!request.ok()) return Report(request.status(), kUsage);
 
@@ -245,10 +252,13 @@ void AddCompleteCommand(CLI::App& app, int& exit_code) {
   CLI::App* command =
       app.add_subcommand("complete", "Stream a completion from a server; Ctrl-C cancels it");
   AddClientFlags(*command, flags->client);
-  auto* input = command->add_option_group("input")->require_option(1);
+  auto* input = command->add_option_group("input")->require_option(0, 1);
   input->add_option("--prompt", flags->prompt, "text");
   input->add_option("--prompt-file", flags->prompt_file, "file with the text")->type_name("FILE");
   input->add_option("--token-ids", flags->token_ids, "e.g. 1,5,9");
+  command->add_option("--session", flags->session,
+                      "go on with this session and keep what is left; without input where it ended");
+  command->add_option("--save-as", flags->save_as, "also write the state as a snapshot of this name");
   command->add_option("--max-tokens", flags->max_tokens, "tokens per output; absent: the server's default");
   command->add_option("--min-tokens", flags->min_tokens, "no end of text before that many tokens");
   command->add_option("--temperature", flags->temperature, "0 = greedy; absent: 1");

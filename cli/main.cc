@@ -23,6 +23,7 @@ int main(int argc, char** argv) {
   godwit::cli::AddScoreCommand(app, exit_code);
   godwit::cli::AddInspectCommand(app, exit_code);
   godwit::cli::AddEvalCommand(app, exit_code);
+  godwit::cli::AddSessionsCommand(app, exit_code);
   godwit::cli::AddHealthCommand(app, exit_code);
   CLI::App* bench = app.add_subcommand("bench", "Benchmarks")->require_subcommand(1);
   godwit::cli::AddBenchServeCommand(*bench, exit_code);

@@ -21,6 +21,7 @@ struct ServeFlags {
   ServerOptions server;
   std::string speculation = "on", draft_policy = "throughput";
   double kv_gib = 0, swap_gib = 0;
+  double session_gib = 1, session_disk_gib = 64, session_ttl_s = 3600;
   double max_wait_s = 30, drain_timeout_s = 30;
 };
 
@@ -77,6 +78,9 @@ int RunServe(ServeFlags flags) {
   flags.server.engine.kv_bytes = Bytes(flags.kv_gib);
   flags.server.engine.deterministic = flags.model.deterministic;
   flags.server.engine.swap_bytes = Bytes(flags.swap_gib);
+  flags.server.engine.store_bytes = Bytes(flags.session_gib);
+  flags.server.sessions.disk_bytes = Bytes(flags.session_disk_gib);
+  flags.server.sessions.ttl_ms = std::llround(flags.session_ttl_s * 1e3);
   flags.server.backend = {flags.model.backend, flags.model.threads};
   flags.server.max_wait_ms = std::llround(flags.max_wait_s * 1e3);
   flags.server.drain_timeout_ms = std::llround(flags.drain_timeout_s * 1e3);
@@ -173,6 +177,22 @@ void AddCapacityFlags(CLI::App& command, ServeFlags& flags) {
       .add_option("--swap-memory", flags.swap_gib,
                   "GiB of host memory for preempted sequences; 0: no preemption")
       ->check(CLI::Range(0.0, 1e5));
+  command
+      .add_option("--session-memory", flags.session_gib,
+                  "GiB of host memory for states of idle sessions")
+      ->check(CLI::Range(0.0, 1e5));
+  command
+      .add_option("--session-dir", flags.server.sessions.folder,
+                  "folder for snapshots, and for idle sessions when memory is short")
+      ->type_name("DIR");
+  command.add_option("--session-disk", flags.session_disk_gib, "GiB of files there")
+      ->check(CLI::Range(0.0, 1e6));
+  command
+      .add_option("--session-ttl", flags.session_ttl_s,
+                  "seconds after which an idle session is deleted")
+      ->check(CLI::Range(1.0, 1e9));
+  command.add_option("--max-sessions", flags.server.sessions.max_sessions, "sessions at once")
+      ->check(CLI::Range(1, 1 << 20));
   command
       .add_option("--steps-in-flight", engine.max_steps_in_flight,
                   "1, or 2: plan a step while one runs; 0: 2 on a GPU, else 1")

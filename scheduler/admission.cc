@@ -207,7 +207,11 @@ void Scheduler::Impl::BeginSession(RequestGroup& group, StepPlan& plan, TimeNs n
     Sweep();
     return;
   }
-  GODWIT_CHECK(sequence.lease.position() == group.request.start_position);
+  if (sequence.lease.position() != group.request.start_position) {
+    EndGroup(group, absl::AbortedError("the session has moved on"), now);
+    Sweep();
+    return;
+  }
   plan.record->copied_orders.push_back(group.order);
   sequence.confirmed_position = group.request.start_position;
   if (group.phase == Phase::kDecoding) group.events.push_back({.kind = TokenEvent::Kind::kPrompt});

@@ -148,12 +148,12 @@ SessionStats SessionTable::stats() const {
   SessionStats stats = counts_;
   stats.num_sessions = std::ssize(sessions_);
   stats.store_bytes_total = caches_.geometry().store_bytes;
-  stats.store_bytes_used = stats.store_bytes_total - caches_.free_store_bytes();
   std::set<const Value*> seen;
   for (const auto& [key, value] : sessions_) {
     if (!seen.insert(value.get()).second) continue;
     stats.num_on_device += static_cast<bool>(value->lease);
     stats.num_on_host += static_cast<bool>(value->stored);
+    stats.store_bytes_used += value->stored.num_bytes();
   }
   return stats;
 }

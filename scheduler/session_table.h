@@ -24,7 +24,8 @@ using SessionKey = int64_t;  // > 0; given by the server, never twice
 // Counts of values (a state shared by forks is one) and of moves since the start.
 struct SessionStats {
   int64_t num_sessions = 0, num_on_device = 0, num_on_host = 0;
-  int64_t store_bytes_used = 0, store_bytes_total = 0;
+  int64_t store_bytes_used = 0;   // of host memory, by sessions
+  int64_t store_bytes_total = 0;  // for all stored states
   int64_t num_to_host = 0;      // moved there for want of slots or blocks
   int64_t num_from_device = 0;  // requests that started from a state on the device
   int64_t num_from_host = 0;    // and from one in host memory

@@ -10,6 +10,8 @@
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "engine/state_file.h"
+#include "kernels/base/check.h"
 #include "kernels/base/status.h"
 #include "server/status_mapping.h"
 
@@ -96,6 +98,15 @@ absl::Status Authenticator::Check(const grpc::ServerContextBase& context) const 
   const auto header = metadata.find("authorization");
   if (header == metadata.end()) return Check(std::string_view());
   return Check(std::string_view(header->second.data(), header->second.size()));
+}
+
+std::string Authenticator::TenantOf(const grpc::ServerContextBase& context) const {
+  if (!enabled()) return "public";
+  const auto& metadata = context.client_metadata();
+  const auto header = metadata.find("authorization");
+  GODWIT_CHECK(header != metadata.end());
+  const absl::string_view value(header->second.data(), header->second.size());
+  return FingerprintText(absl::StrCat("tenant ", value.substr(kScheme.size())));
 }
 
 }  // namespace godwit

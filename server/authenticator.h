@@ -33,6 +33,9 @@ class Authenticator {
   // wherever a token differs.
   absl::Status Check(std::string_view authorization) const;
   absl::Status Check(const grpc::ServerContextBase& context) const;
+  // Whose sessions and snapshots a call that passed Check may see: a digest of its token, or
+  // "public" where everybody may.
+  std::string TenantOf(const grpc::ServerContextBase& context) const;
 
  private:
   std::vector<std::string> tokens_;  // each padded with zeros to kMaxTokenBytes

@@ -50,6 +50,10 @@ EventEncoder::EventEncoder(const ServedModel& model, const PreparedGenerate& pre
       logprobs_(prepared.logprobs),
       prompt_logprobs_(prepared.request.prompt_logprobs >= 0),
       seed_(prepared.request.seed),
+      session_id_(prepared.session_id),
+      num_restored_(prepared.request.start_position),
+      num_prompt_(num_restored_ +
+                  std::max<int64_t>(std::ssize(prompt_), num_restored_ > 0 ? 1 : 0)),
       stops_(prepared.stops),
       writers_(MakeWriters(model, prepared)) {}
 
@@ -87,7 +91,8 @@ void EventEncoder::EncodePrompt(const std::vector<SampledToken>& scores,
                                 std::vector<v1::GenerateEvent>* out) {
   prompt_sent_ = true;
   v1::PromptEvent& prompt = *NewEvent(0, out).mutable_prompt();
-  prompt.set_num_tokens(std::ssize(prompt_));
+  prompt.set_num_tokens(num_prompt_);
+  prompt.set_num_restored_tokens(num_restored_);
   if (echo_) {
     prompt.set_text(echo_text_);
     prompt.mutable_token_ids()->Assign(prompt_.begin(), prompt_.end());
@@ -152,9 +157,16 @@ void EventEncoder::EncodeSummary(const TokenEvent& event,
   int64_t num_tokens = 0;
   for (const TokenWriter& writer : writers_) num_tokens += writer.num_tokens();
   v1::Usage& usage = *summary.mutable_usage();
-  usage.set_prompt_tokens(std::ssize(prompt_));
+  usage.set_prompt_tokens(num_prompt_);
+  usage.set_restored_tokens(num_restored_);
   usage.set_completion_tokens(num_tokens);
-  usage.set_total_tokens(std::ssize(prompt_) + num_tokens);
+  usage.set_total_tokens(num_prompt_ + num_tokens);
+  if (!session_id_.empty()) {
+    v1::SessionInfo& session = *summary.mutable_session();
+    session.set_session_id(session_id_);
+    session.set_kept(event.kept_position >= 0);
+    session.set_state_position(session.kept() ? event.kept_position : num_restored_);
+  }
   *summary.mutable_timings() = EncodeTimings(event.timings, num_tokens / std::ssize(writers_));
   if (event.speculation.num_rounds > 0) {
     *summary.mutable_speculation() = EncodeSpeculation(event.speculation);

@@ -43,6 +43,8 @@ class EventEncoder {
   const std::string echo_text_;
   const bool echo_, logprobs_, prompt_logprobs_;
   const uint64_t seed_;
+  const std::string session_id_;
+  const int64_t num_restored_, num_prompt_;  // num_prompt_: with these
   std::shared_ptr<const StopAutomaton> stops_;
   std::vector<TokenWriter> writers_;  // by output_index
   bool prompt_sent_ = false;

@@ -13,6 +13,8 @@
 #include "server/intake.h"
 #include "server/request_run.h"
 #include "server/request_validation.h"
+#include "server/session_call.h"
+#include "server/worker_call.h"
 
 namespace godwit {
 namespace {
@@ -24,12 +26,32 @@ constexpr RpcName kGenerateStream = {"godwit.v1.Inference", "GenerateStream", "s
 struct Running {
   std::shared_ptr<RequestRun> run;
   std::unique_ptr<EventEncoder> encoder;
+  std::shared_ptr<SessionCall> session;  // null without one
+
+  // What has arrived, as messages.
+  std::vector<v1::GenerateEvent> Take() {
+    std::vector<TokenEvent> events = run->Drain();
+    if (session != nullptr) events = session->Take(std::move(events));
+    std::vector<v1::GenerateEvent> messages;
+    encoder->Encode(std::move(events), &messages);
+    return messages;
+  }
 };
 
-absl::StatusOr<Running> Begin(const ServiceContext& services, const v1::GenerateRequest& request,
-                              const Arrival& arrival, std::function<void()> on_events) {
-  ASSIGN_OR_RETURN(PreparedGenerate prepared, PrepareGenerate(request, services.model, arrival));
+absl::StatusOr<Running> Begin(const ServiceContext& services,
+                              const grpc::CallbackServerContext& context,
+                              const v1::GenerateRequest& request, const Arrival& arrival,
+                              std::function<void()> on_events) {
   Running running;
+  ASSIGN_OR_RETURN(running.session,
+                   SessionCall::Open(services, services.authenticator.TenantOf(context),
+                                     request.state(), on_events));
+  SessionStart start;
+  if (running.session != nullptr) start = running.session->start();
+  ASSIGN_OR_RETURN(PreparedGenerate prepared,
+                   PrepareGenerate(request, services.model, arrival,
+                                   running.session != nullptr ? &start : nullptr));
+  if (running.session != nullptr) running.session->Begin(prepared);
   running.encoder = std::make_unique<EventEncoder>(services.model, prepared);
   ASSIGN_OR_RETURN(running.run,
                    RequestRun::Start(services, std::move(prepared.request), std::move(on_events)));
@@ -50,9 +72,12 @@ class StreamReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
     auto request = ReadRequest<v1::GenerateRequest>(services_, *context_, bytes);
     if (!request.ok()) return Reject(request.status());
     const size_t num_text_bytes = request->prompt().size();
-    const absl::Status status = RunIntake(
-        services_, num_text_bytes,
-        [self = self_, request = *std::move(request), arrival] { self->Accept(request, arrival); });
+    const bool waits = UsesSession(*request);
+    auto accept = [self = self_, request = *std::move(request), arrival] {
+      self->Accept(request, arrival);
+    };
+    const absl::Status status = waits ? PostToWorkers(services_, std::move(accept))
+                                      : RunIntake(services_, num_text_bytes, std::move(accept));
     if (!status.ok()) Reject(status);
   }
 
@@ -80,7 +105,7 @@ class StreamReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
     auto on_events = [weak = weak_from_this()] {
       if (const std::shared_ptr<StreamReactor> self = weak.lock()) self->Pump();
     };
-    auto running = Begin(services_, request, arrival, on_events);
+    auto running = Begin(services_, *context_, request, arrival, on_events);
     if (!running.ok()) return Reject(running.status());
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -115,8 +140,7 @@ class StreamReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   // Takes what the engine has pushed, once what was taken before is written. A slow client's tokens
   // wait in the mailbox, merged.
   void TakeEvents() {
-    std::vector<v1::GenerateEvent> events;
-    running_.encoder->Encode(running_.run->Drain(), &events);
+    const std::vector<v1::GenerateEvent> events = running_.Take();
     if (abandoned_) return;
     for (const v1::GenerateEvent& event : events) out_.push_back(SerializeAnswer(event));
   }
@@ -174,9 +198,12 @@ class UnaryReactor final : public grpc::ServerUnaryReactor,
     auto request = ReadRequest<v1::GenerateRequest>(services_, *context_, bytes);
     if (!request.ok()) return Reject(request.status());
     const size_t num_text_bytes = request->prompt().size();
-    const absl::Status status = RunIntake(
-        services_, num_text_bytes,
-        [self = self_, request = *std::move(request), arrival] { self->Accept(request, arrival); });
+    const bool waits = UsesSession(*request);
+    auto accept = [self = self_, request = *std::move(request), arrival] {
+      self->Accept(request, arrival);
+    };
+    const absl::Status status = waits ? PostToWorkers(services_, std::move(accept))
+                                      : RunIntake(services_, num_text_bytes, std::move(accept));
     if (!status.ok()) Reject(status);
   }
 
@@ -193,7 +220,7 @@ class UnaryReactor final : public grpc::ServerUnaryReactor,
     auto on_events = [weak = weak_from_this()] {
       if (const std::shared_ptr<UnaryReactor> self = weak.lock()) self->Collect();
     };
-    auto running = Begin(services_, request, arrival, on_events);
+    auto running = Begin(services_, *context_, request, arrival, on_events);
     if (!running.ok()) return Reject(running.status());
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -218,9 +245,7 @@ class UnaryReactor final : public grpc::ServerUnaryReactor,
     {
       std::lock_guard<std::mutex> lock(mutex_);
       if (finished_ || running_.run == nullptr) return;
-      std::vector<v1::GenerateEvent> events;
-      running_.encoder->Encode(running_.run->Drain(), &events);
-      for (const v1::GenerateEvent& event : events) AppendEvent(event, &response_);
+      for (const v1::GenerateEvent& event : running_.Take()) AppendEvent(event, &response_);
       if (!running_.encoder->done()) return;
       finished_ = true;
       status = running_.encoder->status();

@@ -17,6 +17,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "server/clock.h"
+#include "server/session_registry.h"
 #include "server/status_mapping.h"
 #include "server/version.h"
 
@@ -80,8 +81,15 @@ class LoopCollector final : public prometheus::Collectable {
     loop_ = loop;
   }
 
+  void WatchSessions(const SessionRegistry* sessions) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (sessions == nullptr && sessions_ != nullptr) last_sessions_ = sessions_->stats();
+    sessions_ = sessions;
+  }
+
   std::vector<MetricFamily> Collect() const override {
     const SchedulerStats stats = Read();
+    const SessionDiskStats disk = ReadSessions();
     const double slots_total = static_cast<double>(geometry_.num_slots);
     const double slots_used = static_cast<double>(stats.slots_used);
     const double blocks_total = static_cast<double>(geometry_.num_blocks);
@@ -108,6 +116,33 @@ class LoopCollector final : public prometheus::Collectable {
         Counter("prompt_tokens_total", "Prompt tokens computed.", stats.prompt_tokens),
         Counter("generation_tokens_total", "Tokens generated.", stats.generation_tokens),
         Counter("engine_steps_total", "Steps of the engine.", stats.num_steps),
+        Gauge("sessions", "Sessions, empty ones too.", disk.num_sessions),
+        Gauge("session_states_on_device",
+              "States of idle sessions on the device; a fork shares one.",
+              stats.sessions.num_on_device),
+        Gauge("session_states_on_host", "States of idle sessions in host memory.",
+              stats.sessions.num_on_host),
+        Gauge("session_states_on_disk", "Sessions whose state is on disk.", disk.num_on_disk),
+        Gauge("session_host_bytes", "Host memory of idle sessions in use.",
+              stats.sessions.store_bytes_used),
+        Gauge("session_disk_bytes", "Snapshots and idle sessions on disk.", disk.disk_bytes),
+        Counter("session_moves_to_host_total", "States moved from the device to host memory.",
+                stats.sessions.num_to_host),
+        Counter("session_moves_to_disk_total", "Sessions moved from host memory to disk.",
+                disk.num_to_disk),
+        Counter("session_moves_from_disk_total", "Sessions brought back from disk.",
+                disk.num_from_disk),
+        Counter("session_starts_from_device_total",
+                "Requests that found their state on the device.", stats.sessions.num_from_device),
+        Counter("session_starts_from_host_total", "Requests that found their state in host memory.",
+                stats.sessions.num_from_host),
+        Counter("session_states_kept_total", "States that requests left.", stats.sessions.num_kept),
+        Counter("session_states_dropped_total", "States given up for want of memory.",
+                stats.sessions.num_dropped),
+        Counter("sessions_expired_total", "Sessions idle for their time to live.",
+                disk.num_expired),
+        Counter("snapshots_written_total", "Snapshots written.", disk.num_snapshots),
+        Counter("snapshots_restored_total", "Sessions made from a snapshot.", disk.num_restores),
         // The names of vLLM.
         Counter("spec_decode_num_drafts_total", "Rounds of drafts.", stats.speculation.num_rounds),
         Counter("spec_decode_num_draft_tokens_total", "Drafted tokens.",
@@ -125,6 +160,10 @@ class LoopCollector final : public prometheus::Collectable {
   SchedulerStats Read() const {
     std::lock_guard<std::mutex> lock(mutex_);
     return loop_ != nullptr ? loop_->stats() : last_;
+  }
+  SessionDiskStats ReadSessions() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return sessions_ != nullptr ? sessions_->stats() : last_sessions_;
   }
   MetricFamily Family(const char* name, const char* help, MetricType type) const {
     MetricFamily family;
@@ -161,9 +200,11 @@ class LoopCollector final : public prometheus::Collectable {
 
   const CacheGeometry geometry_;
   std::vector<ClientMetric::Label> labels_;
-  mutable std::mutex mutex_;  // guards loop_, last_
+  mutable std::mutex mutex_;  // guards all below
   const EngineLoop* loop_ = nullptr;
   SchedulerStats last_;
+  const SessionRegistry* sessions_ = nullptr;
+  SessionDiskStats last_sessions_;
 };
 
 }  // namespace
@@ -287,6 +328,9 @@ void Metrics::OnStep(const StepReport& report) {
 }
 
 void Metrics::WatchLoop(const EngineLoop* loop) { impl_->collector->Watch(loop); }
+void Metrics::WatchSessions(const SessionRegistry* sessions) {
+  impl_->collector->WatchSessions(sessions);
+}
 
 void Metrics::OnFirstToken(TimeNs since_arrival) {
   impl_->time_to_first_token->Observe(ToSeconds(since_arrival));

@@ -19,6 +19,8 @@
 
 namespace godwit {
 
+class SessionRegistry;
+
 // A request that ended, accepted before.
 struct RequestStats {
   int64_t num_prompt_tokens = 0;
@@ -39,6 +41,7 @@ class Metrics {
   void OnStep(const StepReport& report);
   // Gauges and totals are read from `loop` at each scrape; null before it is destroyed.
   void WatchLoop(const EngineLoop* loop);
+  void WatchSessions(const SessionRegistry* sessions);
 
   void OnFirstToken(TimeNs since_arrival);
   void OnInterTokenGap(TimeNs gap);

@@ -77,7 +77,11 @@ absl::Status CheckScheduling(const v1::SchedulingOptions& scheduling) {
 }
 
 absl::Status CheckImplemented(const v1::GenerateRequest& request) {
-  if (request.has_state()) return UnimplementedField(FirstSetField("state", request.state()));
+  const v1::StateOptions& state = request.state();
+  if (state.has_parent_snapshot()) return UnimplementedField("state.parent_snapshot");
+  if (state.has_expected_state_hash()) return UnimplementedField("state.expected_state_hash");
+  if (state.has_bypass_prefix_cache()) return UnimplementedField("state.bypass_prefix_cache");
+  if (state.has_cache_salt()) return UnimplementedField("state.cache_salt");
   if (request.has_guided()) return UnimplementedField(FirstSetField("guided", request.guided()));
   return CheckScheduling(request.scheduling());
 }
@@ -98,10 +102,11 @@ std::string IdOrNew(const std::string& id) {
   return id.empty() ? absl::StrCat("req-", absl::Hex(RandomU64(), absl::kZeroPad16)) : id;
 }
 
-absl::StatusOr<std::vector<int32_t>> TextPrompt(const std::string& text, const ServedModel& model) {
+absl::StatusOr<std::vector<int32_t>> TextPrompt(const std::string& text, const ServedModel& model,
+                                                bool with_bos) {
   RETURN_IF_ERROR(model.RequireTokenizer().status());
   RETURN_IF_ERROR(CheckTextSize("prompt", text, model));
-  std::vector<int32_t> ids = model.EncodePrompt(text, model.add_bos());
+  std::vector<int32_t> ids = model.EncodePrompt(text, with_bos);
   if (ids.empty()) return InvalidFields({{"prompt", "is empty, and the model adds no BOS"}});
   return ids;
 }
@@ -117,9 +122,30 @@ absl::StatusOr<std::vector<int32_t>> IdPrompt(const v1::TokenIds& token_ids,
 template <typename Request>
 absl::StatusOr<std::vector<int32_t>> PromptTokens(const Request& request,
                                                   const ServedModel& model) {
-  if (request.has_prompt()) return TextPrompt(request.prompt(), model);
+  if (request.has_prompt()) return TextPrompt(request.prompt(), model, model.add_bos());
   if (request.has_token_ids()) return IdPrompt(request.token_ids(), model);
   return InvalidFields({{"input", "neither prompt nor token_ids is set"}});
+}
+
+// Of a request that goes on with a session: what was drawn and not read, then its input. Without
+// input nothing: the engine goes on from the token itself.
+absl::StatusOr<std::vector<int32_t>> SessionTokens(const v1::GenerateRequest& request,
+                                                   const ServedModel& model,
+                                                   const SessionStart& session) {
+  if (session.position == 0) return PromptTokens(request, model);
+  if (!request.has_prompt() && !request.has_token_ids()) {
+    if (session.pending_token >= 0) return std::vector<int32_t>();
+    return InvalidFields(
+        {{"input", "neither prompt nor token_ids is set, and the session has no pending token"}});
+  }
+  std::vector<int32_t> ids;
+  if (request.has_prompt()) {
+    ASSIGN_OR_RETURN(ids, TextPrompt(request.prompt(), model, /*with_bos=*/false));
+  } else {
+    ASSIGN_OR_RETURN(ids, IdPrompt(request.token_ids(), model));
+  }
+  if (session.pending_token >= 0) ids.insert(ids.begin(), session.pending_token);
+  return ids;
 }
 
 void ReadLogitBias(const v1::SamplingOptions& from, const ServedModel& model, SamplingParams& to,
@@ -183,12 +209,16 @@ void ReadStopStrings(const v1::StoppingOptions& from, const ServedModel& model, 
 // own.
 absl::Status ReadTokenLimits(const v1::StoppingOptions& from, const ServedModel& model,
                              GenerateRequest& request, Checker& check) {
-  const int64_t num_prompt = static_cast<int64_t>(request.token_ids.size());
+  // A session that goes on without input has a token to read all the same.
+  const int64_t num_prompt =
+      request.start_position +
+      std::max<int64_t>(std::ssize(request.token_ids), request.session != 0 ? 1 : 0);
+  const int64_t least = request.keep_as != 0 && !request.token_ids.empty() ? 0 : 1;
   const int64_t room = model.context_length() - num_prompt;
   request.max_tokens = from.has_max_tokens() ? from.max_tokens()
                                              : std::min(model.limits().default_max_tokens,
                                                         std::max<int64_t>(room, 1));
-  if (!check.InRange<int64_t>("stopping.max_tokens", request.max_tokens, 1,
+  if (!check.InRange<int64_t>("stopping.max_tokens", request.max_tokens, least,
                               model.limits().max_tokens)) {
     return absl::OkStatus();
   }
@@ -336,16 +366,20 @@ absl::StatusOr<RopeConfig> ReadRope(const std::string& text, const ServedModel& 
 
 // What the request rotates with, for good: by its own choice, its prompt and its max_tokens.
 template <typename Request>
-absl::Status FixRope(const Request& from, const ServedModel& model, GenerateRequest& request) {
+absl::Status FixRope(const Request& from, const ServedModel& model, GenerateRequest& request,
+                     StateNotes* notes = nullptr) {
   std::optional<RopeConfig> chosen;
   if (from.has_rope()) {
     ASSIGN_OR_RETURN(chosen, ReadRope(from.rope(), model));
   }
-  const auto rope =
-      RopeOfRequest(model.card().config, chosen ? &*chosen : nullptr,
-                    NumRotatedPositions(std::ssize(request.token_ids), request.max_tokens));
+  const int64_t num_positions =
+      NumRotatedPositions(std::ssize(request.token_ids), request.max_tokens);
+  const auto rope = RopeOfRequest(model.card().config, chosen ? &*chosen : nullptr, num_positions);
   if (!rope.ok()) return InvalidFields({{"rope", std::string(rope.status().message())}});
   request.rope = *rope;
+  if (notes == nullptr) return absl::OkStatus();
+  const RopeRegime regime = *rope != nullptr ? (*rope)->regime : model.card().rope_regime;
+  *notes = {.rope_digest = regime.ToString(), .rope = from.rope(), .rope_length = num_positions};
   return absl::OkStatus();
 }
 
@@ -358,7 +392,7 @@ void Complete(const v1::GenerateRequest& from, const ServedModel& model,
     end_ids = request.eos_token_ids;
     end_ids.insert(end_ids.end(), request.stop_token_ids.begin(), request.stop_token_ids.end());
   }
-  prepared.starts_text = model.StartsText(request.token_ids);
+  prepared.starts_text = request.start_position == 0 && model.StartsText(request.token_ids);
   prepared.stops = std::make_shared<StopAutomaton>(
       std::vector<std::string>(from.stopping().stop().begin(), from.stopping().stop().end()));
   if (!prepared.stops->empty()) {
@@ -397,7 +431,8 @@ absl::Status CheckTokenIds(const std::string& field, const RepeatedField<int32_t
 }
 
 absl::StatusOr<PreparedGenerate> PrepareGenerate(const v1::GenerateRequest& from,
-                                                 const ServedModel& model, const Arrival& arrival) {
+                                                 const ServedModel& model, const Arrival& arrival,
+                                                 const SessionStart* session) {
   RETURN_IF_ERROR(CheckImplemented(from));
   RETURN_IF_ERROR(model.CheckName(from.model()));
   PreparedGenerate prepared;
@@ -412,14 +447,32 @@ absl::StatusOr<PreparedGenerate> PrepareGenerate(const v1::GenerateRequest& from
   // The prompt last: splitting a long text is the dear part, and is for nothing when a knob is
   // wrong.
   RETURN_IF_ERROR(check.status());
-  ASSIGN_OR_RETURN(request.token_ids, PromptTokens(from, model));
+  if (session != nullptr) {
+    prepared.has_session = true;
+    prepared.session_id = session->session_id;
+    request.session = session->position > 0 ? session->key : 0;
+    request.start_position = session->position;
+    request.keep_as = session->keeps ? session->key : 0;
+    ASSIGN_OR_RETURN(request.token_ids, SessionTokens(from, model, *session));
+    if (request.token_ids.empty() && request.num_outputs != 1) {
+      return InvalidFields({{"sampling.n", "is not 1, and there is no input"}});
+    }
+  } else {
+    ASSIGN_OR_RETURN(request.token_ids, PromptTokens(from, model));
+  }
   RETURN_IF_ERROR(ReadTokenLimits(from.stopping(), model, request, check));
   RETURN_IF_ERROR(check.status());
   if (const absl::Status status = ValidateSampling(request.sampling, model.vocab_size());
       !status.ok()) {
     return InvalidFields({{"sampling", std::string(status.message())}});
   }
-  RETURN_IF_ERROR(FixRope(from, model, request));
+  if (request.session == 0) {
+    RETURN_IF_ERROR(FixRope(from, model, request, &prepared.rope_notes));
+  } else if (from.has_rope()) {
+    return InvalidFields({{"rope", "is fixed by the session's first request"}});
+  } else {
+    request.rope = session->rope;
+  }
   request.id = IdOrNew(from.request_id());
   request.deadline = arrival.deadline;
   Complete(from, model, prepared);

@@ -9,8 +9,10 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "engine/state_file.h"
 #include "godwit/v1/inference.pb.h"
 #include "scheduler/request.h"
+#include "scheduler/session_table.h"
 #include "server/served_model.h"
 #include "server/stop_finder.h"
 
@@ -22,6 +24,16 @@ struct Arrival {
   TimeNs deadline = kNever;
 };
 
+// What a request of a session goes on from.
+struct SessionStart {
+  std::string session_id;  // "": of this request only
+  SessionKey key = 0;
+  int64_t position = 0;
+  int32_t pending_token = -1;
+  std::shared_ptr<const RopeTable> rope;  // of a session that is not empty
+  bool keeps = true;
+};
+
 // A valid Generate request, and what its answer needs beside the tokens.
 struct PreparedGenerate {
   GenerateRequest request;  // no stream yet; id is never empty
@@ -31,12 +43,16 @@ struct PreparedGenerate {
   bool logprobs = false;
   bool include_stop = false;
   bool starts_text = false;  // nothing visible precedes the output
+  bool has_session = false;
+  std::string session_id;
+  StateNotes rope_notes;  // of what it rotates with
 };
 
 // INVALID_ARGUMENT with all violations at once; UNIMPLEMENTED; NOT_FOUND (model);
 // FAILED_PRECONDITION (no tokenizer).
 absl::StatusOr<PreparedGenerate> PrepareGenerate(const v1::GenerateRequest& request,
-                                                 const ServedModel& model, const Arrival& arrival);
+                                                 const ServedModel& model, const Arrival& arrival,
+                                                 const SessionStart* session = nullptr);
 
 struct PreparedScore {
   GenerateRequest request;   // max_tokens = 0

@@ -24,7 +24,7 @@ namespace godwit {
 namespace {
 
 constexpr const char* kServiceNames[] = {"godwit.v1.Inference", "godwit.v1.Tokenizer",
-                                         "godwit.v1.Models"};
+                                         "godwit.v1.Models", "godwit.v1.Sessions"};
 constexpr const char* kLiveness = "liveness";
 
 // After the engine has ended every request: time for slow clients to read what is left.
@@ -34,6 +34,8 @@ constexpr int kDeliveryThreads = 2;
 constexpr int kIntakeThreads = 1;
 constexpr size_t kMaxDeliveries = 1 << 20;  // each request is there once or twice
 constexpr size_t kMaxIntake = 256;
+constexpr int kWorkers = 4;
+constexpr size_t kMaxWork = 4096;
 
 absl::Status AtLeast(const char* option, int64_t value, int64_t min) {
   if (value >= min) return absl::OkStatus();
@@ -46,7 +48,8 @@ SchedulerOptions MakeSchedulerOptions(const ServerOptions& options, const ModelC
           .max_waiting_tokens = options.max_waiting_tokens,
           .max_wait = options.max_wait_ms * 1'000'000,
           .max_steps_in_flight = card.max_steps_in_flight,
-          .context_length = card.context_length};
+          .context_length = card.context_length,
+          .may_drop_sessions = options.sessions.folder.empty()};
 }
 
 }  // namespace
@@ -56,6 +59,9 @@ absl::Status ValidateServerOptions(const ServerOptions& options) {
   RETURN_IF_ERROR(AtLeast("max_tokens", limits.max_tokens, 1));
   RETURN_IF_ERROR(AtLeast("default_max_tokens", limits.default_max_tokens, 1));
   RETURN_IF_ERROR(AtLeast("max_n", limits.max_n, 1));
+  RETURN_IF_ERROR(AtLeast("max_sessions", options.sessions.max_sessions, 1));
+  RETURN_IF_ERROR(AtLeast("session_ttl_ms", options.sessions.ttl_ms, 1000));
+  RETURN_IF_ERROR(AtLeast("session_disk_bytes", options.sessions.disk_bytes, 0));
   if (!(limits.max_rope_factor == 0 || limits.max_rope_factor >= 1)) {
     return absl::InvalidArgumentError(
         absl::StrCat("max_rope_factor ", limits.max_rope_factor, " is neither 0 nor >= 1"));
@@ -101,20 +107,28 @@ Server::Impl::Impl(const ServerOptions& from, const ServerParts& parts, Authenti
       metrics(options.model_name, parts.card),
       delivery(kDeliveryThreads, kMaxDeliveries),
       intake(kIntakeThreads, kMaxIntake),
+      workers(kWorkers, kMaxWork),
       loop({.scheduler = MakeSchedulerOptions(options, parts.card),
             .on_step = [this](const StepReport& report) { metrics.OnStep(report); }},
            *parts.executor, *parts.caches),
-      context{model, authenticator, loop, registry, metrics, delivery, intake} {
+      sessions(std::make_unique<SessionRegistry>(
+          options.sessions,
+          MakeStateLayout(parts.card, parts.model_fingerprint, parts.draft_fingerprint), loop,
+          model)),
+      context{model, authenticator, loop, registry, metrics, delivery, intake, workers, *sessions} {
   metrics.WatchLoop(&loop);
+  metrics.WatchSessions(sessions.get());
 }
 
 Server::Impl::~Impl() { Shutdown(); }
 
 absl::Status Server::Impl::Start() {
   ASSIGN_OR_RETURN(std::shared_ptr<grpc::ServerCredentials> credentials, MakeCredentials(options));
+  RETURN_IF_ERROR(sessions->Start());
   services.push_back(NewInferenceService(context));
   services.push_back(NewTokenizerService(context));
   services.push_back(NewModelsService(context));
+  services.push_back(NewSessionsService(context));
   if (options.reflection) {
     std::vector<std::string> names(std::begin(kServiceNames), std::end(kServiceNames));
     names.push_back("grpc.health.v1.Health");
@@ -184,6 +198,9 @@ void Server::Impl::Shutdown() {
   }
   // No reactor is left, so nothing is posted any more.
   intake.Stop();
+  workers.Stop();
+  metrics.WatchSessions(nullptr);
+  sessions.reset();
   loop.Stop();
   delivery.Stop();
   metrics.StopListening();

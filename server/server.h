@@ -10,6 +10,7 @@
 #include "engine/backend_loader.h"
 #include "engine/engine.h"
 #include "server/limits.h"
+#include "server/session_limits.h"
 #include "tokenizer/tokenizer.h"
 
 namespace godwit {
@@ -21,6 +22,7 @@ struct ServerOptions {
   std::string model_name;  // as clients and metrics name it; "": last component of the folder
 
   RequestLimits limits;
+  SessionLimits sessions;
 
   // The queue. More waiting requests, or more prompt tokens in them, are RESOURCE_EXHAUSTED.
   int64_t max_waiting = 256;
@@ -61,6 +63,7 @@ struct ServerParts {
   StepExecutor* executor = nullptr;            // outlives the server
   CacheManager* caches = nullptr;              // outlives the server
   std::shared_ptr<const Tokenizer> tokenizer;  // null: token ids only
+  std::string model_fingerprint, draft_fingerprint;  // StateLayout's
 };
 
 class Server {

@@ -18,6 +18,7 @@
 #include "server/served_model.h"
 #include "server/server.h"
 #include "server/service_context.h"
+#include "server/session_registry.h"
 #include "server/work_queue.h"
 
 namespace godwit {
@@ -41,8 +42,9 @@ struct Server::Impl {
   Authenticator authenticator;
   Metrics metrics;
   RequestRegistry registry;
-  WorkQueue delivery, intake;
+  WorkQueue delivery, intake, workers;
   EngineLoop loop;
+  std::unique_ptr<SessionRegistry> sessions;
   ServiceContext context;
   std::vector<std::unique_ptr<grpc::Service>> services;
   std::unique_ptr<grpc::Server> grpc_server;

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "engine/state_file.h"
 #include "kernels/base/status.h"
 #include "server/server_impl.h"
 
@@ -48,6 +49,14 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Create(const ServerOptions& opti
     absl::StrAppend(notes, context_note, "\n");
   ServerParts parts = {
       .card = engine->card(), .executor = engine.get(), .caches = &engine->caches()};
+  if (options.engine.config_json.empty()) {
+    ASSIGN_OR_RETURN(parts.model_fingerprint, FingerprintModel(options.engine.model_folder));
+  } else {
+    parts.model_fingerprint = FingerprintText(options.engine.config_json);
+  }
+  if (!options.engine.draft_folder.empty()) {
+    ASSIGN_OR_RETURN(parts.draft_fingerprint, FingerprintModel(options.engine.draft_folder));
+  }
   ASSIGN_OR_RETURN(parts.tokenizer, TokenizerOf(options.engine.model_folder, notes));
   if (parts.tokenizer != nullptr && parts.tokenizer->vocab_size() > parts.card.config.vocab_size) {
     return absl::InvalidArgumentError(absl::StrCat(

@@ -10,6 +10,7 @@
 namespace godwit {
 
 class EngineLoop;
+class SessionRegistry;
 
 struct ServiceContext {
   const ServedModel& model;
@@ -19,6 +20,8 @@ struct ServiceContext {
   Metrics& metrics;
   WorkQueue& delivery;  // tokens to messages
   WorkQueue& intake;    // long prompts to tokens
+  WorkQueue& workers;   // calls that wait for the engine or the disk
+  SessionRegistry& sessions;
 };
 
 }  // namespace godwit

@@ -15,6 +15,7 @@ namespace godwit {
 std::unique_ptr<grpc::Service> NewInferenceService(const ServiceContext& context);
 std::unique_ptr<grpc::Service> NewTokenizerService(const ServiceContext& context);
 std::unique_ptr<grpc::Service> NewModelsService(const ServiceContext& context);
+std::unique_ptr<grpc::Service> NewSessionsService(const ServiceContext& context);
 // grpc.reflection.v1alpha and v1, about `service_names` and all they use. (gRPC's own knows v1alpha
 // only, and asks for no token.)
 std::vector<std::unique_ptr<grpc::Service>> NewReflectionServices(

@@ -1,0 +1,612 @@
+#include "server/session_registry.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <future>
+#include <random>
+#include <utility>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "kernels/base/status.h"
+#include "server/clock.h"
+#include "server/status_mapping.h"
+
+namespace godwit {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr std::chrono::milliseconds kMaintenancePeriod(250);
+constexpr absl::string_view kExtension = ".safetensors";
+constexpr size_t kMaxNameBytes = 64;
+// Idle sessions go to the disk while more than that of the host's memory for states is theirs.
+constexpr double kSpillAbove = 0.75;
+constexpr TimeNs kMsNs = 1'000'000;
+
+std::string RandomId() {
+  std::random_device device;
+  std::string id;
+  for (int word = 0; word < 4; ++word) absl::StrAppend(&id, absl::Hex(device(), absl::kZeroPad8));
+  return id;
+}
+
+absl::Status NoSuchSession(const std::string& id) {
+  return WithResource(absl::NotFoundError(absl::StrCat("there is no session ", id)), "session", id);
+}
+
+absl::Status NoSuchSnapshot(const std::string& name) {
+  return WithResource(absl::NotFoundError(absl::StrCat("there is no snapshot ", name)), "snapshot",
+                      name);
+}
+
+absl::Status NoFolder() {
+  return WithErrorInfo(
+      absl::FailedPreconditionError("this server keeps no snapshots: it has no --session-dir"),
+      "NO_SESSION_FOLDER");
+}
+
+int64_t SizeOf(const std::string& path) {
+  std::error_code error;
+  const auto size = fs::file_size(path, error);
+  return error ? 0 : static_cast<int64_t>(size);
+}
+
+// What a client is told of a file: not where it lies.
+absl::Status WithoutPath(const absl::Status& status, const std::string& path,
+                         const std::string& name) {
+  std::string text(status.message());
+  if (const size_t at = text.find(path); at != std::string::npos)
+    text.replace(at, path.size(), name);
+  return absl::Status(status.code(), text);
+}
+
+}  // namespace
+
+// --- SessionUse
+
+SessionUse::~SessionUse() { registry_.Release(*this); }
+
+void SessionUse::FixRope(std::shared_ptr<const RopeTable> rope, StateNotes notes) {
+  rope_ = std::move(rope);
+  notes_ = std::move(notes);
+}
+
+void SessionUse::Kept(int64_t position, int32_t pending_token) {
+  position_ = position;
+  pending_token_ = pending_token;
+  std::lock_guard<std::mutex> lock(registry_.mutex_);
+  const auto found = registry_.entries_.find(id_);
+  if (found == registry_.entries_.end()) return;  // deleted meanwhile: Release drops the state
+  SessionRegistry::Entry& entry = found->second;
+  entry.key = key_;
+  entry.position = position;
+  entry.pending_token = pending_token;
+  entry.rope = rope_;
+  entry.notes = notes_;
+}
+
+// --- Life
+
+SessionRegistry::SessionRegistry(SessionLimits limits, StateLayout layout, EngineLoop& loop,
+                                 const ServedModel& model)
+    : limits_(std::move(limits)), layout_(std::move(layout)), loop_(loop), model_(model) {}
+
+absl::Status SessionRegistry::Start() {
+  RETURN_IF_ERROR(PrepareFolder());
+  maintenance_ = std::thread([this] { Maintain(); });
+  return absl::OkStatus();
+}
+
+SessionRegistry::~SessionRegistry() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopping_ = true;
+  }
+  wake_.notify_all();
+  if (maintenance_.joinable()) maintenance_.join();
+}
+
+// Idle sessions of an earlier process are nobody's, and so is what it was killed in writing.
+absl::Status SessionRegistry::PrepareFolder() {
+  if (limits_.folder.empty()) return absl::OkStatus();
+  std::error_code error;
+  const fs::path folder(limits_.folder);
+  fs::create_directories(folder, error);
+  if (!error) fs::permissions(folder, fs::perms::owner_all, error);
+  for (const char* name : {"idle", "import"}) {
+    if (!error) fs::remove_all(folder / name, error);
+    if (!error) fs::create_directory(folder / name, error);
+  }
+  if (!error) fs::create_directories(folder / "snapshots", error);
+  if (error) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("session folder ", limits_.folder, ": ", error.message()));
+  }
+  for (fs::recursive_directory_iterator it(folder / "snapshots", error), end; !error && it != end;
+       it.increment(error)) {
+    if (!it->is_regular_file()) continue;
+    if (it->path().extension() == ".tmp") {
+      fs::remove(it->path(), error);
+    } else {
+      disk_bytes_ += SizeOf(it->path().string());
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status SessionRegistry::OnEngine(
+    const std::function<absl::Status(SessionTable&, StepExecutor&)>& work) {
+  std::promise<absl::Status> promise;
+  std::future<absl::Status> done = promise.get_future();
+  const bool posted = loop_.Post([&](SessionTable& sessions, StepExecutor& executor) {
+    promise.set_value(work(sessions, executor));
+  });
+  if (!posted) return absl::UnavailableError("the server is shutting down");
+  return done.get();
+}
+
+void SessionRegistry::EraseState(SessionKey key) {
+  loop_.Post([key](SessionTable& sessions, StepExecutor&) { sessions.Erase(key); });
+}
+
+// --- Sessions
+
+absl::StatusOr<TimeNs> SessionRegistry::Ttl(std::optional<int64_t> ttl_ms) const {
+  const int64_t ms = ttl_ms.value_or(limits_.ttl_ms);
+  if (ttl_ms && (ms < 1000 || ms > limits_.ttl_ms)) {
+    return InvalidFields({{"ttl_ms", absl::StrCat(ms, " not in [1000, ", limits_.ttl_ms, "]")}});
+  }
+  return ms * kMsNs;
+}
+
+absl::StatusOr<SessionRegistry::Entry*> SessionRegistry::Find(const std::string& tenant,
+                                                              const std::string& id) {
+  const auto found = entries_.find(id);
+  if (found == entries_.end() || found->second.tenant != tenant) return NoSuchSession(id);
+  return &found->second;
+}
+
+absl::StatusOr<SessionRegistry::Entry*> SessionRegistry::Add(const std::string& tenant,
+                                                             TimeNs ttl) {
+  if (std::ssize(entries_) >= limits_.max_sessions) {
+    return WithRetryDelay(
+        absl::ResourceExhaustedError(absl::StrCat("there are ", entries_.size(),
+                                                  " sessions, at most ", limits_.max_sessions)),
+        kQueueFullRetryDelay);
+  }
+  const std::string id = RandomId();
+  Entry& entry = entries_[id];
+  entry.tenant = tenant;
+  entry.id = id;
+  entry.last_used = SteadyNow();
+  entry.ttl = ttl;
+  entry.order = next_order_++;
+  return &entry;
+}
+
+SessionView SessionRegistry::View(const Entry& entry) const {
+  return {.id = entry.id,
+          .position = entry.position,
+          .pending_token = entry.pending_token,
+          .idle_ms = entry.busy ? 0 : (SteadyNow() - entry.last_used) / kMsNs,
+          .ttl_ms = entry.ttl / kMsNs,
+          .busy = entry.busy,
+          .on_disk = !entry.file.empty()};
+}
+
+absl::StatusOr<SessionView> SessionRegistry::CreateSession(const std::string& tenant,
+                                                           std::optional<int64_t> ttl_ms) {
+  ASSIGN_OR_RETURN(const TimeNs ttl, Ttl(ttl_ms));
+  std::lock_guard<std::mutex> lock(mutex_);
+  ASSIGN_OR_RETURN(Entry * entry, Add(tenant, ttl));
+  return View(*entry);
+}
+
+absl::StatusOr<SessionView> SessionRegistry::Get(const std::string& tenant,
+                                                 const std::string& id) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = entries_.find(id);
+  if (found == entries_.end() || found->second.tenant != tenant) return NoSuchSession(id);
+  return View(found->second);
+}
+
+std::vector<SessionView> SessionRegistry::List(const std::string& tenant) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<const Entry*> own;
+  for (const auto& [id, entry] : entries_) {
+    if (entry.tenant == tenant) own.push_back(&entry);
+  }
+  std::sort(own.begin(), own.end(),
+            [](const Entry* a, const Entry* b) { return a->order < b->order; });
+  std::vector<SessionView> views;
+  for (const Entry* entry : own) views.push_back(View(*entry));
+  return views;
+}
+
+// The state of a session that a request writes goes when the request has ended.
+void SessionRegistry::Drop(Entry& entry) {
+  if (entry.key != 0 && !entry.busy) EraseState(entry.key);
+  if (!entry.file.empty()) {
+    unlink(entry.file.c_str());
+    disk_bytes_ -= entry.file_bytes;
+  }
+  entries_.erase(entry.id);
+}
+
+absl::Status SessionRegistry::Delete(const std::string& tenant, const std::string& id) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  ASSIGN_OR_RETURN(Entry * entry, Find(tenant, id));
+  Drop(*entry);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::shared_ptr<SessionUse>> SessionRegistry::Acquire(
+    const std::string& tenant, const std::string& id, std::optional<int64_t> expected_position) {
+  std::shared_ptr<SessionUse> use;
+  std::string file;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ASSIGN_OR_RETURN(Entry * entry, Find(tenant, id));
+    if (entry->busy) {
+      return WithErrorInfo(absl::AbortedError(absl::StrCat("another request writes session ", id)),
+                           "SESSION_BUSY");
+    }
+    if (expected_position && *expected_position != entry->position) {
+      return WithErrorInfo(
+          absl::FailedPreconditionError(absl::StrCat("session ", id, " stands at ", entry->position,
+                                                     ", expected ", *expected_position)),
+          "SESSION_POSITION", {{"position", absl::StrCat(entry->position)}});
+    }
+    use.reset(new SessionUse(*this));
+    entry->busy = true;
+    ++entry->version;
+    file = entry->file;
+    use->id_ = id;
+    use->key_ = entry->key != 0 ? entry->key : next_key_++;
+    use->position_ = entry->position;
+    use->pending_token_ = entry->pending_token;
+    use->rope_ = entry->rope;
+    use->notes_ = entry->notes;
+  }
+  if (!file.empty()) RETURN_IF_ERROR(LoadFromDisk(id, file, use->key_));
+  return use;
+}
+
+absl::Status SessionRegistry::LoadFromDisk(const std::string& id, const std::string& file,
+                                           SessionKey key) {
+  absl::StatusOr<StateFile> read = ReadStateFile(file, layout_);
+  if (!read.ok()) return WithoutPath(read.status(), file, absl::StrCat("session ", id));
+  RETURN_IF_ERROR(OnEngine([&](SessionTable& sessions, StepExecutor& executor) {
+    return sessions.Import(key, read->image->position, read->image, executor);
+  }));
+  std::lock_guard<std::mutex> lock(mutex_);
+  ++counts_.num_from_disk;
+  const auto found = entries_.find(id);
+  if (found == entries_.end()) return absl::OkStatus();
+  unlink(file.c_str());
+  disk_bytes_ -= std::exchange(found->second.file_bytes, 0);
+  found->second.file.clear();
+  found->second.key = key;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::shared_ptr<SessionUse>> SessionRegistry::AcquireAnonymous(
+    const std::string& tenant) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  ASSIGN_OR_RETURN(Entry * entry, Add(tenant, limits_.ttl_ms * kMsNs));
+  std::shared_ptr<SessionUse> use(new SessionUse(*this));
+  entry->busy = true;
+  use->id_ = entry->id;
+  use->key_ = next_key_++;
+  use->anonymous_ = true;
+  return use;
+}
+
+void SessionRegistry::Release(SessionUse& use) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = entries_.find(use.id_);
+  if (found == entries_.end()) return EraseState(use.key_);
+  Entry& entry = found->second;
+  entry.busy = false;
+  entry.last_used = SteadyNow();
+  if (use.anonymous_) Drop(entry);
+}
+
+absl::StatusOr<SessionView> SessionRegistry::Fork(const std::string& tenant, const std::string& id,
+                                                  std::optional<int64_t> expected_position,
+                                                  std::optional<int64_t> ttl_ms) {
+  ASSIGN_OR_RETURN(const TimeNs ttl, Ttl(ttl_ms));
+  ASSIGN_OR_RETURN(const std::shared_ptr<SessionUse> from, Acquire(tenant, id, expected_position));
+  SessionKey key = 0;
+  if (from->position() > 0) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      key = next_key_++;
+    }
+    RETURN_IF_ERROR(OnEngine(
+        [&](SessionTable& sessions, StepExecutor&) { return sessions.Fork(from->key(), key); }));
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  const absl::StatusOr<Entry*> added = Add(tenant, ttl);
+  if (!added.ok()) {
+    if (key != 0) EraseState(key);
+    return added.status();
+  }
+  Entry& entry = **added;
+  entry.key = key;
+  entry.position = from->position_;
+  entry.pending_token = from->pending_token_;
+  entry.rope = from->rope_;
+  entry.notes = from->notes_;
+  return View(entry);
+}
+
+// --- Snapshots
+
+absl::Status SessionRegistry::CheckName(const std::string& name) {
+  const bool valid = !name.empty() && name.size() <= kMaxNameBytes &&
+                     std::all_of(name.begin(), name.end(), [](unsigned char c) {
+                       return absl::ascii_isalnum(c) || c == '.' || c == '_' || c == '-';
+                     });
+  if (valid) return absl::OkStatus();
+  return InvalidFields({{"name", "is not of the form [A-Za-z0-9._-]{1,64}"}});
+}
+
+std::string SessionRegistry::TenantFolder(const std::string& tenant) const {
+  return absl::StrCat(limits_.folder, "/snapshots/", FingerprintText(tenant));
+}
+
+absl::StatusOr<std::string> SessionRegistry::PathOf(const std::string& tenant,
+                                                    const std::string& name) const {
+  if (limits_.folder.empty()) return NoFolder();
+  RETURN_IF_ERROR(CheckName(name));
+  return absl::StrCat(TenantFolder(tenant), "/", name, kExtension);
+}
+
+absl::StatusOr<std::string> SessionRegistry::SnapshotPath(const std::string& tenant,
+                                                          const std::string& name) const {
+  ASSIGN_OR_RETURN(std::string path, PathOf(tenant, name));
+  std::error_code error;
+  if (!fs::is_regular_file(path, error)) return NoSuchSnapshot(name);
+  return path;
+}
+
+int64_t SessionRegistry::free_disk_bytes() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return std::max<int64_t>(limits_.disk_bytes - disk_bytes_, 0);
+}
+
+// Returns the bytes of the file that is there now; what it replaced is no longer counted.
+absl::StatusOr<int64_t> SessionRegistry::WriteFile(const std::string& path, const StateImage& image,
+                                                   const StateNotes& notes) {
+  const int64_t replaced = SizeOf(path);
+  if (image.num_bytes > free_disk_bytes() + replaced) {
+    return absl::ResourceExhaustedError(absl::StrCat(image.num_bytes, " bytes, ", free_disk_bytes(),
+                                                     " of ", limits_.disk_bytes, " are free"));
+  }
+  RETURN_IF_ERROR(WriteStateFile(path, layout_, image, notes));
+  const int64_t num_bytes = SizeOf(path);
+  std::lock_guard<std::mutex> lock(mutex_);
+  disk_bytes_ += num_bytes - replaced;
+  return num_bytes;
+}
+
+absl::StatusOr<std::shared_ptr<const StateImage>> SessionRegistry::Export(SessionKey key) {
+  std::shared_ptr<const StateImage> image;
+  RETURN_IF_ERROR(OnEngine([&](SessionTable& sessions, StepExecutor& executor) -> absl::Status {
+    ASSIGN_OR_RETURN(image, sessions.Export(key, executor));
+    return absl::OkStatus();
+  }));
+  return image;
+}
+
+absl::StatusOr<SessionRegistry::SnapshotView> SessionRegistry::Snapshot(const SessionUse& use,
+                                                                        const std::string& tenant,
+                                                                        const std::string& name) {
+  ASSIGN_OR_RETURN(const std::string path, PathOf(tenant, name));
+  if (use.position_ == 0) {
+    return absl::FailedPreconditionError(absl::StrCat("session ", use.id_, " is empty"));
+  }
+  ASSIGN_OR_RETURN(const std::shared_ptr<const StateImage> image, Export(use.key_));
+  std::lock_guard<std::mutex> files(files_);
+  std::error_code error;
+  fs::create_directories(TenantFolder(tenant), error);
+  const absl::StatusOr<int64_t> num_bytes = WriteFile(path, *image, use.notes_);
+  if (!num_bytes.ok()) return WithoutPath(num_bytes.status(), path, name);
+  std::lock_guard<std::mutex> lock(mutex_);
+  ++counts_.num_snapshots;
+  return SnapshotView{.name = name, .num_bytes = *num_bytes, .position = image->position};
+}
+
+absl::StatusOr<std::shared_ptr<const RopeTable>> SessionRegistry::RopeOf(
+    const StateNotes& notes) const {
+  const ModelConfig& config = model_.card().config;
+  std::optional<RopeConfig> chosen;
+  if (!notes.rope.empty()) {
+    if (model_.limits().max_rope_factor == 0) {
+      return absl::FailedPreconditionError(
+          "the state has a rope of its own; this server allows none");
+    }
+    ASSIGN_OR_RETURN(chosen, OverrideRope(config, notes.rope, "rope"));
+  }
+  ASSIGN_OR_RETURN(std::shared_ptr<const RopeTable> rope,
+                   RopeOfRequest(config, chosen ? &*chosen : nullptr, notes.rope_length));
+  const RopeRegime regime = rope != nullptr ? rope->regime : model_.card().rope_regime;
+  if (regime.ToString() != notes.rope_digest) {
+    return absl::FailedPreconditionError(
+        "the state was rotated in another way than this server does (--rope)");
+  }
+  return rope;
+}
+
+absl::StatusOr<SessionView> SessionRegistry::Restore(const std::string& tenant,
+                                                     const std::string& name,
+                                                     std::optional<int64_t> ttl_ms) {
+  ASSIGN_OR_RETURN(const TimeNs ttl, Ttl(ttl_ms));
+  ASSIGN_OR_RETURN(const std::string path, SnapshotPath(tenant, name));
+  absl::StatusOr<StateFile> file = ReadStateFile(path, layout_);
+  if (!file.ok()) return WithoutPath(file.status(), path, name);
+  ASSIGN_OR_RETURN(std::shared_ptr<const RopeTable> rope, RopeOf(file->notes));
+  SessionKey key = 0;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    key = next_key_++;
+  }
+  RETURN_IF_ERROR(OnEngine([&](SessionTable& sessions, StepExecutor& executor) {
+    return sessions.Import(key, file->image->position, file->image, executor);
+  }));
+  std::lock_guard<std::mutex> lock(mutex_);
+  const absl::StatusOr<Entry*> added = Add(tenant, ttl);
+  if (!added.ok()) {
+    EraseState(key);
+    return added.status();
+  }
+  Entry& entry = **added;
+  entry.key = key;
+  entry.position = file->image->position;
+  entry.pending_token = file->image->last_token;
+  entry.rope = std::move(rope);
+  entry.notes = std::move(file->notes);
+  ++counts_.num_restores;
+  return View(entry);
+}
+
+absl::StatusOr<std::vector<SessionRegistry::SnapshotView>> SessionRegistry::ListSnapshots(
+    const std::string& tenant) const {
+  if (limits_.folder.empty()) return NoFolder();
+  std::vector<SnapshotView> views;
+  std::error_code error;
+  for (const auto& file : fs::directory_iterator(TenantFolder(tenant), error)) {
+    if (file.path().extension().string() != kExtension) continue;
+    views.push_back(
+        {.name = file.path().stem().string(), .num_bytes = SizeOf(file.path().string())});
+  }
+  std::sort(views.begin(), views.end(),
+            [](const SnapshotView& a, const SnapshotView& b) { return a.name < b.name; });
+  return views;
+}
+
+absl::Status SessionRegistry::DeleteSnapshot(const std::string& tenant, const std::string& name) {
+  std::lock_guard<std::mutex> files(files_);
+  ASSIGN_OR_RETURN(const std::string path, SnapshotPath(tenant, name));
+  const int64_t num_bytes = SizeOf(path);
+  if (unlink(path.c_str()) != 0) return NoSuchSnapshot(name);
+  std::lock_guard<std::mutex> lock(mutex_);
+  disk_bytes_ -= num_bytes;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::string> SessionRegistry::ImportPath() {
+  if (limits_.folder.empty()) return NoFolder();
+  return absl::StrCat(limits_.folder, "/import/", RandomId(), ".part");
+}
+
+absl::StatusOr<SessionRegistry::SnapshotView> SessionRegistry::Import(const std::string& tenant,
+                                                                      const std::string& name,
+                                                                      const std::string& from) {
+  ASSIGN_OR_RETURN(const std::string path, PathOf(tenant, name));
+  const absl::StatusOr<StateFile> file = ReadStateFile(from, layout_, {.check_values = true});
+  if (!file.ok()) return WithoutPath(file.status(), from, name);
+  RETURN_IF_ERROR(RopeOf(file->notes).status());
+  std::lock_guard<std::mutex> files(files_);
+  std::error_code error;
+  fs::create_directories(TenantFolder(tenant), error);
+  // Written anew and not renamed: what is there is then what was checked.
+  const absl::StatusOr<int64_t> num_bytes = WriteFile(path, *file->image, file->notes);
+  if (!num_bytes.ok()) return WithoutPath(num_bytes.status(), path, name);
+  return SnapshotView{.name = name, .num_bytes = *num_bytes, .position = file->image->position};
+}
+
+// --- Maintenance
+
+void SessionRegistry::Maintain() {
+  bool spilled = false;
+  while (true) {
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      // After a move the next stats of the engine are waited for.
+      wake_.wait_for(lock, spilled ? kMaintenancePeriod / 10 : kMaintenancePeriod,
+                     [this] { return stopping_; });
+      if (stopping_) return;
+      ExpireIdle();
+    }
+    spilled = SpillOldest();
+  }
+}
+
+void SessionRegistry::ExpireIdle() {
+  const TimeNs now = SteadyNow();
+  for (auto at = entries_.begin(); at != entries_.end();) {
+    Entry& entry = (at++)->second;
+    if (entry.busy || now - entry.last_used < entry.ttl) continue;
+    ++counts_.num_expired;
+    Drop(entry);
+  }
+}
+
+// True: one has gone to the disk, and more may have to.
+bool SessionRegistry::SpillOldest() {
+  const SessionStats stats = loop_.stats().sessions;
+  if (limits_.folder.empty() || stats.store_bytes_total == 0) return false;
+  const auto limit = static_cast<double>(stats.store_bytes_total) * kSpillAbove;
+  if (static_cast<double>(stats.store_bytes_used) <= limit) return false;
+  SessionKey key = 0;
+  int64_t version = 0;
+  std::string id, file;
+  StateNotes notes;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const Entry* oldest = nullptr;
+    for (const auto& [entry_id, entry] : entries_) {
+      if (stopping_ || entry.busy || entry.key == 0) continue;
+      if (oldest == nullptr || entry.last_used < oldest->last_used) oldest = &entry;
+    }
+    if (oldest == nullptr) return false;
+    key = oldest->key;
+    version = oldest->version;
+    id = oldest->id;
+    notes = oldest->notes;
+    file = absl::StrCat(limits_.folder, "/idle/", key, kExtension);
+  }
+  const auto image = Export(key);
+  if (!image.ok()) return false;
+  const absl::StatusOr<int64_t> num_bytes = WriteFile(file, **image, notes);
+  if (!num_bytes.ok()) return false;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = entries_.find(id);
+    if (found == entries_.end() || found->second.busy || found->second.version != version) {
+      unlink(file.c_str());  // used again meanwhile
+      disk_bytes_ -= *num_bytes;
+      return true;
+    }
+    Entry& entry = found->second;
+    entry.file = file;
+    entry.file_bytes = *num_bytes;
+    entry.key = 0;
+    ++counts_.num_to_disk;
+  }
+  // In order before the next look at what is used.
+  return OnEngine([key](SessionTable& sessions, StepExecutor&) {
+           sessions.Erase(key);
+           return absl::OkStatus();
+         })
+      .ok();
+}
+
+SessionDiskStats SessionRegistry::stats() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  SessionDiskStats stats = counts_;
+  stats.num_sessions = std::ssize(entries_);
+  stats.disk_bytes = disk_bytes_;
+  for (const auto& [id, entry] : entries_) stats.num_on_disk += !entry.file.empty();
+  return stats;
+}
+
+}  // namespace godwit
