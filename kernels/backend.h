@@ -99,6 +99,7 @@ class Backend {
   virtual OpStatus PagedAttention(const PagedAttentionArgs& args) = 0;
   virtual OpStatus CountTokens(const CountTokensArgs& args) = 0;
   virtual OpStatus Sample(const SampleArgs& args) = 0;
+  virtual OpStatus AcceptanceHead(const AcceptanceHeadArgs& args) = 0;
   virtual OpStatus VerifyTokens(const VerifyTokensArgs& args) = 0;
   virtual OpStatus ScoreTokens(const ScoreTokensArgs& args) = 0;
 

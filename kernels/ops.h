@@ -262,6 +262,37 @@ struct SampleArgs {
   // f32 [num_rows], or absent: distance of the two largest logits after bias and penalties; 0 where
   // it is not finite, or V = 1. Not written for padding and rows that draw -1.
   TensorView margins;
+  // f32 [num_rows, 2], or absent: largest probability and entropy (nats) of softmax(logits after
+  // bias and penalties), at temperature 1; (1, 0) where nothing is finite. Written as margins are.
+  TensorView certainties;
+};
+
+// A layer of an acceptance head, and the reading of its last one: the logit of P(the row's draft is
+// accepted). The layer's product z = norm(x) . w^T is a Linear before it. By features
+//   f = (ln(1 + margin), largest probability, entropy, min(temperature, 2), place)
+//   y = norm(x) + silu(z + bias + f . feature_weights)
+//   logit = readout . y + f . readout_features + readout_bias
+// where what is absent adds nothing. So a SpecDec++ head (2405.19715) is its residual layers with x
+// and z and the last one's readout, an MLP one layer with z and the readout, a linear head the
+// readout of norm(x) alone. All in f32; sums of a row in an order that n alone fixes.
+inline constexpr int kNumHeadFeatures = 5;
+struct AcceptanceHeadArgs {
+  TensorView x;                 // [R, n] f32, or absent
+  NormSpec norm;                // of x
+  TensorView z;                 // [R, n] f32, or absent; one of the two is there
+  TensorView bias;              // [n] f32, or absent
+  TensorView feature_weights;   // [kNumHeadFeatures, n] f32, or absent
+  TensorView y;                 // [R, n] f32, or absent; may be x or z
+  TensorView readout;           // [n] f32, or absent: no logits
+  TensorView readout_features;  // [kNumHeadFeatures] f32, or absent
+  float readout_bias = 0;
+  float place = 0;                  // in the round
+  const SampleRow* rows = nullptr;  // [num_rows], device: the draws, of which logit_row is the row
+                                    // of x, y and z, and temperature a feature; padding is skipped
+  int32_t num_rows = 0;
+  TensorView margins;      // [num_rows] f32, Sample's; needed where a feature is
+  TensorView certainties;  // [num_rows, 2] f32, likewise
+  TensorView logits;       // [num_rows] f32
 };
 
 // Speculation. What a draft model proposed is checked against the target's own distributions, and

@@ -351,6 +351,49 @@ OpStatus Validate(const SampleArgs& args) {
     check.Type("margins", args.margins, DType::kF32);
     check.Shape("margins", args.margins, {args.num_rows});
   }
+  if (args.certainties) {
+    check.Type("certainties", args.certainties, DType::kF32);
+    check.Shape("certainties", args.certainties, {args.num_rows, 2});
+  }
+  return check.status();
+}
+
+OpStatus Validate(const AcceptanceHeadArgs& args) {
+  Checker check("AcceptanceHead");
+  check.Expect(args.x || args.z, "x and z are absent");
+  const TensorView& rows = args.z ? args.z : args.x;
+  check.Expect(rows.rank == 2, "rows have rank %d, expected 2", rows.rank);
+  if (!check.ok()) return check.status();
+  const int64_t n = rows.row_elements();
+  check.AtLeast("n", n, 1);
+  const auto f32 = [&](const char* name, const TensorView& x,
+                       std::initializer_list<int64_t> shape) {
+    if (!x) return;
+    check.Type(name, x, DType::kF32);
+    check.Shape(name, x, shape);
+  };
+  f32("x", args.x, {rows.rows(), n});
+  f32("z", args.z, {rows.rows(), n});
+  f32("y", args.y, {rows.rows(), n});
+  f32("bias", args.bias, {n});
+  f32("feature_weights", args.feature_weights, {kNumHeadFeatures, n});
+  f32("readout", args.readout, {n});
+  f32("readout_features", args.readout_features, {kNumHeadFeatures});
+  if (args.x) check.Input({.x = args.x, .norm = args.norm}, n);
+  check.Finite("readout_bias", static_cast<double>(args.readout_bias));
+  check.Finite("place", static_cast<double>(args.place));
+  check.AtLeast("num_rows", args.num_rows, 0);
+  check.Expect(args.num_rows <= 0 || args.rows != nullptr, "rows are absent, num_rows is %d",
+               args.num_rows);
+  if (args.feature_weights || args.readout_features) {
+    check.Expect(args.margins && args.certainties, "margins or certainties are absent");
+    f32("margins", args.margins, {args.num_rows});
+    f32("certainties", args.certainties, {args.num_rows, 2});
+  }
+  if (args.readout) {
+    check.Expect(static_cast<bool>(args.logits), "logits are absent");
+    f32("logits", args.logits, {args.num_rows});
+  }
   return check.status();
 }
 

@@ -20,6 +20,7 @@ OpStatus Validate(const RopeArgs& args);
 OpStatus Validate(const PagedAttentionArgs& args);
 OpStatus Validate(const CountTokensArgs& args);
 OpStatus Validate(const SampleArgs& args);
+OpStatus Validate(const AcceptanceHeadArgs& args);
 OpStatus Validate(const VerifyTokensArgs& args);
 OpStatus Validate(const ScoreTokensArgs& args);
 

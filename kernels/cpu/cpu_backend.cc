@@ -15,6 +15,7 @@
 #include "kernels/base/check.h"
 #include "kernels/base/random_rows.h"
 #include "kernels/base/status.h"
+#include "kernels/cpu/acceptance_head.h"
 #include "kernels/cpu/count_tokens.h"
 #include "kernels/cpu/cpu_context.h"
 #include "kernels/cpu/embed_tokens.h"
@@ -107,6 +108,9 @@ class CpuBackend final : public Backend {
   }
   OpStatus CountTokens(const CountTokensArgs& args) override { return Call(CpuCountTokens, args); }
   OpStatus Sample(const SampleArgs& args) override { return Call(CpuSample, args); }
+  OpStatus AcceptanceHead(const AcceptanceHeadArgs& args) override {
+    return Call(CpuAcceptanceHead, args);
+  }
   OpStatus VerifyTokens(const VerifyTokensArgs& args) override {
     return Call(CpuVerifyTokens, args);
   }

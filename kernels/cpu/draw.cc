@@ -69,6 +69,20 @@ float Margin(const float* logits, int64_t vocab, float max) {
   return std::isfinite(second) ? max - second : 0;
 }
 
+// Of softmax(logits), whose largest logit is `max`; `weights` is working memory.
+void FindCertainty(const IsaTable& isa, const float* logits, float* weights, int64_t vocab,
+                   float max, DrawPlan& plan) {
+  if (max == -INFINITY) return;
+  SumExpArgs sum = {.x = logits, .n = vocab, .max = max, .y = weights};
+  isa.sum_exp(sum);
+  double weighted = 0;  // logits relative to the largest
+  for (int64_t id = 0; id < vocab; ++id) {
+    if (weights[id] > 0) weighted += static_cast<double>(weights[id] * (logits[id] - max));
+  }
+  plan.top_probability = static_cast<float>(1 / sum.sum);
+  plan.entropy = static_cast<float>(std::log(sum.sum) - weighted / sum.sum);
+}
+
 }  // namespace
 
 bool HasBadLogits(const IsaTable& isa, const float* raw, int64_t vocab) {
@@ -79,23 +93,25 @@ bool HasBadLogits(const IsaTable& isa, const float* raw, int64_t vocab) {
 
 DrawPlan PrepareDraw(const IsaTable& isa, const SampleRow& row, const float* raw,
                      const uint32_t* counts, int64_t vocab, float* logits, float* weights,
-                     bool with_margin) {
+                     const DrawWants& wants) {
   std::copy(raw, raw + vocab, logits);
   AddBiases(row, logits, vocab);
   if (counts != nullptr) ApplyPenalties(row, counts, logits, vocab);
   ScanLogitsArgs scan = {.x = logits, .n = vocab};
   isa.scan_logits(scan);
-  const float margin = with_margin ? Margin(logits, vocab, scan.max) : 0;
+  DrawPlan plan;
+  if (wants.margin) plan.margin = Margin(logits, vocab, scan.max);
+  if (wants.certainty) FindCertainty(isa, logits, weights, vocab, scan.max, plan);
   if (row.temperature == 0 || scan.max == -INFINITY) {
-    return {.is_argmax = true,
-            .argmax = std::find(logits, logits + vocab, scan.max) - logits,
-            .margin = margin};
+    plan.is_argmax = true;
+    plan.argmax = std::find(logits, logits + vocab, scan.max) - logits;
+    return plan;
   }
   // Relative to the largest: a tiny temperature drives the others to -inf, never the largest to
   // inf.
   isa.temper({.x = logits, .n = vocab, .max = scan.max, .temperature = row.temperature});
   Filter(isa, row, logits, weights, vocab);
-  return {.margin = margin};
+  return plan;
 }
 
 int64_t DrawToken(const IsaTable& isa, const SampleRow& row, const DrawPlan& plan, int64_t position,

@@ -14,14 +14,21 @@ namespace godwit {
 struct DrawPlan {
   bool is_argmax = false;
   int64_t argmax = 0;
-  float margin = 0;  // of the two largest after bias and penalties, if asked for
+  // After bias and penalties, as far as asked for (SampleArgs).
+  float margin = 0;
+  float top_probability = 1, entropy = 0;
+};
+
+// What else PrepareDraw finds out.
+struct DrawWants {
+  bool margin = false, certainty = false;
 };
 
 // logits <- raw with bias, penalties, temperature and filters (-inf: not kept). counts: of the
 // row's slot, or null. `weights`: working memory, [V] rounded up. raw holds no NaN or +inf.
 DrawPlan PrepareDraw(const IsaTable& isa, const SampleRow& row, const float* raw,
                      const uint32_t* counts, int64_t vocab, float* logits, float* weights,
-                     bool with_margin = false);
+                     const DrawWants& wants = {});
 
 // The token that SampleRow's Gumbel noise at `position` picks.
 int64_t DrawToken(const IsaTable& isa, const SampleRow& row, const DrawPlan& plan, int64_t position,

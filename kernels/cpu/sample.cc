@@ -24,9 +24,15 @@ void SampleOne(const IsaTable& isa, const SampleArgs& args, int32_t index, float
     return;
   }
   const uint32_t* const counts = args.counts ? args.counts.row<const uint32_t>(row.slot) : nullptr;
-  const DrawPlan plan =
-      PrepareDraw(isa, row, raw, counts, vocab, logits, weights, args.margins.data != nullptr);
+  const DrawPlan plan = PrepareDraw(
+      isa, row, raw, counts, vocab, logits, weights,
+      {.margin = args.margins.data != nullptr, .certainty = args.certainties.data != nullptr});
   if (args.margins) *args.margins.row<float>(index) = plan.margin;
+  if (args.certainties) {
+    float* const certainty = args.certainties.row<float>(index);
+    certainty[0] = plan.top_probability;
+    certainty[1] = plan.entropy;
+  }
   const int64_t token = DrawToken(isa, row, plan, row.position, logits, vocab);
   *args.tokens.row<int32_t>(index) = static_cast<int32_t>(token);
   if (args.counts) ++args.counts.row<uint32_t>(row.slot)[token];

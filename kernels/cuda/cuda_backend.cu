@@ -176,6 +176,9 @@ class CudaBackend final : public Backend {
   OpStatus Sample(const SampleArgs& args) override {
     return Run("Sample", args, [&] { return LaunchSample(args, context_); });
   }
+  OpStatus AcceptanceHead(const AcceptanceHeadArgs& args) override {
+    return Run("AcceptanceHead", args, [&] { return LaunchAcceptanceHead(args, stream_); });
+  }
   OpStatus VerifyTokens(const VerifyTokensArgs& args) override {
     return Run("VerifyTokens", args, [&] { return LaunchVerifyTokens(args, context_); });
   }

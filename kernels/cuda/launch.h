@@ -73,6 +73,7 @@ cudaError_t LaunchPagedPrefill(const PagedAttentionArgs& args, Context& context)
 cudaError_t LaunchPagedPlain(const PagedAttentionArgs& args, int32_t first_row, int32_t num_rows,
                              int64_t first_token, int64_t num_tokens, cudaStream_t stream);
 cudaError_t LaunchSample(const SampleArgs& args, Context& context);
+cudaError_t LaunchAcceptanceHead(const AcceptanceHeadArgs& args, cudaStream_t stream);
 cudaError_t LaunchVerifyTokens(const VerifyTokensArgs& args, Context& context);
 cudaError_t LaunchScoreTokens(const ScoreTokensArgs& args, Context& context);
 

@@ -38,7 +38,9 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   }
   uint32_t* counts = args.counts.data != nullptr ? Row<uint32_t>(args.counts, row.slot) : nullptr;
   float* margin = args.margins.data != nullptr ? Row<float>(args.margins, index) : nullptr;
-  const DrawPlan plan = PrepareDraw(ops, row, largest, counts, margin);
+  float* certainty =
+      args.certainties.data != nullptr ? Row<float>(args.certainties, index) : nullptr;
+  const DrawPlan plan = PrepareDraw(ops, row, largest, counts, margin, certainty);
   const int32_t token = DrawToken(ops, row, plan, row.position);
   if (ops.writes()) {
     *Row<int32_t>(args.tokens, index) = token;

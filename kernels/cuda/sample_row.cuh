@@ -307,6 +307,24 @@ class RowOps {
     return team_.Add(totals).sum[0];
   }
 
+  // Largest probability and entropy of softmax(values), whose largest is `max`.
+  __device__ void WriteCertainty(float max, float* certainty) {
+    if (max == -INFINITY) {
+      if (writes()) certainty[0] = 1, certainty[1] = 0;
+      return;
+    }
+    RowTotals totals = {};
+    ForEach([&](float value, uint32_t) {
+      const float weight = expf(value - max);
+      totals.sum[0] += weight;
+      if (weight > 0) totals.sum[1] += weight * (value - max);
+    });
+    const RowMessage all = team_.Add(totals);
+    if (!writes()) return;
+    certainty[0] = static_cast<float>(1 / all.sum[0]);
+    certainty[1] = static_cast<float>(log(all.sum[0]) - all.sum[1] / all.sum[0]);
+  }
+
   // Of one id.
   __device__ float ValueAt(int32_t id) {
     const int64_t index = id - part_.first_id;
@@ -625,10 +643,11 @@ struct DrawPlan {
 };
 
 // Of a row that Load has read, whose result was `largest` and not kBadKey. counts: of the row's
-// slot, or null. margin: receives the distance of the two largest, or null.
+// slot, or null. margin and certainty: receive what SampleArgs says, or null.
 template <int kCluster>
 __device__ DrawPlan PrepareDraw(RowOps<kCluster>& ops, const SampleRow& row, uint64_t largest,
-                                const uint32_t* counts, float* margin = nullptr) {
+                                const uint32_t* counts, float* margin = nullptr,
+                                float* certainty = nullptr) {
   DrawPlan plan = {.largest = largest, .raw_max = ValueOf(largest)};
   const bool penalised = counts != nullptr && HasPenalties(row);
   plan.changed = penalised || row.num_biases > 0;
@@ -637,6 +656,7 @@ __device__ DrawPlan PrepareDraw(RowOps<kCluster>& ops, const SampleRow& row, uin
     const float distance = ValueOf(plan.largest) - ValueOf(ops.LargestBelow(plan.largest));
     if (ops.writes()) *margin = isfinite(distance) ? distance : 0;
   }
+  if (certainty != nullptr) ops.WriteCertainty(ValueOf(plan.largest), certainty);
   if (row.temperature == 0 || ValueOf(plan.largest) == -INFINITY) return plan;
   ops.Temper(ValueOf(plan.largest), row.temperature);
   ops.Filter(row);

@@ -81,6 +81,9 @@ class RefBackend final : public Backend {
   }
   OpStatus CountTokens(const CountTokensArgs& args) override { return Call(RefCountTokens, args); }
   OpStatus Sample(const SampleArgs& args) override { return Call(RefSample, args); }
+  OpStatus AcceptanceHead(const AcceptanceHeadArgs& args) override {
+    return Call(RefAcceptanceHead, args);
+  }
   OpStatus VerifyTokens(const VerifyTokensArgs& args) override {
     return Call(RefVerifyTokens, args);
   }

@@ -24,6 +24,7 @@ void RefPagedAttention(const PagedAttentionArgs& args);
 void RefCountTokens(const CountTokensArgs& args);
 // False: a row of logits holds a NaN or +inf.
 void RefSample(const SampleArgs& args);
+void RefAcceptanceHead(const AcceptanceHeadArgs& args);
 void RefVerifyTokens(const VerifyTokensArgs& args);
 void RefScoreTokens(const ScoreTokensArgs& args);
 

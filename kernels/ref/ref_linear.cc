@@ -1,5 +1,6 @@
 // Embedding, products and row copies.
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -74,6 +75,39 @@ void RefGatedLinear(const GatedLinearArgs& args) {
       const double up = Dot(input, MatrixRow(args.up, n));
       Set(args.y, token, n, (args.activation == Activation::kSilu ? Silu(gate) : gate) * up);
     }
+  }
+}
+
+void RefAcceptanceHead(const AcceptanceHeadArgs& args) {
+  for (int32_t r = 0; r < args.num_rows; ++r) {
+    const SampleRow& row = args.rows[r];
+    if (row.slot < 0) continue;
+    const int64_t n = (args.z ? args.z : args.x).row_elements();
+    std::vector<double> features(kNumHeadFeatures);
+    if (args.margins && args.certainties) {
+      features = {std::log1p(Get(args.margins, r, 0)), Get(args.certainties, r, 0),
+                  Get(args.certainties, r, 1), std::min(static_cast<double>(row.temperature), 2.0),
+                  static_cast<double>(args.place)};
+    }
+    std::vector<double> y(static_cast<size_t>(n));
+    if (args.x) y = FormRow({.x = args.x, .norm = args.norm}, row.logit_row, DType::kF32);
+    double logit = static_cast<double>(args.readout_bias);
+    for (int64_t i = 0; i < n; ++i) {
+      double& value = y[static_cast<size_t>(i)];
+      double inner = args.z ? Get(args.z, row.logit_row, i) : 0;
+      if (args.bias) inner += Get(args.bias, i, 0);
+      for (int64_t f = 0; args.feature_weights && f < kNumHeadFeatures; ++f) {
+        inner += features[static_cast<size_t>(f)] * Get(args.feature_weights, f, i);
+      }
+      if (args.z) value += Silu(inner);
+      if (args.y) Set(args.y, row.logit_row, i, value);
+      if (args.readout) logit += Get(args.readout, i, 0) * value;
+    }
+    if (!args.readout) continue;
+    for (int64_t f = 0; args.readout_features && f < kNumHeadFeatures; ++f) {
+      logit += features[static_cast<size_t>(f)] * Get(args.readout_features, f, 0);
+    }
+    Set(args.logits, r, 0, logit);
   }
 }
 

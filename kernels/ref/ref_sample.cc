@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "kernels/base/accept_rule.h"
@@ -150,6 +151,18 @@ double Margin(std::vector<double> logits) {
   return logits.size() < 2 || std::isinf(logits[1]) ? 0 : logits[0] - logits[1];
 }
 
+// Largest probability and entropy of the softmax.
+std::pair<double, double> CertaintyOf(const std::vector<double>& logits) {
+  const double max = *std::max_element(logits.begin(), logits.end());
+  if (max == -kInfinity) return {1, 0};
+  const double log_sum = LogSumExp(logits);
+  double entropy = 0;
+  for (const double logit : logits) {
+    if (logit > -kInfinity) entropy -= std::exp(logit - log_sum) * (logit - log_sum);
+  }
+  return {std::exp(max - log_sum), entropy};
+}
+
 struct VerifiedToken {
   int32_t token = -1;
   bool accepted = false;
@@ -199,6 +212,11 @@ void RefSample(const SampleArgs& args) {
     std::vector<double> logits = raw;
     Penalise(row, args.counts, logits);
     if (args.margins) Set(args.margins, r, 0, Margin(logits));
+    if (args.certainties) {
+      const auto [top_probability, entropy] = CertaintyOf(logits);
+      Set(args.certainties, r, 0, top_probability);
+      Set(args.certainties, r, 1, entropy);
+    }
     const std::vector<double> p = Distribution(row, logits);
     const int32_t token = Draw(row, row.position, p);
     *args.tokens.row<int32_t>(r) = token;

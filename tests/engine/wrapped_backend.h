@@ -102,6 +102,9 @@ class WrappedBackend final : public Backend {
     return Op("CountTokens", &Backend::CountTokens, args);
   }
   OpStatus Sample(const SampleArgs& args) override { return Op("Sample", &Backend::Sample, args); }
+  OpStatus AcceptanceHead(const AcceptanceHeadArgs& args) override {
+    return Op("AcceptanceHead", &Backend::AcceptanceHead, args);
+  }
   OpStatus VerifyTokens(const VerifyTokensArgs& args) override {
     return Op("VerifyTokens", &Backend::VerifyTokens, args);
   }

@@ -801,15 +801,90 @@ TEST_P(ConformanceTest, SampleProbabilities) {
         arena.Upload<int32_t>(DType::kI32, {args.num_rows}, std::vector<int32_t>(rows.size(), -1));
     args.probabilities = arena.Output(DType::kF32, {12, vocab});
     args.margins = arena.Output(DType::kF32, {12});
+    args.certainties = arena.Output(DType::kF32, {12, 2});
     ExpectOk(backend.Sample(args));
-    return std::pair(arena.Download(args.probabilities), arena.Download(args.margins));
+    return std::tuple(arena.Download(args.probabilities), arena.Download(args.margins),
+                      arena.Download(args.certainties));
   };
-  const auto [expected, expected_margins] = run(*ref_);
-  const auto [actual, actual_margins] = run(*backend_);
+  const auto [expected, expected_margins, expected_certainties] = run(*ref_);
+  const auto [actual, actual_margins, actual_certainties] = run(*backend_);
   std::vector<double> tolerance;
   for (const float p : expected) tolerance.push_back(std::ldexp(1.0, -17) * static_cast<double>(p));
   EXPECT_TRUE(Within(actual, expected, tolerance));
   EXPECT_TRUE(Within(actual_margins, expected_margins, std::vector<double>(12, 1e-6)));
+  // A sum of 1001 terms and a logarithm in f32, of values up to ln(1001).
+  EXPECT_TRUE(Within(actual_certainties, expected_certainties, std::vector<double>(24, 1e-5)));
+}
+
+// Each kind of layer, with rows out of order and padding between them.
+TEST_P(ConformanceTest, AcceptanceHead) {
+  struct Case {
+    const char* name;
+    int64_t n;
+    bool x, norm_weight, z, features, writes, readout, in_place;
+  };
+  const Case cases[] = {
+      {"linear", 192, true, false, false, true, false, true, false},
+      {"linear with norm weight", 33, true, true, false, true, false, true, false},
+      {"mlp", 64, false, false, true, true, false, true, false},
+      {"mlp of one", 1, false, false, true, true, false, true, false},
+      {"first residual layer", 96, true, true, true, false, true, false, false},
+      {"residual layer in place", 130, true, false, true, false, true, false, true},
+      {"last residual layer", 4096, true, false, true, false, false, true, false},
+      {"both", 5, true, true, true, true, true, true, false},
+  };
+  const int32_t logit_rows[] = {2, 0, -1, 1, -1};
+  for (const Case& c : cases) {
+    SCOPED_TRACE(c.name);
+    auto run = [&](Backend& backend) {
+      DeviceArena arena(backend);
+      std::vector<SampleRow> rows;
+      for (const int32_t logit_row : logit_rows) {
+        rows.push_back({.logit_row = std::max(logit_row, 0),
+                        .slot = logit_row < 0 ? -1 : 0,
+                        .temperature = static_cast<float>(logit_row) * 1.5f});
+      }
+      AcceptanceHeadArgs args;
+      const auto some = [&](uint32_t seed, std::vector<int64_t> shape, float scale) {
+        int64_t count = 1;
+        for (const int64_t size : shape) count *= size;
+        return arena.Floats(DType::kF32, std::move(shape),
+                            RandomValues(seed, count, DType::kF32, scale));
+      };
+      const float scale = 1 / std::sqrt(static_cast<float>(c.n));
+      if (c.x) args.x = some(1, {3, c.n}, 2);
+      if (c.x && !c.in_place) args.norm = {.kind = NormKind::kRms, .epsilon = 1e-5f};
+      if (c.norm_weight) {
+        args.norm.weight = some(2, {c.n}, 1);
+        args.norm.weight_offset = 1;
+      }
+      if (c.z) args.z = some(3, {3, c.n}, 1);
+      if (c.z) args.bias = some(4, {c.n}, 1);
+      if (c.features && c.z) args.feature_weights = some(5, {kNumHeadFeatures, c.n}, 0.3f);
+      if (c.features && !c.z) args.readout_features = some(6, {kNumHeadFeatures}, 0.3f);
+      if (c.writes) args.y = c.in_place ? args.x : arena.Output(DType::kF32, {3, c.n});
+      if (c.readout) args.readout = some(7, {c.n}, scale);
+      args.readout_bias = 0.25f;
+      args.place = 3;
+      args.rows = arena.UploadArray(rows);
+      args.num_rows = static_cast<int32_t>(rows.size());
+      args.margins = arena.Floats(DType::kF32, {5}, {0.1f, 7, 12345, 0, 12345});
+      args.certainties =
+          arena.Floats(DType::kF32, {5, 2}, {0.5f, 2, 0.9f, 0.4f, 1, 0, 0.1f, 6, 1, 0});
+      args.logits = arena.Output(DType::kF32, {5});
+      ExpectOk(backend.AcceptanceHead(args));
+      std::vector<float> values = arena.Download(args.logits);
+      if (!c.writes) return values;
+      const std::vector<float> y = arena.Download(args.y);
+      values.insert(values.end(), y.begin(), y.end());
+      return values;
+    };
+    const std::vector<float> expected = run(*ref_);
+    // Values of a few units through a norm, an exponential and a sum of n terms.
+    const double tolerance = 64 * kF32Unit * std::sqrt(static_cast<double>(c.n)) + 1e-5;
+    EXPECT_TRUE(Within(run(*backend_), expected, std::vector<double>(expected.size(), tolerance)));
+    EXPECT_EQ(expected[2], 12345.0f);  // of padding
+  }
 }
 
 // Sequences of both rules, some of whose drafts the target would draw too, one of which failed and

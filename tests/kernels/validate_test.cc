@@ -303,7 +303,49 @@ TEST(ValidateTest, Sample) {
        {[](auto& a) { a.top_logprobs = {}; }, "top_logprobs has rank 0"},
        {[](auto& a) { a.probabilities = View(DType::kF32, 2, 9); }, "probabilities has size 9"},
        {[](auto& a) { a.probabilities = View(DType::kBF16, 2, 10); },
-        "probabilities has dtype bf16"}});
+        "probabilities has dtype bf16"},
+       {[](auto& a) { a.margins = View(DType::kF32, 2); }, "margins has size 2"},
+       {[](auto& a) { a.certainties = View(DType::kF32, 3, 3); }, "certainties has size 3"}});
+}
+
+TEST(ValidateTest, AcceptanceHead) {
+  static SampleRow row;
+  AcceptanceHeadArgs good;
+  good.x = View(DType::kF32, 2, 10);
+  good.norm = {.kind = NormKind::kRms, .weight = View(DType::kF32, 10)};
+  good.z = View(DType::kF32, 2, 10);
+  good.bias = View(DType::kF32, 10);
+  good.feature_weights = View(DType::kF32, kNumHeadFeatures, 10);
+  good.y = View(DType::kF32, 2, 10);
+  good.readout = View(DType::kF32, 10);
+  good.readout_features = View(DType::kF32, kNumHeadFeatures);
+  good.rows = &row;
+  good.num_rows = 3;
+  good.margins = View(DType::kF32, 3);
+  good.certainties = View(DType::kF32, 3, 2);
+  good.logits = View(DType::kF32, 3);
+  ExpectRejections<AcceptanceHeadArgs>(
+      good, "AcceptanceHead",
+      {{[](auto& a) { a.x = a.z = {}; }, "x and z are absent"},
+       {[](auto& a) { a.z.rank = 1; }, "rows have rank 1"},
+       {[](auto& a) { a.x.shape[1] = 9; }, "x has size 9"},
+       {[](auto& a) { a.x.dtype = DType::kBF16; }, "x has dtype bf16"},
+       {[](auto& a) { a.norm.weight.shape[0] = 9; }, "norm weight has size 9"},
+       {[](auto& a) { a.z.dtype = DType::kBF16; }, "z has dtype bf16"},
+       {[](auto& a) { a.bias.shape[0] = 9; }, "bias has size 9"},
+       {[](auto& a) { a.feature_weights.shape[0] = 4; }, "feature_weights has size 4"},
+       {[](auto& a) { a.y.shape[0] = 1; }, "y has size 1"},
+       {[](auto& a) { a.readout.shape[0] = 9; }, "readout has size 9"},
+       {[](auto& a) { a.readout_features.shape[0] = 4; }, "readout_features has size 4"},
+       {[](auto& a) { a.readout_bias = NAN; }, "readout_bias is nan"},
+       {[](auto& a) { a.place = INFINITY; }, "place is inf"},
+       {[](auto& a) { a.num_rows = -1; }, "num_rows is -1"},
+       {[](auto& a) { a.rows = nullptr; }, "rows are absent"},
+       {[](auto& a) { a.margins = {}; }, "margins or certainties are absent"},
+       {[](auto& a) { a.margins.shape[0] = 2; }, "margins has size 2"},
+       {[](auto& a) { a.certainties.shape[1] = 3; }, "certainties has size 3"},
+       {[](auto& a) { a.logits = {}; }, "logits are absent"},
+       {[](auto& a) { a.logits.shape[0] = 2; }, "logits has size 2"}});
 }
 
 TEST(ValidateTest, VerifyTokens) {
