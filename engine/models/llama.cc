@@ -76,6 +76,8 @@ class Llama final : public Model {
     return x;
   }
 
+  const NormSpec& final_norm() const override { return final_norm_; }
+
   absl::Status Logits(const TensorView& hidden, const TensorView& logits) override {
     return ToStatus(backend_.Linear({.input = {.x = hidden, .norm = final_norm_},
                                      .w = head_,

@@ -74,6 +74,8 @@ class Transnormer final : public Model {
     return x;
   }
 
+  const NormSpec& final_norm() const override { return srms_norm_; }
+
   absl::Status Logits(const TensorView& hidden, const TensorView& logits) override {
     return ToStatus(backend_.Linear({.input = {.x = hidden, .norm = srms_norm_},
                                      .w = head_,

@@ -1,0 +1,326 @@
+// Heads of each kind as files, against the formula in double; and what is refused.
+
+#include "engine/acceptance_head.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "kernels/base/bf16.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "tests/engine/temp_folder.h"
+#include "tests/kernels/device_arena.h"
+
+namespace godwit {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+
+constexpr int64_t kHidden = 24, kWidth = 7;
+constexpr float kEpsilon = 1e-5f;
+
+// Tensors by name, with their values kept.
+struct Files {
+  std::string json;
+  std::vector<NamedTensor> tensors;
+  std::vector<std::vector<float>> values;
+
+  Files() { values.reserve(32); }
+  void Add(const std::string& name, std::vector<int64_t> shape, std::vector<float> of) {
+    values.push_back(std::move(of));
+    tensors.push_back({name, "F32", std::move(shape), values.back().data()});
+  }
+  void AddRandom(const std::string& name, std::vector<int64_t> shape, uint32_t seed) {
+    int64_t count = 1;
+    for (const int64_t size : shape) count *= size;
+    Add(name, std::move(shape), RandomValues(seed, count, DType::kF32, 0.3f));
+  }
+  const std::vector<float>& Of(const std::string& name) const {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      if (tensors[i].name == name) return values[i];
+    }
+    ADD_FAILURE() << name;
+    return values[0];
+  }
+  void Erase(const std::string& name) {
+    std::erase_if(tensors, [&](const NamedTensor& tensor) { return tensor.name == name; });
+  }
+};
+
+Files Mlp() {
+  Files files;
+  files.json =
+      R"({"kind": "mlp", "label": "pre", "hidden_size": 24, "width": 7,
+          "temperature": {"greedy": [2], "sampled": [0.5, 4]}, "recorded": {"date": "today"}})";
+  files.AddRandom("hidden.weight", {kWidth, kHidden}, 1);
+  files.AddRandom("hidden.features", {kNumHeadFeatures, kWidth}, 2);
+  files.AddRandom("hidden.bias", {kWidth}, 3);
+  files.AddRandom("readout.weight", {1, kWidth}, 4);
+  files.AddRandom("readout.bias", {1}, 5);
+  return files;
+}
+
+Files Linear() {
+  Files files;
+  files.json = R"({"kind": "linear", "label": "pre", "hidden_size": 24})";
+  files.AddRandom("readout.weight", {1, kHidden}, 1);
+  files.AddRandom("readout.features", {1, kNumHeadFeatures}, 2);
+  files.AddRandom("readout.bias", {1}, 3);
+  return files;
+}
+
+// As torch saves the released module: each of the three names holds the one layer.
+Files Released() {
+  Files files;
+  files.json = R"({"kind": "specdecpp", "label": "post", "hidden_size": 24, "num_layers": 3,
+                   "reject_weight": 6})";
+  for (int layer = 0; layer < 3; ++layer) {
+    const std::string prefix = "model." + std::to_string(layer) + ".linear.";
+    files.AddRandom(prefix + "weight", {kHidden, kHidden}, 1);
+    files.AddRandom(prefix + "bias", {kHidden}, 2);
+  }
+  files.AddRandom("model.3.weight", {2, kHidden}, 3);
+  files.AddRandom("model.3.bias", {2}, 4);
+  return files;
+}
+
+absl::Status Write(const TempFolder& folder, const Files& files) {
+  folder.Write("acceptance_head.json", files.json);
+  return WriteSafetensors(folder.File("acceptance_head.safetensors"), files.tensors);
+}
+
+class AcceptanceHeadTest : public testing::Test {
+ protected:
+  AcceptanceHeadTest() {
+    std::string reason;
+    backend_ = MakeCpuBackend("portable", 1, &reason);
+    config_.d_model = kHidden;
+  }
+
+  absl::StatusOr<std::unique_ptr<AcceptanceHead>> Load() {
+    return AcceptanceHead::Load(folder_.path(), config_, DType::kF32, *backend_);
+  }
+  std::unique_ptr<AcceptanceHead> Loaded(const Files& files) {
+    EXPECT_TRUE(Write(folder_, files).ok());
+    auto head = Load();
+    EXPECT_TRUE(head.ok()) << head.status();
+    return head.ok() ? *std::move(head) : nullptr;
+  }
+  void ExpectRefusal(const Files& files, const std::string& file, const std::string& reason) {
+    ASSERT_TRUE(Write(folder_, files).ok());
+    const auto head = Load();
+    ASSERT_FALSE(head.ok()) << reason;
+    EXPECT_THAT(head.status().message(), AllOf(HasSubstr(file), HasSubstr(reason)));
+  }
+
+  // Logits of draws at rows 2, 0 of three hidden rows, with a row of padding between.
+  std::vector<float> Run(AcceptanceHead& head, int place) {
+    DeviceArena arena(*backend_);
+    EXPECT_TRUE(head.MakeWorkspace(3).ok());
+    const std::vector<SampleRow> rows = {
+        {.logit_row = 2, .temperature = 0}, {.slot = -1}, {.logit_row = 0, .temperature = 0.8f}};
+    const TensorView logits = arena.Output(DType::kF32, {3});
+    const absl::Status status =
+        head.Run({.hidden = arena.Floats(DType::kF32, {3, kHidden}, hidden_),
+                  .rows = arena.UploadArray(rows),
+                  .num_rows = 3,
+                  .place = place,
+                  .margins = arena.Floats(DType::kF32, {3}, {0.5f, 0, 3}),
+                  .certainties = arena.Floats(DType::kF32, {3, 2}, {0.4f, 2.5f, 1, 0, 0.8f, 0.6f}),
+                  .logits = logits},
+                 {.kind = NormKind::kRms, .epsilon = kEpsilon});
+    EXPECT_TRUE(status.ok()) << status;
+    const std::vector<float> values = arena.Download(logits);
+    return {values[0], values[2]};
+  }
+
+  std::vector<double> Normed(int64_t row) const {
+    const float* const x = hidden_.data() + row * kHidden;
+    double squares = 0;
+    for (int64_t i = 0; i < kHidden; ++i) squares += static_cast<double>(x[i] * x[i]);
+    const double scale = 1 / std::sqrt(squares / kHidden + static_cast<double>(kEpsilon));
+    std::vector<double> normed;
+    for (int64_t i = 0; i < kHidden; ++i) normed.push_back(static_cast<double>(x[i]) * scale);
+    return normed;
+  }
+  static std::vector<double> Features(int draw, int place) {
+    return draw == 0 ? std::vector<double>{std::log1p(0.5), 0.4, 2.5, 0, double(place)}
+                     : std::vector<double>{std::log1p(3.0), 0.8, 0.6, 0.8, double(place)};
+  }
+
+  TempFolder folder_;
+  BackendPtr backend_;
+  ModelConfig config_;
+  std::vector<float> hidden_ = RandomValues(7, 3 * kHidden);
+};
+
+double Silu(double x) { return x / (1 + std::exp(-x)); }
+
+// w[row] . x, w of rows as long as x.
+double Dot(const std::vector<float>& w, size_t row, const std::vector<double>& x) {
+  double sum = 0;
+  for (size_t i = 0; i < x.size(); ++i) sum += static_cast<double>(w[row * x.size() + i]) * x[i];
+  return sum;
+}
+
+TEST_F(AcceptanceHeadTest, AFolderWithoutFilesHasNone) {
+  const auto head = Load();
+  ASSERT_TRUE(head.ok());
+  EXPECT_EQ(*head, nullptr);
+}
+
+TEST_F(AcceptanceHeadTest, LinearIsTheFormula) {
+  const Files files = Linear();
+  const auto head = Loaded(files);
+  ASSERT_NE(head, nullptr);
+  EXPECT_EQ(head->num_parameters(), kHidden + kNumHeadFeatures);
+  const std::vector<float> logits = Run(*head, 4);
+  for (const int draw : {0, 1}) {
+    const double expected = Dot(files.Of("readout.weight"), 0, Normed(draw == 0 ? 2 : 0)) +
+                            Dot(files.Of("readout.features"), 0, Features(draw, 4)) +
+                            static_cast<double>(files.Of("readout.bias")[0]);
+    EXPECT_NEAR(static_cast<double>(logits[static_cast<size_t>(draw)]), expected, 1e-5) << draw;
+  }
+}
+
+TEST_F(AcceptanceHeadTest, MlpIsTheFormula) {
+  const Files files = Mlp();
+  const auto head = Loaded(files);
+  ASSERT_NE(head, nullptr);
+  EXPECT_EQ(head->label(), HeadLabel::kPre);
+  const std::vector<float> logits = Run(*head, 2);
+  for (const int draw : {0, 1}) {
+    const std::vector<double> x = Normed(draw == 0 ? 2 : 0), features = Features(draw, 2);
+    double expected = static_cast<double>(files.Of("readout.bias")[0]);
+    for (size_t unit = 0; unit < kWidth; ++unit) {
+      double inner = Dot(files.Of("hidden.weight"), unit, x) +
+                     static_cast<double>(files.Of("hidden.bias")[unit]);
+      for (size_t f = 0; f < kNumHeadFeatures; ++f) {
+        inner += features[f] * static_cast<double>(files.Of("hidden.features")[f * kWidth + unit]);
+      }
+      expected += Silu(inner) * static_cast<double>(files.Of("readout.weight")[unit]);
+    }
+    EXPECT_NEAR(static_cast<double>(logits[static_cast<size_t>(draw)]), expected, 1e-5) << draw;
+  }
+}
+
+TEST_F(AcceptanceHeadTest, ReleasedCheckpointIsOneLayerThreeTimes) {
+  Files files = Released();
+  const auto all_names = Loaded(files);
+  ASSERT_NE(all_names, nullptr);
+  EXPECT_EQ(all_names->label(), HeadLabel::kPost);
+  EXPECT_EQ(all_names->num_parameters(), kHidden * kHidden + kHidden + 2 * kHidden + 2);
+  const std::vector<float> logits = Run(*all_names, 0);
+  for (const int draw : {0, 1}) {
+    std::vector<double> x = Normed(draw == 0 ? 2 : 0);
+    for (int layer = 0; layer < 3; ++layer) {
+      std::vector<double> y = x;
+      for (size_t i = 0; i < x.size(); ++i) {
+        y[i] += Silu(Dot(files.Of("model.0.linear.weight"), i, x) +
+                     static_cast<double>(files.Of("model.0.linear.bias")[i]));
+      }
+      x = y;
+    }
+    const std::vector<float>&w = files.Of("model.3.weight"), &b = files.Of("model.3.bias");
+    const double expected = Dot(w, 1, x) - Dot(w, 0, x) + static_cast<double>(b[1] - b[0]);
+    EXPECT_NEAR(static_cast<double>(logits[static_cast<size_t>(draw)]), expected, 1e-4) << draw;
+  }
+  // As safetensors stores a module whose layers share their memory: one name each.
+  for (const char* name : {"model.1.linear.weight", "model.1.linear.bias", "model.2.linear.weight",
+                           "model.2.linear.bias"}) {
+    files.Erase(name);
+  }
+  const auto one_name = Loaded(files);
+  ASSERT_NE(one_name, nullptr);
+  EXPECT_EQ(Run(*one_name, 0), logits);
+}
+
+TEST_F(AcceptanceHeadTest, LayersThatAreNotTiedAreReadEach) {
+  Files files = Released();
+  files.values[2][5] += 1;  // model.1.linear.weight
+  const auto head = Loaded(files);
+  ASSERT_NE(head, nullptr);
+  EXPECT_EQ(head->num_parameters(), 2 * (kHidden * kHidden + kHidden) + 2 * kHidden + 2);
+}
+
+TEST_F(AcceptanceHeadTest, RejectWeightAndTemperaturesAreUndone) {
+  const auto released = Loaded(Released());
+  ASSERT_NE(released, nullptr);
+  // A head that was fitted perfectly to p = 0.82 says p / (p + 6 (1 - p)).
+  const double p = 0.82, said = p / (p + 6 * (1 - p));
+  const auto logit = static_cast<float>(std::log(said / (1 - said)));
+  EXPECT_NEAR(1 / (1 + std::exp(-released->Calibrated(logit, false, 3))), p, 1e-6);
+  const auto mlp = Loaded(Mlp());
+  ASSERT_NE(mlp, nullptr);
+  EXPECT_DOUBLE_EQ(mlp->Calibrated(2, true, 0), 1);
+  EXPECT_DOUBLE_EQ(mlp->Calibrated(2, true, 14), 1);
+  EXPECT_DOUBLE_EQ(mlp->Calibrated(2, false, 0), 4);
+  EXPECT_DOUBLE_EQ(mlp->Calibrated(2, false, 1), 0.5);
+  EXPECT_DOUBLE_EQ(mlp->Calibrated(2, false, 9), 0.5);
+}
+
+TEST_F(AcceptanceHeadTest, OneFileWithoutTheOtherIsRefused) {
+  folder_.Write("acceptance_head.json", Mlp().json);
+  EXPECT_THAT(Load().status().message(), HasSubstr("acceptance_head.safetensors: is missing"));
+  std::filesystem::remove(folder_.File("acceptance_head.json"));
+  ASSERT_TRUE(WriteSafetensors(folder_.File("acceptance_head.safetensors"), Mlp().tensors).ok());
+  EXPECT_THAT(Load().status().message(), HasSubstr("acceptance_head.json: is missing"));
+}
+
+TEST_F(AcceptanceHeadTest, ConfigsThatDoNotFitAreRefused) {
+  const std::pair<const char*, const char*> cases[] = {
+      {R"({"kind": "mlp", "label": "pre", "hidden_size": 4096, "width": 7})",
+       "hidden_size is 4096, expected 24, that of the draft model"},
+      {R"({"kind": "tree", "label": "pre", "hidden_size": 24})",
+       R"(kind is "tree", expected "specdecpp" or "mlp" or "linear")"},
+      {R"({"kind": "mlp", "label": "after", "hidden_size": 24, "width": 7})",
+       R"(label is "after", expected "pre" or "post")"},
+      {R"({"kind": "mlp", "label": "post", "hidden_size": 24, "width": 7})",
+       R"(label is "post", expected "pre")"},
+      {R"({"kind": "mlp", "label": "pre", "hidden_size": 24})", "width"},
+      {R"({"kind": "specdecpp", "label": "post", "hidden_size": 24})", "num_layers"},
+      {R"({"kind": "mlp", "label": "pre", "hidden_size": 24, "width": 7, "reject_weight": 0})",
+       "reject_weight"},
+      {R"({"kind": "mlp", "label": "pre", "hidden_size": 24, "width": 7, "temperature":
+           {"greedy": [1, 0]}})",
+       "greedy"},
+      {R"({"kind": "mlp", "label": "pre", "hidden_size": 24, "width": 7, "dropout": 0.1})",
+       "dropout"},
+      {"[]", "object"},
+  };
+  for (const auto& [json, reason] : cases) {
+    Files files = Mlp();
+    files.json = json;
+    ExpectRefusal(files, "acceptance_head.json", reason);
+  }
+}
+
+TEST_F(AcceptanceHeadTest, TensorsThatDoNotFitAreRefused) {
+  Files narrow = Mlp();
+  narrow.Erase("hidden.weight");
+  narrow.AddRandom("hidden.weight", {kWidth, 16}, 1);
+  ExpectRefusal(narrow, "acceptance_head.safetensors",
+                "tensor 'hidden.weight': expected shape [7, 24], found [7, 16]");
+  Files missing = Mlp();
+  missing.Erase("readout.bias");
+  ExpectRefusal(missing, "acceptance_head.safetensors", "readout.bias");
+  Files more = Linear();
+  more.AddRandom("readout.scale", {1}, 9);
+  ExpectRefusal(more, "acceptance_head.safetensors", "readout.scale");
+  Files other_kind = Released();
+  other_kind.json = Linear().json;
+  ExpectRefusal(other_kind, "acceptance_head.safetensors", "readout.features");
+  Files fewer_layers = Released();
+  fewer_layers.json =
+      R"({"kind": "specdecpp", "label": "post", "hidden_size": 24, "num_layers": 2})";
+  ExpectRefusal(fewer_layers, "acceptance_head.safetensors", "model.2.weight");
+}
+
+}  // namespace
+}  // namespace godwit
