@@ -14,6 +14,7 @@ enum ExitCode : int { kDone = 0, kFailed = 1, kUsage = 2, kCannotLoad = 3 };
 void AddServeCommand(CLI::App& app, int& exit_code);
 void AddCompleteCommand(CLI::App& app, int& exit_code);
 void AddGenerateCommand(CLI::App& app, int& exit_code);
+void AddRecordCommand(CLI::App& app, int& exit_code);
 void AddScoreCommand(CLI::App& app, int& exit_code);
 void AddInspectCommand(CLI::App& app, int& exit_code);
 void AddEvalCommand(CLI::App& app, int& exit_code);

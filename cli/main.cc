@@ -20,6 +20,7 @@ int main(int argc, char** argv) {
   godwit::cli::AddServeCommand(app, exit_code);
   godwit::cli::AddCompleteCommand(app, exit_code);
   godwit::cli::AddGenerateCommand(app, exit_code);
+  godwit::cli::AddRecordCommand(app, exit_code);
   godwit::cli::AddScoreCommand(app, exit_code);
   godwit::cli::AddInspectCommand(app, exit_code);
   godwit::cli::AddEvalCommand(app, exit_code);

@@ -52,9 +52,8 @@ int64_t AcceptanceEstimator::num_observed(AcceptanceClass acceptance_class) cons
 
 double AcceptanceScore::Predict(DraftPolicy policy, AcceptanceClass acceptance_class, int place,
                                 const DraftSigns& signs) const {
-  const bool follows_head =
-      has_head_ && (policy == DraftPolicy::kSpecDecPP || policy == DraftPolicy::kThroughput);
-  if (!follows_head) return by_margin_.Predict(acceptance_class, place, MarginFeature(signs));
+  if (!FollowsHead(policy))
+    return by_margin_.Predict(acceptance_class, place, MarginFeature(signs));
   // A head that reads the drawn token speaks one pass later.
   if (!signs.head) return Mean(acceptance_class);
   return by_head_.Predict(acceptance_class, place, *signs.head);

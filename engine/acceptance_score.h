@@ -54,6 +54,11 @@ class AcceptanceScore {
  public:
   explicit AcceptanceScore(bool has_head) : has_head_(has_head) {}
 
+  // The policy's predictions are the head's, which was trained and need not be learnt first.
+  bool FollowsHead(DraftPolicy policy) const {
+    return has_head_ && (policy == DraftPolicy::kSpecDecPP || policy == DraftPolicy::kThroughput);
+  }
+
   double Predict(DraftPolicy policy, AcceptanceClass acceptance_class, int place,
                  const DraftSigns& signs) const;
   // Of a draft of which nothing is known yet.

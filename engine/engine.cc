@@ -12,6 +12,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "engine/acceptance_head.h"
 #include "engine/forward_plan.h"
 #include "engine/memory_plan.h"
 #include "engine/rope_store.h"
@@ -59,6 +60,9 @@ absl::Status CheckOptions(const EngineOptions& options) {
   RETURN_IF_ERROR(CheckRange("context_length", options.context_length, 0, kMaxContext));
   RETURN_IF_ERROR(
       CheckRange("max_steps_in_flight", options.max_steps_in_flight, 0, kMaxStepsInFlight));
+  if (options.records_rounds && options.draft_folder.empty()) {
+    return absl::InvalidArgumentError("records_rounds without a draft model");
+  }
   if (options.dtype != DType::kBF16 && options.dtype != DType::kF32) {
     return absl::InvalidArgumentError("dtype is neither bf16 nor f32");
   }
@@ -72,6 +76,7 @@ EngineOptions WithDefaults(EngineOptions options, const DeviceInfo& device) {
         std::max(device.replays ? kGpuTokensPerStep : kTokensPerStep, options.max_sequences);
   }
   if (options.max_steps_in_flight == 0) options.max_steps_in_flight = device.replays ? 2 : 1;
+  if (options.records_rounds) options.max_steps_in_flight = 1;
   return options;
 }
 
@@ -185,6 +190,7 @@ struct Engine::Impl {
   BackendLimits MakeLimits(const EngineOptions& options, int64_t num_blocks) const;
   SamplerOptions MakeSamplerOptions(const EngineOptions& options) const;
   SpeculativeDecoderOptions MakeSpeculatorOptions(const EngineOptions& options) const;
+  RoundRecorderOptions MakeRecorderOptions(const EngineOptions& options) const;
   // Draws of a step, then its drafts.
   int64_t MaxDrawn(const EngineOptions& options) const;
 
@@ -207,6 +213,7 @@ struct Engine::Impl {
   bool AppendScores(const Step& step, size_t row, RowResult& result) const;
   void ResolveTokens(Step& step);
   void Measure(const Step& step, const StepResult& result);
+  absl::Status Record(const Step& step);
   absl::Status CopyOne(const CacheCopy& copy);
   absl::Status CopyFromHost(const CacheCopy& copy);
   absl::Status Trim(const CacheCopy& copy);
@@ -223,7 +230,8 @@ struct Engine::Impl {
   // Destroyed in reverse: everything that holds device memory before the back end.
   std::unique_ptr<Backend, BackendDeleter> backend;
   std::unique_ptr<Model> model;
-  std::unique_ptr<Model> draft;  // null: no speculation
+  std::unique_ptr<Model> draft;          // null: no speculation
+  std::unique_ptr<AcceptanceHead> head;  // beside the draft model, or null
   std::unique_ptr<CacheManager> caches;
   std::unique_ptr<CachePool> pool;
   std::unique_ptr<Sampler> sampler;
@@ -232,6 +240,7 @@ struct Engine::Impl {
   std::unique_ptr<StepPlanner> planner;
   std::unique_ptr<StepOutputs> outputs;
   std::unique_ptr<SpeculativeDecoder> speculator;  // with a draft model
+  std::unique_ptr<RoundRecorder> recorder;         // records_rounds
   ModelCard card;
   int max_steps_in_flight = 1;
   bool replays = false;  // DeviceInfo's
@@ -250,7 +259,8 @@ SamplerOptions Engine::Impl::MakeSamplerOptions(const EngineOptions& options) co
           .num_slots = options.max_sequences,
           .vocab_size = model->config().vocab_size,
           .d_model = model->config().d_model,
-          .max_drafts = card.max_draft_tokens};
+          .max_drafts = card.max_draft_tokens,
+          .recorder = recorder.get()};
 }
 
 SpeculativeDecoderOptions Engine::Impl::MakeSpeculatorOptions(const EngineOptions& options) const {
@@ -258,7 +268,16 @@ SpeculativeDecoderOptions Engine::Impl::MakeSpeculatorOptions(const EngineOption
           .num_slots = options.max_sequences,
           .num_blocks = card.geometry.num_blocks,
           .max_drafts = card.max_draft_tokens,
-          .first_draft = Sampler::MaxDraws(MakeSamplerOptions(options))};
+          .first_draft = Sampler::MaxDraws(MakeSamplerOptions(options)),
+          .head = head.get(),
+          .recorder = recorder.get()};
+}
+
+RoundRecorderOptions Engine::Impl::MakeRecorderOptions(const EngineOptions& options) const {
+  return {.num_slots = options.max_sequences,
+          .max_drafts = card.max_draft_tokens,
+          .vocab_size = card.config.vocab_size,
+          .draft_d_model = card.draft_config.d_model};
 }
 
 int64_t Engine::Impl::MaxDrawn(const EngineOptions& options) const {
@@ -298,6 +317,7 @@ absl::Status Engine::Impl::PlanCaches(const EngineOptions& options, CacheGeometr
     plan.weight_bytes += draft->weight_bytes();
     plan.workspace_bytes += draft->workspace_bytes();
   }
+  if (head != nullptr) plan.weight_bytes += head->weight_bytes();
   RETURN_IF_ERROR(backend->Reserve(MakeLimits(options, 0)));  // before what is free is read
   plan.free_bytes = backend->Info().free_bytes;
   plan.owns_memory = backend->Info().owns_memory;
@@ -311,6 +331,9 @@ absl::Status Engine::Impl::PlanCaches(const EngineOptions& options, CacheGeometr
   if (draft != nullptr) {
     plan.step_bytes +=
         SpeculativeDecoder::DeviceBytes(draft->config(), MakeSpeculatorOptions(options));
+  }
+  if (options.records_rounds) {
+    plan.step_bytes += RoundRecorder::DeviceBytes(MakeRecorderOptions(options));
   }
   ASSIGN_OR_RETURN(plan, PlanMemory(std::move(plan), options.kv_bytes));
   card.weight_bytes = plan.weight_bytes;
@@ -356,11 +379,17 @@ absl::Status Engine::Impl::LoadDraft(const EngineOptions& options) {
       CheckDraftFits(card.config, options.model_folder, card.draft_config, options.draft_folder));
   ASSIGN_OR_RETURN(draft, LoadModel(options.draft_folder, draft_options, "", *backend));
   card.draft_num_parameters = draft->num_parameters();
+  ASSIGN_OR_RETURN(
+      head, AcceptanceHead::Load(options.draft_folder, card.draft_config, options.dtype, *backend));
+  card.has_acceptance_head = head != nullptr;
   card.max_draft_tokens = kMaxDraftTokens;
   return absl::OkStatus();
 }
 
 absl::Status Engine::Impl::MakeStepBuffers(const EngineOptions& options) {
+  if (options.records_rounds) {
+    ASSIGN_OR_RETURN(recorder, RoundRecorder::Create(*backend, MakeRecorderOptions(options)));
+  }
   const int penalties = static_cast<int>(model->state_components().size());
   SamplerOptions sampler_options = MakeSamplerOptions(options);
   sampler_options.counts = static_cast<uint32_t*>(pool->bases(penalties));
@@ -755,6 +784,23 @@ void Engine::Impl::Measure(const Step& step, const StepResult& result) {
                       result.forward_seconds - result.draft_seconds, num_tokens);
 }
 
+absl::Status Engine::Impl::Record(const Step& step) {
+  std::vector<RoundRecorder::Round> rounds;
+  for (size_t row_index = 0; row_index < step.rows.size(); ++row_index) {
+    const BatchRow& row = step.rows[row_index];
+    if (!HasDrafts(row)) continue;
+    const RowOutput& output = row.outputs[0];
+    rounds.push_back({.batch_row = static_cast<int32_t>(row_index),
+                      .num_drafts = row.max_draft_tokens,
+                      .num_accepted = static_cast<int32_t>(NumTokens(step, row_index)) - 1,
+                      .temperature = output.sampling->temperature,
+                      .coupled = IsCoupled(output)});
+  }
+  return recorder->Read(rounds, speculator->drafts().tokens, speculator->drafts().probabilities);
+}
+
+std::span<const RecordedDraft> Engine::recorded() const { return impl_->recorder->drafts(); }
+
 absl::StatusOr<StepResult> Engine::Collect(StepId id) {
   Impl& impl = *impl_;
   GODWIT_CHECK(!impl.in_flight.empty());
@@ -773,6 +819,7 @@ absl::StatusOr<StepResult> Engine::Collect(StepId id) {
                                                &result.draft_seconds));
   impl.ResolveTokens(step);
   if (impl.speculator != nullptr) impl.Measure(step, result);
+  if (impl.recorder != nullptr) RETURN_IF_ERROR(impl.Record(step));
   result.rows.reserve(step.rows.size());
   for (size_t row = 0; row < step.rows.size(); ++row) result.rows.push_back(impl.Result(step, row));
   return result;

@@ -10,6 +10,7 @@
 #include "engine/cache_manager.h"
 #include "engine/model.h"
 #include "engine/rope_regime.h"
+#include "engine/round_recorder.h"
 #include "kernels/backend.h"
 
 namespace godwit {
@@ -32,6 +33,7 @@ struct EngineOptions {
   int64_t context_length = 0;   // limit of prompt + output; 0: the model's (recurrent: 2^31 - 1)
   int max_steps_in_flight = 0;  // 1, or 2: plan a step while one runs; 0: 2 on a GPU
   bool deterministic = false;   // BackendLimits; the CPU always is
+  bool records_rounds = false;  // Engine::recorded; one step in flight
   bool warm_up = true;          // where steps are recorded: before Create returns, not in requests
 };
 
@@ -72,6 +74,10 @@ class Engine final : public StepExecutor {
   absl::Status Copy(std::span<const CacheCopy> copies) override;
   std::shared_ptr<const StateImage> ExportState(int64_t host_id) override;
   absl::Status ImportState(int64_t host_id, std::shared_ptr<const StateImage> image) override;
+
+  // With records_rounds: the drafts of the step that was collected last, but those of coupled rows
+  // that are not greedy. Valid until the next step is. Penalties are left out of what they say.
+  std::span<const RecordedDraft> recorded() const;
 
  private:
   struct Impl;

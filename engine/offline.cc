@@ -81,7 +81,10 @@ absl::StatusOr<RowResult> Decode(Engine& engine, const OfflineGenerateOptions& o
   ++result.num_steps;
   result.draft_seconds += step.draft_seconds;
   result.verify_seconds += step.forward_seconds - step.draft_seconds;
-  if (decoded.num_drafts > 0) ++result.num_rounds;
+  if (decoded.num_drafts > 0) {
+    ++result.num_rounds;
+    if (options.on_round) options.on_round();
+  }
   result.num_drafts += decoded.num_drafts;
   result.num_accepted += std::ssize(decoded.outputs[0]) - 1;
   return std::move(decoded);

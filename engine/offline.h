@@ -26,6 +26,8 @@ struct OfflineGenerateOptions {
   bool coupled = true;  // RowOutput's
   // Called with each drawn token that belongs to the output (not EOS); may be empty.
   std::function<void(const SampledToken&)> on_token;
+  // Called after each step with drafts; may be empty.
+  std::function<void()> on_round;
 };
 
 struct OfflineGenerateResult {
@@ -45,7 +47,7 @@ absl::StatusOr<OfflineGenerateResult> GenerateOffline(Engine& engine,
 struct OfflineScoreResult {
   std::vector<float> logprobs;  // of tokens 1..T-1
   double total_logprob = 0;     // their sum
-  double perplexity = 0;     // exp(-total / (T - 1))
+  double perplexity = 0;        // exp(-total / (T - 1))
   double seconds = 0;
 };
 

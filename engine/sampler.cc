@@ -98,6 +98,9 @@ void Sampler::PlanVerify(const BatchRow& row, const StepRow& step_row, int32_t v
   for (int32_t token = 0; token < step_row.num_tokens; ++token) {
     SampleRow& draw = AddDraw(row.outputs[0], step_row.position + token + 1, row.prompt_length);
     draw.logit_row = static_cast<int32_t>(std::ssize(logit_tokens_) - block.logit_begin);
+    if (options_.recorder != nullptr) {
+      draw.probability_row = options_.recorder->TargetRow(verify, token);
+    }
     logit_tokens_.push_back(step_row.first_token + token);
     ++block.num_draws;
   }
@@ -245,8 +248,18 @@ absl::Status Sampler::SampleBlock(const DrawBlock& block, const TensorView& logi
            MakeView(draws.top_logprobs + top, DType::kF32, block.num_draws, kMaxTopLogprobs)}));
 }
 
+// The distributions of a block that VerifyTokens judges by, without penalties.
+absl::Status Sampler::RecordBlock(const DrawBlock& block, const TensorView& logits) {
+  return ToStatus(backend_->Sample({.logits = logits,
+                                    .rows = device_sample_rows_ + block.draw_begin,
+                                    .num_rows = static_cast<int32_t>(block.num_draws),
+                                    .tokens = options_.recorder->tokens(block.num_draws),
+                                    .probabilities = options_.recorder->target_probabilities()}));
+}
+
 absl::Status Sampler::VerifyBlock(const DrawBlock& block, const TensorView& logits,
                                   const Drafts& drafts, const OutputArrays& draws) {
+  if (options_.recorder != nullptr) RETURN_IF_ERROR(RecordBlock(block, logits));
   const int64_t top = block.draw_begin * kMaxTopLogprobs;
   return ToStatus(backend_->VerifyTokens(
       {.logits = logits,

@@ -13,6 +13,7 @@
 #include "engine/draw_list.h"
 #include "engine/forward_plan.h"
 #include "engine/model.h"
+#include "engine/round_recorder.h"
 #include "engine/step_arena.h"
 #include "engine/step_outputs.h"
 #include "kernels/backend.h"
@@ -33,8 +34,9 @@ struct SamplerOptions {
   int64_t num_slots = 0;
   int64_t vocab_size = 0;
   int64_t d_model = 0;
-  int64_t max_drafts = 0;      // of a row; 0: no draft model
-  uint32_t* counts = nullptr;  // device, [num_slots, vocab]
+  int64_t max_drafts = 0;             // of a row; 0: no draft model
+  uint32_t* counts = nullptr;         // device, [num_slots, vocab]
+  RoundRecorder* recorder = nullptr;  // what drafts are judged by goes there too
 };
 
 class Sampler {
@@ -106,6 +108,7 @@ class Sampler {
   absl::StatusOr<TensorView> Logits(const TensorView& hidden, int32_t* tokens, int64_t count);
   absl::Status SampleBlock(const DrawBlock& block, const TensorView& logits,
                            const OutputArrays& draws);
+  absl::Status RecordBlock(const DrawBlock& block, const TensorView& logits);
   absl::Status VerifyBlock(const DrawBlock& block, const TensorView& logits, const Drafts& drafts,
                            const OutputArrays& draws);
   absl::Status ScoreBlock(const ScoreRun& run, int64_t begin, const TensorView& logits,

@@ -1,6 +1,7 @@
 #include "engine/speculative_decoder.h"
 
 #include <algorithm>
+#include <cmath>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -19,6 +20,7 @@ int64_t RoundDown(int64_t value, int64_t multiple) { return value / multiple * m
 
 constexpr int kFirstPassMark = 6;  // two of its own, besides those of steps in flight
 static_assert(kFirstPassMark + 2 <= kNumMarks);
+constexpr int64_t kMargins = 0, kHeadLogits = 1;  // of the signs of a pass
 constexpr int64_t kExplorePeriod = 32;
 constexpr int64_t kWarmUpObservations = 100;  // of a class, before its estimates are trusted
 
@@ -95,8 +97,9 @@ int64_t SpeculativeDecoder::DeviceBytes(const ModelConfig& draft,
                                               options.max_tokens_per_step * DTypeBytes(DType::kI32)
                                         : 0;
   return ArenaBytes(options) + rope_bytes +
-         row_bytes *
-             (draft.d_model + options.max_drafts + draft.vocab_size * (1 + options.max_drafts));
+         (options.head == nullptr ? 0 : options.head->WorkspaceBytes(options.num_slots)) +
+         row_bytes * (draft.d_model + 2 * options.max_drafts + 2 +
+                      draft.vocab_size * (1 + options.max_drafts));
 }
 
 SpeculativeDecoder::SpeculativeDecoder(Backend& backend, Model& draft, CachePool& pool,
@@ -109,6 +112,7 @@ SpeculativeDecoder::SpeculativeDecoder(Backend& backend, Model& draft, CachePool
       drawn_(drawn),
       options_(options),
       slots_(static_cast<size_t>(options.num_slots)),
+      score_(options.head != nullptr),
       draws_(options.num_slots * options.max_drafts, draft.config().vocab_size) {}
 
 absl::StatusOr<std::unique_ptr<SpeculativeDecoder>> SpeculativeDecoder::Create(
@@ -126,11 +130,13 @@ absl::StatusOr<std::unique_ptr<SpeculativeDecoder>> SpeculativeDecoder::Create(
   ASSIGN_OR_RETURN(decoder->logits_, DeviceBuffer::Allocate(backend, row_bytes * vocab_size));
   ASSIGN_OR_RETURN(decoder->probabilities_,
                    DeviceBuffer::Allocate(backend, row_bytes * options.max_drafts * vocab_size));
-  ASSIGN_OR_RETURN(decoder->margins_,
-                   DeviceBuffer::Allocate(backend, row_bytes * options.max_drafts));
-  for (HostBuffer& host : decoder->host_margins_) {
-    ASSIGN_OR_RETURN(host, HostBuffer::Allocate(backend, row_bytes * options.max_drafts));
+  ASSIGN_OR_RETURN(decoder->signs_,
+                   DeviceBuffer::Allocate(backend, 2 * row_bytes * options.max_drafts));
+  ASSIGN_OR_RETURN(decoder->certainties_, DeviceBuffer::Allocate(backend, 2 * row_bytes));
+  for (HostBuffer& host : decoder->host_signs_) {
+    ASSIGN_OR_RETURN(host, HostBuffer::Allocate(backend, 2 * row_bytes * options.max_drafts));
   }
+  if (options.head != nullptr) RETURN_IF_ERROR(options.head->MakeWorkspace(options.num_slots));
   // Where ops run behind the host, a decision takes what the pass before the last one said: the
   // device has the last one to do meanwhile, and a pass at most is for nothing.
   decoder->lag_ = backend.Info().replays ? 1 : 0;
@@ -331,16 +337,49 @@ absl::Status SpeculativeDecoder::DrawDrafts(const TensorView& hidden, int32_t in
   const int64_t num_draws = std::ssize(drafters_);
   TensorView tokens = RowRange(drawn_, options_.first_draft + index, num_draws);
   tokens.row_stride = options_.max_drafts;
-  return ToStatus(backend_->Sample(
-      {.logits = logits,
-       .rows = rows,
-       .num_rows = static_cast<int32_t>(num_draws),
-       .counts = counts_,
-       .tokens = tokens,
-       .probabilities = drafts().probabilities,
-       .margins = !adapts_ ? TensorView()
-                           : MakeView(margins_.as<float>() + index * options_.num_slots,
-                                      DType::kF32, num_draws)}));
+  SampleArgs args = {.logits = logits,
+                     .rows = rows,
+                     .num_rows = static_cast<int32_t>(num_draws),
+                     .counts = counts_,
+                     .tokens = tokens,
+                     .probabilities = drafts().probabilities};
+  if (ShowsSigns()) {
+    args.margins = SignsOf(index, kMargins, num_draws);
+    args.certainties = MakeView(certainties_.bytes(), DType::kF32, num_draws, 2);
+  }
+  RETURN_IF_ERROR(backend_->Sample(args));
+  return ShowsSigns() ? Judge(gathered, index, rows) : absl::OkStatus();
+}
+
+TensorView SpeculativeDecoder::SignsOf(int32_t index, int64_t kind, int64_t count) const {
+  return MakeView(signs_.as<float>() + (2 * index + kind) * options_.num_slots, DType::kF32, count);
+}
+
+// The head's logits, and the recorder's part.
+absl::Status SpeculativeDecoder::Judge(const TensorView& hidden, int32_t index,
+                                       const SampleRow* rows) {
+  const int64_t num_draws = std::ssize(drafters_);
+  const TensorView margins = SignsOf(index, kMargins, num_draws);
+  const TensorView certainties = MakeView(certainties_.bytes(), DType::kF32, num_draws, 2);
+  if (options_.head != nullptr) {
+    RETURN_IF_ERROR(options_.head->Run({.hidden = hidden,
+                                        .rows = rows,
+                                        .num_rows = static_cast<int32_t>(num_draws),
+                                        .place = index,
+                                        .margins = margins,
+                                        .certainties = certainties,
+                                        .logits = SignsOf(index, kHeadLogits, num_draws)},
+                                       draft_->final_norm()));
+  }
+  if (options_.recorder == nullptr) return absl::OkStatus();
+  if (index == 0) options_.recorder->Begin();
+  return options_.recorder->AddPass({.hidden = hidden,
+                                     .final_norm = draft_->final_norm(),
+                                     .rows = rows,
+                                     .num_rows = static_cast<int32_t>(num_draws),
+                                     .logit_rows = logit_rows_,
+                                     .margins = margins,
+                                     .certainties = certainties});
 }
 
 // One forward pass, and with drafters the draft `index` of each.
@@ -372,16 +411,31 @@ absl::Status SpeculativeDecoder::RunPass(int32_t index) {
 
 // --- How far
 
-DraftSigns SpeculativeDecoder::Signs(StepId step, int32_t draft_row, int32_t index) const {
-  const float* const margins = host_margins_[step % kMaxStepsInFlight].as<const float>();
-  return {.margin = margins[index * options_.num_slots + draft_row]};
+DraftSigns SpeculativeDecoder::Signs(StepId step, const SlotDraft& slot, int32_t index,
+                                     int32_t num_passes) const {
+  const auto sign = [&](int64_t pass, int64_t kind) {
+    return host_signs_[step % kMaxStepsInFlight]
+        .as<const float>()[(2 * pass + kind) * options_.num_slots + slot.draft_row];
+  };
+  DraftSigns signs = {.margin = sign(index, kMargins)};
+  if (options_.head == nullptr) return signs;
+  // A head that reads a draft speaks in the pass after.
+  const int32_t pass = options_.head->label() == HeadLabel::kPost ? index + 1 : index;
+  if (pass >= num_passes) return signs;
+  // A draw that failed leaves no number.
+  const float logit = sign(pass, kHeadLogits);
+  const bool greedy = slot.acceptance_class == AcceptanceClass::kGreedy;
+  if (std::isfinite(logit)) signs.head = options_.head->Calibrated(logit, greedy, index);
+  return signs;
 }
 
 absl::Status SpeculativeDecoder::ReadMargins(StepId step, int32_t index) {
-  const int64_t offset = index * options_.num_slots * DTypeBytes(DType::kF32);
-  RETURN_IF_ERROR(backend_->CopyToHost(host_margins_[step % kMaxStepsInFlight].bytes() + offset,
-                                       margins_.bytes() + offset,
-                                       std::ssize(drafters_) * DTypeBytes(DType::kF32)));
+  const int64_t row_bytes = options_.num_slots * DTypeBytes(DType::kF32);
+  const int64_t offset = 2 * index * row_bytes;
+  const int64_t num_bytes = std::ssize(drafters_) * DTypeBytes(DType::kF32) +
+                            (options_.head == nullptr ? 0 : kHeadLogits * row_bytes);
+  RETURN_IF_ERROR(backend_->CopyToHost(host_signs_[step % kMaxStepsInFlight].bytes() + offset,
+                                       signs_.bytes() + offset, num_bytes));
   return ToStatus(backend_->SetMark(kFirstPassMark + index % 2));
 }
 
@@ -427,16 +481,21 @@ DraftCandidate SpeculativeDecoder::Candidate(const Reader& reader) const {
           .acceptance = score_.Mean(reader.slot->acceptance_class)};
 }
 
-// P(the reader's drafts are all accepted): by the margins of the first num_known, by the mean for
-// the others.
-double SpeculativeDecoder::Survival(StepId step, const Reader& reader, int32_t num_known,
+// P(the reader's drafts are all accepted): by what the first num_passes passes show of them, by
+// the mean for the others. specdecpp leaves out what its head has not judged, as published: it
+// stops at the smallest k for which 1 - P_1 .. P_(k - lag) exceeds the threshold, never at fewer
+// than 1 + lag drafts.
+double SpeculativeDecoder::Survival(StepId step, const Reader& reader, int32_t num_passes,
                                     int32_t num_drafts) const {
-  const AcceptanceClass acceptance_class = reader.slot->acceptance_class;
+  const SlotDraft& slot = *reader.slot;
+  const DraftPolicy policy = reader.row->draft_policy;
   double survival = 1;
   for (int32_t index = 0; index < num_drafts; ++index) {
-    survival *= index < num_known ? score_.Predict(reader.row->draft_policy, acceptance_class,
-                                                   index, Signs(step, reader.draft_row, index))
-                                  : score_.Mean(acceptance_class);
+    const bool known = index < num_passes;
+    const DraftSigns signs = known ? Signs(step, slot, index, num_passes) : DraftSigns();
+    if (policy == DraftPolicy::kSpecDecPP && !signs.head) continue;
+    survival *= known ? score_.Predict(policy, slot.acceptance_class, index, signs)
+                      : score_.Mean(slot.acceptance_class);
   }
   return survival;
 }
@@ -445,11 +504,11 @@ double SpeculativeDecoder::Survival(StepId step, const Reader& reader, int32_t n
 void SpeculativeDecoder::Decide(StepId step, int32_t index) {
   candidates_.clear();
   candidate_readers_.clear();
-  const int32_t num_known = std::max(index + 1 - lag_, 0);
+  const int32_t num_passes = std::max(index + 1 - lag_, 0);  // that the host has heard of
   for (Reader* reader : drafters_) {
     if (reader->row->max_draft_tokens <= index + 1) continue;
     candidates_.push_back(Candidate(*reader));
-    candidates_.back().survival = Survival(step, *reader, num_known, index + 1);
+    candidates_.back().survival = Survival(step, *reader, num_passes, index + 1);
     candidate_readers_.push_back(reader);
   }
   DecideDrafts(costs_, num_rows_, candidates_);
@@ -469,6 +528,7 @@ absl::Status SpeculativeDecoder::Draft(StepId step, std::span<BatchRow> rows,
   learns_[step % kMaxStepsInFlight] = adapts_;
   warms_up_ = std::any_of(rows.begin(), rows.end(), [this](const BatchRow& row) {
     return HasDrafts(row) && row.draft_policy != DraftPolicy::kFixed &&
+           !score_.FollowsHead(row.draft_policy) &&
            score_.num_observed(ClassOf(row.outputs[0])) < kWarmUpObservations;
   });
   const bool decides = adapts_ && !Explores(rows);
@@ -520,10 +580,10 @@ std::vector<float> SpeculativeDecoder::Accept(StepId step, int32_t slot_index,
     // All before any is learnt from.
     for (int index = 0; learns && index < num_drafts; ++index) {
       predicted.push_back(static_cast<float>(score_.Predict(
-          slot.policy, slot.acceptance_class, index, Signs(step, slot.draft_row, index))));
+          slot.policy, slot.acceptance_class, index, Signs(step, slot, index, num_drafts))));
     }
     for (int index = 0; learns && index <= num_accepted && index < num_drafts; ++index) {
-      score_.Observe(slot.acceptance_class, index, Signs(step, slot.draft_row, index),
+      score_.Observe(slot.acceptance_class, index, Signs(step, slot, index, num_drafts),
                      index < num_accepted);
     }
     // The draft read the target's input and its own proposals but the last. Those that stand are

@@ -15,6 +15,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "engine/acceptance_head.h"
 #include "engine/acceptance_score.h"
 #include "engine/batch.h"
 #include "engine/cache_pool.h"
@@ -24,6 +25,7 @@
 #include "engine/forward_plan.h"
 #include "engine/model.h"
 #include "engine/rope_store.h"
+#include "engine/round_recorder.h"
 #include "engine/sampler.h"
 #include "engine/state_image.h"
 #include "engine/step_arena.h"
@@ -42,8 +44,10 @@ struct SpeculativeDecoderOptions {
   int64_t max_tokens_per_step = 0;
   int64_t num_slots = 0;
   int64_t num_blocks = 0;
-  int64_t max_drafts = 0;   // of a row
-  int64_t first_draft = 0;  // where they lie among the tokens that were drawn
+  int64_t max_drafts = 0;             // of a row
+  int64_t first_draft = 0;            // where they lie among the tokens that were drawn
+  AcceptanceHead* head = nullptr;     // of the draft model
+  RoundRecorder* recorder = nullptr;  // of what is drawn
 };
 
 // Not thread-safe.
@@ -129,15 +133,19 @@ class SpeculativeDecoder {
   DraftCandidate Candidate(const Reader& reader) const;
   void DecideFirst();
   void Decide(StepId step, int32_t index);
-  double Survival(StepId step, const Reader& reader, int32_t num_known, int32_t num_drafts) const;
+  double Survival(StepId step, const Reader& reader, int32_t num_passes, int32_t num_drafts) const;
   // Of draft `index` of a row, once its pass has run and ReadMargins has.
-  DraftSigns Signs(StepId step, int32_t draft_row, int32_t index) const;
+  // num_passes: of the row.
+  DraftSigns Signs(StepId step, const SlotDraft& slot, int32_t index, int32_t num_passes) const;
   absl::Status ReadMargins(StepId step, int32_t index);
   void AddRead(const Reader& reader);
   void AddDraft(const Reader& reader, int32_t index);
   void AddRow(const Reader& reader, StepRow row);
   void AddDraws(int32_t index);
   absl::Status RunPass(int32_t index);
+  bool ShowsSigns() const { return adapts_ || options_.recorder != nullptr; }
+  TensorView SignsOf(int32_t index, int64_t kind, int64_t count) const;
+  absl::Status Judge(const TensorView& hidden, int32_t index, const SampleRow* rows);
   absl::Status DrawDrafts(const TensorView& hidden, int32_t index, int32_t* logit_tokens,
                           const SampleRow* rows);
 
@@ -147,12 +155,14 @@ class SpeculativeDecoder {
   TensorView counts_, drawn_;
   SpeculativeDecoderOptions options_;
   std::unique_ptr<StepArena> arena_;
-  DeviceBuffer gathered_;                       // [num_slots, d_model] f32
-  DeviceBuffer logits_;                         // [num_slots, vocab] f32
-  DeviceBuffer probabilities_;                  // [num_slots * max_drafts, vocab] f32
-  DeviceBuffer margins_;                        // [max_drafts, num_slots] f32
-  HostBuffer host_margins_[kMaxStepsInFlight];  // the same, of a step
-  int32_t lag_ = 0;                             // passes whose margins the host does not wait for
+  DeviceBuffer gathered_;       // [num_slots, d_model] f32
+  DeviceBuffer logits_;         // [num_slots, vocab] f32
+  DeviceBuffer probabilities_;  // [num_slots * max_drafts, vocab] f32
+  // What each pass shows of its draft: margins, then the head's logits. [max_drafts, 2, num_slots].
+  DeviceBuffer signs_;
+  HostBuffer host_signs_[kMaxStepsInFlight];  // the same, of a step
+  DeviceBuffer certainties_;                  // [num_slots, 2] f32, of a pass
+  int32_t lag_ = 0;                           // passes whose margins the host does not wait for
   // Of a draft with RoPE. It rotates with its own table, whatever a request's target does: a draft
   // may be worse for that, a token never is.
   std::optional<RopeStore> rope_;
@@ -161,7 +171,7 @@ class SpeculativeDecoder {
   std::vector<SlotDraft> slots_;
   std::map<int64_t, SlotDraft> host_slots_;  // of swapped and stored states, by host id
 
-  AcceptanceScore score_{false};
+  AcceptanceScore score_;
   SpeculationCosts costs_;
   int64_t num_passes_[kMaxStepsInFlight] = {};  // with drafts, of a step
   bool learns_[kMaxStepsInFlight] = {};         // a step's margins are read back

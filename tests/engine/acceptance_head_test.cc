@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <string>
@@ -13,6 +14,7 @@
 #include "gtest/gtest.h"
 #include "kernels/base/bf16.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "tests/engine/head_files.h"
 #include "tests/engine/temp_folder.h"
 #include "tests/kernels/device_arena.h"
 
@@ -25,36 +27,8 @@ using ::testing::HasSubstr;
 constexpr int64_t kHidden = 24, kWidth = 7;
 constexpr float kEpsilon = 1e-5f;
 
-// Tensors by name, with their values kept.
-struct Files {
-  std::string json;
-  std::vector<NamedTensor> tensors;
-  std::vector<std::vector<float>> values;
-
-  Files() { values.reserve(32); }
-  void Add(const std::string& name, std::vector<int64_t> shape, std::vector<float> of) {
-    values.push_back(std::move(of));
-    tensors.push_back({name, "F32", std::move(shape), values.back().data()});
-  }
-  void AddRandom(const std::string& name, std::vector<int64_t> shape, uint32_t seed) {
-    int64_t count = 1;
-    for (const int64_t size : shape) count *= size;
-    Add(name, std::move(shape), RandomValues(seed, count, DType::kF32, 0.3f));
-  }
-  const std::vector<float>& Of(const std::string& name) const {
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      if (tensors[i].name == name) return values[i];
-    }
-    ADD_FAILURE() << name;
-    return values[0];
-  }
-  void Erase(const std::string& name) {
-    std::erase_if(tensors, [&](const NamedTensor& tensor) { return tensor.name == name; });
-  }
-};
-
-Files Mlp() {
-  Files files;
+HeadFiles Mlp() {
+  HeadFiles files;
   files.json =
       R"({"kind": "mlp", "label": "pre", "hidden_size": 24, "width": 7,
           "temperature": {"greedy": [2], "sampled": [0.5, 4]}, "recorded": {"date": "today"}})";
@@ -66,8 +40,8 @@ Files Mlp() {
   return files;
 }
 
-Files Linear() {
-  Files files;
+HeadFiles Linear() {
+  HeadFiles files;
   files.json = R"({"kind": "linear", "label": "pre", "hidden_size": 24})";
   files.AddRandom("readout.weight", {1, kHidden}, 1);
   files.AddRandom("readout.features", {1, kNumHeadFeatures}, 2);
@@ -76,8 +50,8 @@ Files Linear() {
 }
 
 // As torch saves the released module: each of the three names holds the one layer.
-Files Released() {
-  Files files;
+HeadFiles Released() {
+  HeadFiles files;
   files.json = R"({"kind": "specdecpp", "label": "post", "hidden_size": 24, "num_layers": 3,
                    "reject_weight": 6})";
   for (int layer = 0; layer < 3; ++layer) {
@@ -88,11 +62,6 @@ Files Released() {
   files.AddRandom("model.3.weight", {2, kHidden}, 3);
   files.AddRandom("model.3.bias", {2}, 4);
   return files;
-}
-
-absl::Status Write(const TempFolder& folder, const Files& files) {
-  folder.Write("acceptance_head.json", files.json);
-  return WriteSafetensors(folder.File("acceptance_head.safetensors"), files.tensors);
 }
 
 class AcceptanceHeadTest : public testing::Test {
@@ -106,14 +75,14 @@ class AcceptanceHeadTest : public testing::Test {
   absl::StatusOr<std::unique_ptr<AcceptanceHead>> Load() {
     return AcceptanceHead::Load(folder_.path(), config_, DType::kF32, *backend_);
   }
-  std::unique_ptr<AcceptanceHead> Loaded(const Files& files) {
-    EXPECT_TRUE(Write(folder_, files).ok());
+  std::unique_ptr<AcceptanceHead> Loaded(const HeadFiles& files) {
+    EXPECT_TRUE(files.Write(folder_.path()).ok());
     auto head = Load();
     EXPECT_TRUE(head.ok()) << head.status();
     return head.ok() ? *std::move(head) : nullptr;
   }
-  void ExpectRefusal(const Files& files, const std::string& file, const std::string& reason) {
-    ASSERT_TRUE(Write(folder_, files).ok());
+  void ExpectRefusal(const HeadFiles& files, const std::string& file, const std::string& reason) {
+    ASSERT_TRUE(files.Write(folder_.path()).ok());
     const auto head = Load();
     ASSERT_FALSE(head.ok()) << reason;
     EXPECT_THAT(head.status().message(), AllOf(HasSubstr(file), HasSubstr(reason)));
@@ -176,7 +145,7 @@ TEST_F(AcceptanceHeadTest, AFolderWithoutFilesHasNone) {
 }
 
 TEST_F(AcceptanceHeadTest, LinearIsTheFormula) {
-  const Files files = Linear();
+  const HeadFiles files = Linear();
   const auto head = Loaded(files);
   ASSERT_NE(head, nullptr);
   EXPECT_EQ(head->num_parameters(), kHidden + kNumHeadFeatures);
@@ -190,7 +159,7 @@ TEST_F(AcceptanceHeadTest, LinearIsTheFormula) {
 }
 
 TEST_F(AcceptanceHeadTest, MlpIsTheFormula) {
-  const Files files = Mlp();
+  const HeadFiles files = Mlp();
   const auto head = Loaded(files);
   ASSERT_NE(head, nullptr);
   EXPECT_EQ(head->label(), HeadLabel::kPre);
@@ -211,7 +180,7 @@ TEST_F(AcceptanceHeadTest, MlpIsTheFormula) {
 }
 
 TEST_F(AcceptanceHeadTest, ReleasedCheckpointIsOneLayerThreeTimes) {
-  Files files = Released();
+  HeadFiles files = Released();
   const auto all_names = Loaded(files);
   ASSERT_NE(all_names, nullptr);
   EXPECT_EQ(all_names->label(), HeadLabel::kPost);
@@ -242,7 +211,7 @@ TEST_F(AcceptanceHeadTest, ReleasedCheckpointIsOneLayerThreeTimes) {
 }
 
 TEST_F(AcceptanceHeadTest, LayersThatAreNotTiedAreReadEach) {
-  Files files = Released();
+  HeadFiles files = Released();
   files.values[2][5] += 1;  // model.1.linear.weight
   const auto head = Loaded(files);
   ASSERT_NE(head, nullptr);
@@ -295,31 +264,90 @@ TEST_F(AcceptanceHeadTest, ConfigsThatDoNotFitAreRefused) {
       {"[]", "object"},
   };
   for (const auto& [json, reason] : cases) {
-    Files files = Mlp();
+    HeadFiles files = Mlp();
     files.json = json;
     ExpectRefusal(files, "acceptance_head.json", reason);
   }
 }
 
 TEST_F(AcceptanceHeadTest, TensorsThatDoNotFitAreRefused) {
-  Files narrow = Mlp();
+  HeadFiles narrow = Mlp();
   narrow.Erase("hidden.weight");
   narrow.AddRandom("hidden.weight", {kWidth, 16}, 1);
   ExpectRefusal(narrow, "acceptance_head.safetensors",
                 "tensor 'hidden.weight': expected shape [7, 24], found [7, 16]");
-  Files missing = Mlp();
+  HeadFiles missing = Mlp();
   missing.Erase("readout.bias");
   ExpectRefusal(missing, "acceptance_head.safetensors", "readout.bias");
-  Files more = Linear();
+  HeadFiles more = Linear();
   more.AddRandom("readout.scale", {1}, 9);
   ExpectRefusal(more, "acceptance_head.safetensors", "readout.scale");
-  Files other_kind = Released();
+  HeadFiles other_kind = Released();
   other_kind.json = Linear().json;
   ExpectRefusal(other_kind, "acceptance_head.safetensors", "readout.features");
-  Files fewer_layers = Released();
+  HeadFiles fewer_layers = Released();
   fewer_layers.json =
       R"({"kind": "specdecpp", "label": "post", "hidden_size": 24, "num_layers": 2})";
   ExpectRefusal(fewer_layers, "acceptance_head.safetensors", "model.2.weight");
+}
+
+// Drafts of held-out rounds (train/acceptance_head.py sample): the shipped head says of them what
+// the script that trained it does, and tells those that are accepted from the others.
+TEST(ShippedHeadTest, SaysWhatTheTrainingScriptDoes) {
+  const char* source = std::getenv("GODWIT_SOURCE_DIR");
+  const std::string root = source == nullptr ? "." : source;
+  const auto sample =
+      SafetensorsReader::OpenFile(root + "/tests/engine/shipped_head_sample.safetensors");
+  ASSERT_TRUE(sample.ok()) << sample.status();
+  std::vector<float> of[4];
+  const char* const names[] = {"hidden", "features", "label", "logits"};
+  for (size_t i = 0; i < 4; ++i) {
+    const StoredTensor& tensor = *(*sample)->Find(names[i]);
+    of[i].resize(static_cast<size_t>(tensor.num_bytes) / sizeof(float));
+    ToF32(tensor, 0, std::ssize(of[i]), of[i].data());
+  }
+  const auto &hidden = of[0], &features = of[1], &label = of[2], &expected = of[3];
+  const auto count = static_cast<int64_t>(label.size());
+  ModelConfig config;
+  config.d_model = std::ssize(hidden) / count;
+  std::string reason;
+  const BackendPtr backend = MakeCpuBackend("portable", 1, &reason);
+  const auto head =
+      AcceptanceHead::Load(root + "/models/godwit-tale-draft", config, DType::kBF16, *backend);
+  ASSERT_TRUE(head.ok()) << head.status();
+  ASSERT_NE(*head, nullptr);
+  ASSERT_TRUE((*head)->MakeWorkspace(1).ok());
+  std::vector<float> logits;
+  for (int64_t draft = 0; draft < count; ++draft) {
+    DeviceArena arena(*backend);
+    const float* const f = features.data() + draft * kNumHeadFeatures;
+    const std::vector<SampleRow> rows = {{.temperature = f[3]}};
+    const TensorView logit = arena.Output(DType::kF32, {1});
+    const auto first = hidden.begin() + draft * config.d_model;
+    ASSERT_TRUE((*head)
+                    ->Run({.hidden = arena.Floats(DType::kF32, {1, config.d_model},
+                                                  {first, first + config.d_model}),
+                           .rows = arena.UploadArray(rows),
+                           .num_rows = 1,
+                           .place = static_cast<int>(f[4]),
+                           .margins = arena.Floats(DType::kF32, {1}, {std::expm1(f[0])}),
+                           .certainties = arena.Floats(DType::kF32, {1, 2}, {f[1], f[2]}),
+                           .logits = logit},
+                          {})
+                    .ok());
+    logits.push_back(arena.Download(logit)[0]);
+    EXPECT_NEAR(logits.back(), expected[static_cast<size_t>(draft)], 1e-4f) << draft;
+  }
+  // Of soft labels: how often an accepted draft has the larger logit, of two.
+  double above = 0, all = 0;
+  for (size_t a = 0; a < logits.size(); ++a) {
+    for (size_t b = 0; b < logits.size(); ++b) {
+      const double weight = static_cast<double>(label[a] * (1 - label[b]));
+      all += weight;
+      above += weight * (logits[a] > logits[b] ? 1 : logits[a] == logits[b] ? 0.5 : 0);
+    }
+  }
+  EXPECT_GT(above / all, 0.6);
 }
 
 }  // namespace

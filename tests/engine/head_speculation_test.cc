@@ -1,0 +1,361 @@
+// Speculation led by an acceptance head: where it stops, that it changes no token and no
+// distribution, and what is recorded to train one.
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "engine/acceptance_head.h"
+#include "engine/offline.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "tests/chi_square.h"
+#include "tests/engine/engine_driver.h"
+#include "tests/engine/head_files.h"
+
+namespace godwit {
+namespace {
+
+std::string Config(const std::string& kind, const std::string& label, int64_t hidden,
+                   const std::string& more = "") {
+  return "{\"kind\": \"" + kind + "\", \"label\": \"" + label +
+         "\", \"hidden_size\": " + std::to_string(hidden) + more + "}";
+}
+
+// Of random weights: it stops anywhere.
+HeadFiles RandomHead(HeadKind kind, HeadLabel label, int64_t hidden) {
+  HeadFiles files;
+  if (kind == HeadKind::kSpecDecPP) {
+    files.json = Config("specdecpp", label == HeadLabel::kPost ? "post" : "pre", hidden,
+                        ", \"num_layers\": 2, \"reject_weight\": 3");
+    files.AddRandom("model.0.linear.weight", {hidden, hidden}, 1);
+    files.AddRandom("model.0.linear.bias", {hidden}, 2);
+    files.AddRandom("model.2.weight", {2, hidden}, 3);
+    files.AddRandom("model.2.bias", {2}, 4);
+  } else {
+    const int64_t width = 8;
+    files.json = Config("mlp", "pre", hidden, ", \"width\": 8");
+    files.AddRandom("hidden.weight", {width, hidden}, 1);
+    files.AddRandom("hidden.features", {kNumHeadFeatures, width}, 2);
+    files.AddRandom("hidden.bias", {width}, 3);
+    files.AddRandom("readout.weight", {1, width}, 4);
+    for (float& weight : files.values.back()) weight *= 10;
+    files.AddRandom("readout.bias", {1}, 5);
+  }
+  return files;
+}
+
+// That always says the logit `first` + place * `slope`.
+HeadFiles ScriptedHead(HeadLabel label, int64_t hidden, float first, float slope) {
+  HeadFiles files;
+  const auto zeros = [](int64_t count) {
+    return std::vector<float>(static_cast<size_t>(count), 0.0f);
+  };
+  if (label == HeadLabel::kPost) {
+    files.json = Config("specdecpp", "post", hidden, ", \"num_layers\": 1");
+    files.Add("model.0.linear.weight", {hidden, hidden}, zeros(hidden * hidden));
+    files.Add("model.0.linear.bias", {hidden}, zeros(hidden));
+    files.Add("model.1.weight", {2, hidden}, zeros(2 * hidden));
+    files.Add("model.1.bias", {2}, {0, first});
+  } else {
+    files.json = Config("linear", "pre", hidden);
+    files.Add("readout.weight", {1, hidden}, zeros(hidden));
+    files.Add("readout.features", {1, kNumHeadFeatures}, {0, 0, 0, 0, slope});
+    files.Add("readout.bias", {1}, {first});
+  }
+  return files;
+}
+
+// --- Where it stops
+
+// Drafts of the second round of a greedy request. The first is one that no estimate chose.
+struct SecondRound {
+  int num_drafts = 0;
+  std::optional<DraftStop> stop;
+  std::vector<float> predicted;
+};
+
+SecondRound RunTwoRounds(const TinyModel& model, DraftPolicy policy, float threshold) {
+  const auto engine = MakeEngine(model, {.draft_folder = model.folder(), .dtype = DType::kF32});
+  CacheLease lease = *engine->caches().Reserve(100);
+  const SamplingParams sampling = {.temperature = 0};
+  const RowOutput output = {.lease = &lease, .sampling = &sampling};
+  const std::vector<int32_t> prompt = {5, 6, 7, 8};
+  BatchRow row = {.token_ids = prompt,
+                  .prompt_length = 4,
+                  .lease = &lease,
+                  .outputs = std::span(&output, 1),
+                  .max_draft_tokens = kMaxDraftTokens,
+                  .draft_policy = policy,
+                  .draft_threshold = threshold};
+  SecondRound result;
+  for (int step = 0; step < 3; ++step) {
+    const auto collected = engine->Collect(*engine->Submit(std::span(&row, 1)));
+    EXPECT_TRUE(collected.ok());
+    const RowResult& of = collected->rows[0];
+    result = {of.num_drafts, of.draft_stop, of.predicted};
+    row.token_ids = {};
+    row.confirmed_position = lease.position();
+  }
+  return result;
+}
+
+// The smallest k with 1 - P_1 .. P_(k - lag) > threshold.
+int PublishedLength(const std::vector<double>& p, int lag, double threshold) {
+  double survival = 1;
+  for (int k = 1; k <= kMaxDraftTokens; ++k) {
+    if (k > lag) survival *= p[static_cast<size_t>(k - 1 - lag)];
+    if (1 - survival > threshold) return k;
+  }
+  return kMaxDraftTokens;
+}
+
+// The first round moves P_1 by 0.01 or so; thresholds are further from every sum.
+TEST(SpecDecPPTest, StopsWhereTheScriptedProbabilitiesSay) {
+  for (const HeadLabel label : {HeadLabel::kPre, HeadLabel::kPost}) {
+    const int lag = label == HeadLabel::kPost ? 1 : 0;
+    const TinyModel model;
+    const float slope = lag == 1 ? 0 : -0.25f;
+    ASSERT_TRUE(
+        ScriptedHead(label, model.options().d_model, 2.2f, slope).Write(model.folder()).ok());
+    std::vector<double> p;
+    for (int place = 0; place < kMaxDraftTokens; ++place) {
+      p.push_back(1 / (1 + std::exp(-(2.2 + static_cast<double>(slope) * place))));
+    }
+    for (const float threshold : {0.0f, 0.06f, 0.3f, 0.5f, 0.85f, 1.0f}) {
+      SCOPED_TRACE(testing::Message() << "lag " << lag << ", threshold " << threshold);
+      const SecondRound round = RunTwoRounds(model, DraftPolicy::kSpecDecPP, threshold);
+      const int expected = PublishedLength(p, lag, static_cast<double>(threshold));
+      EXPECT_EQ(round.num_drafts, expected);
+      EXPECT_GE(round.num_drafts, 1 + lag);
+      EXPECT_EQ(round.stop,
+                expected == kMaxDraftTokens ? DraftStop::kMaxDraftTokens : DraftStop::kPolicy);
+      ASSERT_EQ(round.predicted.size(), static_cast<size_t>(expected));
+      for (int place = 0; place < expected - lag; ++place) {
+        EXPECT_NEAR(static_cast<double>(round.predicted[static_cast<size_t>(place)]),
+                    p[static_cast<size_t>(place)], 0.03)
+            << place;
+      }
+    }
+  }
+}
+
+TEST(SpecDecPPTest, WithoutAHeadTheCardSaysSo) {
+  const TinyModel model;
+  const auto engine = MakeEngine(model, {.draft_folder = model.folder(), .dtype = DType::kF32});
+  EXPECT_FALSE(engine->card().has_acceptance_head);
+  ASSERT_TRUE(
+      ScriptedHead(HeadLabel::kPre, model.options().d_model, 1, 0).Write(model.folder()).ok());
+  EXPECT_TRUE(MakeEngine(model, {.draft_folder = model.folder(), .dtype = DType::kF32})
+                  ->card()
+                  .has_acceptance_head);
+}
+
+TEST(SpecDecPPTest, AHeadOfAnotherSizeIsRefusedWhereTheDraftIsLoaded) {
+  const TinyModel model;
+  ASSERT_TRUE(ScriptedHead(HeadLabel::kPre, 48, 1, 0).Write(model.folder()).ok());
+  const auto engine =
+      Engine::Create({.model_folder = model.folder(), .draft_folder = model.folder()},
+                     *CreateCpuBackend({.num_threads = 1}));
+  EXPECT_EQ(engine.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(engine.status().message()),
+              testing::HasSubstr("hidden_size is 48, expected 64"));
+}
+
+// --- That it changes nothing
+
+struct Case {
+  const char* name;
+  HeadKind kind;
+  HeadLabel label;
+};
+constexpr Case kCases[] = {{"Mlp", HeadKind::kMlp, HeadLabel::kPre},
+                           {"SpecDecPPBefore", HeadKind::kSpecDecPP, HeadLabel::kPre},
+                           {"SpecDecPPAfter", HeadKind::kSpecDecPP, HeadLabel::kPost}};
+
+class HeadSpeculationTest : public testing::TestWithParam<Case> {};
+
+TEST_P(HeadSpeculationTest, GreedyAndSeededTextsEqualNone) {
+  const TinyModel target, draft({.seed = 2, .d_model = 32, .num_layers = 2, .num_heads = 2});
+  ASSERT_TRUE(RandomHead(GetParam().kind, GetParam().label, 32).Write(draft.folder()).ok());
+  for (const int steps_in_flight : {1, 2}) {
+    std::vector<DriverRequest> requests;
+    for (uint64_t index = 0; index < 14; ++index) {
+      requests.push_back(
+          {.prompt = RandomTokens(index, 5 + 11 * static_cast<int64_t>(index), 320),
+           .sampling = {.temperature = index % 2 == 0 ? 0.0f : 0.9f, .num_logprobs = 3},
+           .seed = index,
+           .max_tokens = 60 + static_cast<int64_t>(index),
+           .draft_tokens = {index % 3 == 0 ? 15 : 6},
+           .draft_policy = index % 4 == 3 ? DraftPolicy::kThroughput : DraftPolicy::kSpecDecPP,
+           .draft_threshold = 0.15f * static_cast<float>(index % 6)});
+      if (index % 5 == 0) requests.back().swap_after = 20;
+    }
+    std::vector<DriverRequest> plain = requests;
+    for (DriverRequest& request : plain) request.draft_tokens.clear();
+    const auto make = [&](const std::string& draft_folder) {
+      return MakeEngine(target, {.draft_folder = draft_folder,
+                                 .dtype = DType::kF32,
+                                 .max_sequences = 16,
+                                 .swap_bytes = 64 << 20,
+                                 .max_steps_in_flight = steps_in_flight});
+    };
+    const std::vector<DriverOutput> expected = Drive(*make(""), steps_in_flight, plain);
+    const auto engine = make(draft.folder());
+    for (int run = 0; run < 2; ++run) {
+      const std::vector<DriverOutput> outputs = Drive(*engine, steps_in_flight, requests);
+      ASSERT_EQ(outputs.size(), expected.size());
+      for (size_t index = 0; index < outputs.size(); ++index) {
+        EXPECT_TRUE(outputs[index].SameBits(expected[index])) << index;
+        EXPECT_GT(outputs[index].num_drafts, 0) << index;
+      }
+    }
+  }
+}
+
+// Three-token texts of a pair with 8 tokens, sampled without a seed, follow the target; heads stop
+// the drafts for what they see of them.
+TEST_P(HeadSpeculationTest, SampledTextsFollowTheTarget) {
+  constexpr int kVocab = 8;
+  const TinyModelOptions small = {.vocab_size = kVocab, .num_layers = 2, .scale = 1.0};
+  TinyModelOptions other = small;
+  other.seed = 5;
+  const TinyModel target(small), draft(other);
+  ASSERT_TRUE(
+      RandomHead(GetParam().kind, GetParam().label, other.d_model).Write(draft.folder()).ok());
+  const auto engine = MakeEngine(
+      target, {.draft_folder = draft.folder(), .dtype = DType::kF32, .max_sequences = 256});
+  const std::vector<int32_t> prompt = {3, 4, 5, 6, 7};
+  const auto next = [&](const std::vector<int32_t>& text) {
+    std::vector<int32_t> tokens = prompt;
+    tokens.insert(tokens.end(), text.begin(), text.end());
+    CacheLease lease = *engine->caches().Reserve(16);
+    std::vector<float> logits(tokens.size() * kVocab);
+    const BatchRow row = {.token_ids = tokens,
+                          .prompt_length = std::ssize(tokens),
+                          .lease = &lease,
+                          .logits = logits.data()};
+    EXPECT_TRUE(engine->Collect(*engine->Submit(std::span(&row, 1))).ok());
+    std::vector<double> p(logits.end() - kVocab, logits.end());
+    double sum = 0;
+    for (double& value : p) sum += value = std::exp(value);
+    for (double& value : p) value /= sum;
+    return p;
+  };
+  std::vector<double> probabilities;
+  const std::vector<double> first = next({});
+  for (int32_t a = 0; a < kVocab; ++a) {
+    const std::vector<double> second = next({a});
+    for (int32_t b = 0; b < kVocab; ++b) {
+      for (const double third : next({a, b})) {
+        probabilities.push_back(first[static_cast<size_t>(a)] * second[static_cast<size_t>(b)] *
+                                third);
+      }
+    }
+  }
+  std::vector<int64_t> counts(probabilities.size());
+  int64_t num_drafts = 0, num_accepted = 0;
+  for (uint64_t run = 0; run < 20; ++run) {
+    std::vector<DriverRequest> requests(256, {.prompt = prompt, .seed = run, .max_tokens = 5});
+    for (size_t index = 0; index < requests.size(); ++index) {
+      requests[index].output_index = static_cast<int32_t>(index);
+      requests[index].coupled = false;
+      requests[index].draft_tokens = {3};
+      requests[index].draft_policy =
+          index % 4 == 0 ? DraftPolicy::kThroughput : DraftPolicy::kSpecDecPP;
+      requests[index].draft_threshold = 0.2f * static_cast<float>(index % 4);
+    }
+    for (const DriverOutput& output : Drive(*engine, 1, requests)) {
+      const std::vector<int32_t> ids = output.ids();
+      ++counts[static_cast<size_t>((ids[0] * kVocab + ids[1]) * kVocab + ids[2])];
+      num_drafts += output.num_drafts;
+      num_accepted += output.num_accepted;
+    }
+  }
+  EXPECT_GT(ChiSquarePValue(counts, probabilities), 1e-6);
+  EXPECT_GT(num_accepted, num_drafts / 10) << "something is accepted";
+  EXPECT_LT(num_accepted, num_drafts * 9 / 10) << "and something rejected";
+}
+
+INSTANTIATE_TEST_SUITE_P(Heads, HeadSpeculationTest, testing::ValuesIn(kCases),
+                         [](const testing::TestParamInfo<Case>& info) { return info.param.name; });
+
+// --- What is recorded
+
+std::vector<RecordedDraft> RecordTexts(const TinyModel& target, const TinyModel& draft,
+                                       float temperature, int num_texts) {
+  const auto engine = MakeEngine(target, {.draft_folder = draft.folder(),
+                                          .dtype = DType::kF32,
+                                          .max_sequences = 2,
+                                          .records_rounds = true});
+  std::vector<RecordedDraft> recorded;
+  OfflineGenerateOptions options = {
+      .max_tokens = 60, .ignore_eos = true, .max_draft_tokens = 6, .coupled = false};
+  options.sampling.temperature = temperature;
+  options.on_round = [&] {
+    for (RecordedDraft draft_of_round : engine->recorded()) {
+      double squares = 0;
+      for (const float x : draft_of_round.hidden) squares += static_cast<double>(x * x);
+      EXPECT_NEAR(squares / draft.options().d_model, 1, 1e-3) << "after the norm";
+      draft_of_round.hidden = {};
+      recorded.push_back(draft_of_round);
+    }
+  };
+  for (int text = 0; text < num_texts; ++text) {
+    options.seed = static_cast<uint64_t>(text);
+    EXPECT_TRUE(GenerateOffline(*engine, RandomTokens(options.seed, 9, 320), options).ok());
+  }
+  return recorded;
+}
+
+TEST(RoundRecorderTest, AModelByItselfIsAlwaysAccepted) {
+  const TinyModel model;
+  const std::vector<RecordedDraft> recorded = RecordTexts(model, model, 1, 2);
+  EXPECT_GT(recorded.size(), 80u);
+  for (const RecordedDraft& draft : recorded) {
+    EXPECT_NEAR(draft.before_draw, 1, 1e-4f);
+    EXPECT_NEAR(draft.after_draw, 1, 1e-3f);
+    EXPECT_EQ(draft.features[4], static_cast<float>(draft.place));
+    EXPECT_EQ(draft.features[3], 1.0f);
+  }
+}
+
+// What is said of a draft before and after it is drawn is how often it is accepted.
+TEST(RoundRecorderTest, LabelsAreHowOftenDraftsAreAccepted) {
+  const TinyModel target({.scale = 0.8}), draft({.seed = 2, .scale = 0.8});
+  const std::vector<RecordedDraft> recorded = RecordTexts(target, draft, 0.9f, 60);
+  double judged = 0, accepted = 0, before = 0, after = 0, variance = 0;
+  for (const RecordedDraft& of : recorded) {
+    EXPECT_TRUE(!of.accepted || of.alive);
+    EXPECT_TRUE(of.alive || of.place > 0);
+    if (!of.alive) continue;
+    judged += 1;
+    accepted += of.accepted ? 1 : 0;
+    before += static_cast<double>(of.before_draw);
+    after += static_cast<double>(of.after_draw);
+    variance += static_cast<double>(of.before_draw * (1 - of.before_draw));
+  }
+  EXPECT_GT(judged, 1000);
+  EXPECT_GT(accepted, judged / 20);
+  EXPECT_NEAR(accepted, before, 5 * std::sqrt(variance));
+  EXPECT_NEAR(accepted, after, 5 * std::sqrt(variance));
+}
+
+TEST(RoundRecorderTest, AGreedyDraftIsRightOrWrong) {
+  const TinyModel target, draft({.seed = 2});
+  int judged = 0;
+  for (const RecordedDraft& of : RecordTexts(target, draft, 0, 4)) {
+    EXPECT_EQ(of.before_draw, of.after_draw);
+    if (!of.alive) continue;
+    ++judged;
+    EXPECT_EQ(of.after_draw, of.accepted ? 1.0f : 0.0f);
+  }
+  EXPECT_GT(judged, 100);
+}
+
+}  // namespace
+}  // namespace godwit
