@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -15,6 +16,7 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "tests/chi_square.h"
 #include "tests/engine/engine_driver.h"
+#include "tests/engine/gpu.h"
 #include "tests/engine/head_files.h"
 
 namespace godwit {
@@ -179,9 +181,11 @@ constexpr Case kCases[] = {{"Mlp", HeadKind::kMlp, HeadLabel::kPre},
 
 class HeadSpeculationTest : public testing::TestWithParam<Case> {};
 
-TEST_P(HeadSpeculationTest, GreedyAndSeededTextsEqualNone) {
+using MakeBackend = std::function<std::unique_ptr<Backend, BackendDeleter>()>;
+
+void ExpectTextsEqualNone(const Case& head, const MakeBackend& make_backend) {
   const TinyModel target, draft({.seed = 2, .d_model = 32, .num_layers = 2, .num_heads = 2});
-  ASSERT_TRUE(RandomHead(GetParam().kind, GetParam().label, 32).Write(draft.folder()).ok());
+  ASSERT_TRUE(RandomHead(head.kind, head.label, 32).Write(draft.folder()).ok());
   for (const int steps_in_flight : {1, 2}) {
     std::vector<DriverRequest> requests;
     for (uint64_t index = 0; index < 14; ++index) {
@@ -198,11 +202,15 @@ TEST_P(HeadSpeculationTest, GreedyAndSeededTextsEqualNone) {
     std::vector<DriverRequest> plain = requests;
     for (DriverRequest& request : plain) request.draft_tokens.clear();
     const auto make = [&](const std::string& draft_folder) {
-      return MakeEngine(target, {.draft_folder = draft_folder,
-                                 .dtype = DType::kF32,
-                                 .max_sequences = 16,
-                                 .swap_bytes = 64 << 20,
-                                 .max_steps_in_flight = steps_in_flight});
+      return MakeEngine(target,
+                        {.draft_folder = draft_folder,
+                         .dtype = DType::kF32,
+                         .max_sequences = 16,
+                         .max_tokens_per_step = 2048,
+                         .swap_bytes = 64 << 20,
+                         .max_steps_in_flight = steps_in_flight,
+                         .deterministic = true},
+                        make_backend());
     };
     const std::vector<DriverOutput> expected = Drive(*make(""), steps_in_flight, plain);
     const auto engine = make(draft.folder());
@@ -215,6 +223,15 @@ TEST_P(HeadSpeculationTest, GreedyAndSeededTextsEqualNone) {
       }
     }
   }
+}
+
+TEST_P(HeadSpeculationTest, GreedyAndSeededTextsEqualNone) {
+  ExpectTextsEqualNone(GetParam(), [] { return *CreateCpuBackend({.num_threads = 2}); });
+}
+
+TEST_P(HeadSpeculationTest, GreedyAndSeededTextsEqualNoneOnTheGpu) {
+  if (const absl::Status gpu = OpenGpu().status(); !gpu.ok()) GTEST_SKIP() << gpu.message();
+  ExpectTextsEqualNone(GetParam(), [] { return *OpenGpu(); });
 }
 
 // Three-token texts of a pair with 8 tokens, sampled without a seed, follow the target; heads stop
