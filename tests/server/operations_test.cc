@@ -192,7 +192,8 @@ void CheckReflection(TestServer& server) {
     names.insert(service.name());
   EXPECT_EQ(names,
             (std::set<std::string>{"godwit.v1.Inference", "godwit.v1.Tokenizer", "godwit.v1.Models",
-                                   "grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection",
+                                   "godwit.v1.Sessions", "grpc.health.v1.Health",
+                                   "grpc.reflection.v1.ServerReflection",
                                    "grpc.reflection.v1alpha.ServerReflection"}));
   google::protobuf::FileDescriptorProto file;
   ASSERT_GE(responses[1].file_descriptor_response().file_descriptor_proto_size(), 1);
