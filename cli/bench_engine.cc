@@ -178,21 +178,10 @@ class Decoders {
 
   absl::Status Fork(int64_t count, int64_t num_steps) {
     const int64_t position = from_.position();
-    const int64_t num_blocks = engine_.caches().geometry().blocks_for(position);
     for (int64_t row = 0; row < count; ++row) {
       ASSIGN_OR_RETURN(CacheLease lease, engine_.caches().Reserve(position + num_steps));
-      const auto blocks = [&](const CacheLease& of) {
-        return std::vector<int32_t>(of.blocks().begin(), of.blocks().begin() + num_blocks);
-      };
-      const CacheCopy copy = {.kind = CacheCopy::Kind::kFork,
-                              .from_slot = from_.slot(),
-                              .to_slot = lease.slot(),
-                              .from_blocks = blocks(from_),
-                              .to_blocks = blocks(lease),
-                              .position = position};
+      const CacheCopy copy = engine_.caches().Fork(from_, lease);
       RETURN_IF_ERROR(engine_.Copy({&copy, 1}));
-      lease.clear_fresh();
-      lease.set_position(position);
       leases_.push_back(std::move(lease));
     }
     return absl::OkStatus();
