@@ -134,15 +134,59 @@ void Scheduler::Impl::AgeQueue(TimeNs now) {
   if (changed) std::sort(queue_.begin(), queue_.end(), InQueueOrder);
 }
 
+// What a request that never ran can start from.
+PrefixTree::Match Scheduler::Impl::FindPrefix(const RequestGroup& group) const {
+  if (group.phase != Phase::kWaiting) return {};
+  return prefixes_.Find(group.request, group.prompt_length);
+}
+
 bool Scheduler::Impl::Fits(const RequestGroup& group) const {
   return caches_.Fits(group.num_reserved(), group.num_live());
+}
+
+// With the blocks that it shares; and those that only kept prefixes hold give way to a sequence,
+// the ones used longest ago first, if that makes it fit.
+bool Scheduler::Impl::FitsAfterDropping(const RequestGroup& group) {
+  if (Fits(group)) return true;
+  if (!caches_.geometry().has_paged() || caches_.free_slots() < group.num_live()) return false;
+  const PrefixTree::Match match = FindPrefix(group);
+  int64_t num_shared = 0, num_shared_in_use = 0;
+  if (match.snapshot != nullptr) {
+    num_shared = std::ssize(match.snapshot->blocks());
+    for (const int32_t block : match.snapshot->blocks()) {
+      num_shared_in_use += !caches_.IsIdle(block);
+    }
+  }
+  const int64_t num_tokens = group.num_reserved(), count = group.num_live();
+  if (!caches_.Fits(num_tokens, count, num_shared_in_use + caches_.idle_blocks())) return false;
+  while (!caches_.Fits(num_tokens, count, num_shared)) {
+    if (!prefixes_.DropOldest(match.snapshot)) return false;
+  }
+  return true;
+}
+
+// Reserves for the first sequence, which computes the prompt.
+void Scheduler::Impl::StartFromPrefix(RequestGroup& group, StepPlan& plan) {
+  const PrefixTree::Match match = FindPrefix(group);
+  if (match.snapshot != nullptr) {
+    Sequence& sequence = group.sequences[0];
+    absl::StatusOr<CacheManager::Started> started =
+        caches_.ReserveFrom(*match.snapshot, group.num_reserved());
+    GODWIT_CHECK(started.ok());  // the caller saw that the group fits
+    sequence.lease = std::move(started->lease);
+    sequence.confirmed_position = match.num_cached;
+    group.num_cached = group.num_prompt_submitted = group.num_prompt_confirmed = match.num_cached;
+    plan.copies.push_back(std::move(started->copy));
+    plan.record->copied_orders.push_back(group.order);
+  }
+  group.keep_positions = prefixes_.Start(group.request, group.prompt_length, match);
 }
 
 void Scheduler::Impl::Admit(StepPlan& plan, TimeNs now) {
   size_t num_blocked = 0;  // groups at the front of the queue that stay
   while (num_blocked < queue_.size()) {
     RequestGroup& group = *queue_[num_blocked];
-    const Room room = Fits(group) ? Room::kMade : MakeRoom(group, plan, now);
+    const Room room = FitsAfterDropping(group) ? Room::kMade : MakeRoom(group, plan, now);
     if (room == Room::kPending) return;
     if (room == Room::kMade) {
       GODWIT_CHECK(queue_[num_blocked].get() == &group);  // its victims queue behind it
@@ -167,6 +211,7 @@ void Scheduler::Impl::StartGroup(size_t queue_index, StepPlan& plan, TimeNs now)
     num_waiting_tokens_ -= group->prompt_length;
     group->timings.admitted = now;
   }
+  if (group->phase == Phase::kWaiting) StartFromPrefix(*group, plan);
   SwapIn(*group, plan);
   const bool decodes = group->num_prompt_confirmed == group->prompt_length;
   group->phase = decodes ? Phase::kDecoding : Phase::kPrefilling;

@@ -44,7 +44,7 @@ FakeExecutor::FakeExecutor(FakeExecutorOptions options, CacheManager& caches)
     : options_(std::move(options)),
       caches_(caches),
       paged_(caches.geometry().has_paged()),
-      slots_(static_cast<size_t>(caches.geometry().num_slots)),
+      slots_(static_cast<size_t>(caches.geometry().num_slots + caches.geometry().num_snapshots)),
       blocks_(paged_ ? static_cast<size_t>(caches.geometry().num_blocks) : 0) {
   static_assert(std::tuple_size_v<Block> == kPagedBlock);
 }
@@ -144,6 +144,7 @@ void FakeExecutor::Append(const CacheLease& lease, SlotState& state, int32_t tok
   if (paged_) {
     const auto block =
         static_cast<size_t>(lease.blocks()[static_cast<size_t>(state.position / kPagedBlock)]);
+    Check(caches_.NumUsers(static_cast<int32_t>(block)) == 1, "writes to a shared block");
     blocks_[block][static_cast<size_t>(state.position % kPagedBlock)] = state.hash;
   }
   ++state.position;
@@ -276,9 +277,12 @@ void FakeExecutor::CopyOne(const CacheCopy& copy) {
     Check(host_copies_.emplace(copy.host_id, std::move(host)).second, "host id twice");
     if (copy.kind == CacheCopy::Kind::kSave) return;
     state = {.hash = 0xdead, .position = -1};  // poison
-    for (int32_t block : copy.from_blocks) blocks_[static_cast<size_t>(block)].fill(0xdead);
+    for (int32_t block : copy.from_blocks) {
+      if (caches_.NumUsers(block) == 0) blocks_[static_cast<size_t>(block)].fill(0xdead);
+    }
     return;
   }
+  if (copy.kind == CacheCopy::Kind::kFork) return CopyPrefix(copy);
   Check(!SlotInFlight(copy.to_slot), "swapped into a slot in flight");
   const auto host = host_copies_.find(copy.host_id);
   if (host == host_copies_.end()) return Check(false, "swapped in from an unknown host id");
@@ -301,6 +305,20 @@ void FakeExecutor::Fork(const CacheCopy& copy) {
     blocks_[static_cast<size_t>(copy.to_blocks[block])] =
         blocks_[static_cast<size_t>(copy.from_blocks[block])];
   }
+}
+
+// To or from a slot in which no row runs.
+void FakeExecutor::CopyPrefix(const CacheCopy& copy) {
+  const int64_t num_slots = caches_.geometry().num_slots;
+  Check((copy.from_slot < num_slots) != (copy.to_slot < num_slots),
+        "neither keeps a prefix nor starts from one");
+  Check(!SlotInFlight(copy.to_slot), "a prefix goes to a slot in flight");
+  const SlotState& from = slots_[static_cast<size_t>(copy.from_slot)];
+  Check(from.position == copy.position, "the prefix has another position");
+  Check(copy.position % kPrefillBlock == 0, "a prefix ends off the prefill block");
+  Check(from.next_token < 0, "a prefix from which a token was drawn");
+  Check(copy.from_blocks.empty() && copy.to_blocks.empty(), "copies blocks that are shared");
+  slots_[static_cast<size_t>(copy.to_slot)] = from;
 }
 
 void FakeExecutor::DropHostCopies() {

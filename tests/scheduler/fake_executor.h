@@ -81,6 +81,7 @@ class FakeExecutor final : public StepExecutor {
   void Fork(const BatchRow& row, const CacheLease& to);
   uint64_t Cell(const CacheLease& lease, int64_t position);
   void CopyOne(const CacheCopy& copy);
+  void CopyPrefix(const CacheCopy& copy);
   void Fork(const CacheCopy& copy);
   bool SlotInFlight(int32_t slot) const;
   bool SlotDrafting(int32_t slot) const;
