@@ -58,6 +58,7 @@ void EventEncoder::Encode(std::vector<TokenEvent> events, std::vector<v1::Genera
     GODWIT_CHECK(!done_);
     switch (event.kind) {
       case TokenEvent::Kind::kPrompt:
+        num_cached_tokens_ = event.num_cached_tokens;
         EncodePrompt(event.tokens, out);
         break;
       case TokenEvent::Kind::kTokens:
@@ -88,6 +89,7 @@ void EventEncoder::EncodePrompt(const std::vector<SampledToken>& scores,
   prompt_sent_ = true;
   v1::PromptEvent& prompt = *NewEvent(0, out).mutable_prompt();
   prompt.set_num_tokens(std::ssize(prompt_));
+  prompt.set_num_cached_tokens(num_cached_tokens_);
   if (echo_) {
     prompt.set_text(echo_text_);
     prompt.mutable_token_ids()->Assign(prompt_.begin(), prompt_.end());
@@ -155,6 +157,7 @@ void EventEncoder::EncodeSummary(const TokenEvent& event,
   usage.set_prompt_tokens(std::ssize(prompt_));
   usage.set_completion_tokens(num_tokens);
   usage.set_total_tokens(std::ssize(prompt_) + num_tokens);
+  usage.set_cached_prompt_tokens(num_cached_tokens_);
   *summary.mutable_timings() = EncodeTimings(event.timings, num_tokens / std::ssize(writers_));
   if (event.speculation.num_rounds > 0) {
     *summary.mutable_speculation() = EncodeSpeculation(event.speculation);

@@ -107,6 +107,17 @@ class LoopCollector final : public prometheus::Collectable {
         Counter("num_preemptions_total", "Preemptions to host memory.", stats.num_preemptions),
         Counter("prompt_tokens_total", "Prompt tokens computed.", stats.prompt_tokens),
         Counter("generation_tokens_total", "Tokens generated.", stats.generation_tokens),
+        // The names of vLLM; both count tokens.
+        Counter("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.",
+                stats.prefix_cache.num_queries),
+        Counter("prefix_cache_hits_total", "Of these, not computed anew.",
+                stats.prefix_cache.num_hits),
+        Counter("prefix_cache_evictions_total", "States that the prefix cache gave up.",
+                stats.prefix_cache.num_dropped),
+        Gauge("prefix_cache_states", "States that the prefix cache keeps.",
+              stats.prefix_cache.num_states),
+        Gauge("prefix_cache_bytes", "Bytes of them, with KV blocks that no sequence uses.",
+              stats.prefix_cache.num_bytes),
         Counter("engine_steps_total", "Steps of the engine.", stats.num_steps),
         // The names of vLLM.
         Counter("spec_decode_num_drafts_total", "Rounds of drafts.", stats.speculation.num_rounds),

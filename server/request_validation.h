@@ -20,6 +20,7 @@ namespace godwit {
 struct Arrival {
   TimeNs now = 0;
   TimeNs deadline = kNever;
+  std::string tenant;  // whose bearer token the call had; "" where everybody may
 };
 
 // A valid Generate request, and what its answer needs beside the tokens.
