@@ -35,6 +35,7 @@ struct BenchServeFlags {
   int64_t concurrency = 8;
   double rate = 0;  // requests per second; 0: closed loop
   int64_t prompt_tokens = 128, output_tokens = 128;
+  int64_t shared_prefix_tokens = 0;
   uint64_t seed = 1;
   double temperature = 1;
   bool json = false;
@@ -52,18 +53,25 @@ struct Tally {
   std::condition_variable changed;
   int64_t num_in_flight = 0, num_done = 0, num_failed = 0;
   int64_t output_tokens = 0, prompt_tokens = 0;
+  int64_t cached_tokens = 0;
   int64_t decoded_tokens = 0;  // after the first of each stream,
   double decode_ms = 0;        // and the time from the first to the last
   std::vector<double> ttft_ms, inter_token_ms, end_to_end_ms;
   std::vector<std::vector<Delta>> decoded;  // by stream
+  std::vector<std::vector<int32_t>> answers;  // by request
   std::string first_error;
 };
 
 // One request. Owns itself: deleted in OnDone.
 class Stream final : public grpc::ClientReadReactor<v1::GenerateEvent> {
  public:
-  Stream(v1::Inference::Stub& stub, const Client& client, v1::GenerateRequest request, Tally& tally)
-      : request_(std::move(request)), tally_(tally), start_(Clock::now()), last_(start_) {
+  Stream(v1::Inference::Stub& stub, const Client& client, v1::GenerateRequest request,
+         int64_t index, Tally& tally)
+      : request_(std::move(request)),
+        index_(index),
+        tally_(tally),
+        start_(Clock::now()),
+        last_(start_) {
     client.Prepare(context_);
     stub.async()->GenerateStream(&context_, &request_, this);
     StartRead(&event_);
@@ -72,6 +80,7 @@ class Stream final : public grpc::ClientReadReactor<v1::GenerateEvent> {
 
   void OnReadDone(bool ok) override {
     if (!ok) return;
+    if (event_.has_prompt()) num_cached_ = event_.prompt().num_cached_tokens();
     if (event_.has_delta() && event_.delta().token_ids_size() > 0) Count(event_.delta());
     StartRead(&event_);
   }
@@ -90,6 +99,8 @@ class Stream final : public grpc::ClientReadReactor<v1::GenerateEvent> {
         tally_.decode_ms += decode_ms_;
         tally_.decoded.push_back(std::move(deltas_));
         tally_.prompt_tokens += request_.token_ids().ids_size();
+        tally_.cached_tokens += num_cached_;
+        tally_.answers[static_cast<size_t>(index_)] = std::move(answer_);
       } else {
         ++tally_.num_failed;
         if (tally_.first_error.empty()) tally_.first_error = Describe(status);
@@ -111,6 +122,7 @@ class Stream final : public grpc::ClientReadReactor<v1::GenerateEvent> {
       gaps_ms_.insert(gaps_ms_.end(), delta.token_ids_size(), gap);
     }
     last_ = now;
+    answer_.insert(answer_.end(), delta.token_ids().begin(), delta.token_ids().end());
     num_tokens_ += delta.token_ids_size();
     deltas_.push_back({now, delta.token_ids_size()});
   }
@@ -118,12 +130,14 @@ class Stream final : public grpc::ClientReadReactor<v1::GenerateEvent> {
   grpc::ClientContext context_;
   v1::GenerateRequest request_;
   v1::GenerateEvent event_;
+  const int64_t index_;
   Tally& tally_;
   Clock::time_point start_, last_;
   double ttft_ms_ = 0, decode_ms_ = 0;
   std::vector<double> gaps_ms_;
   std::vector<Delta> deltas_;
-  int64_t num_tokens_ = 0;
+  std::vector<int32_t> answer_;
+  int64_t num_tokens_ = 0, num_cached_ = 0;
 };
 
 // Tokens a second in the time in which `num_streams` streams are between their first token and
@@ -155,13 +169,19 @@ double FullRate(const std::vector<std::vector<Delta>>& streams, int64_t num_stre
   return milliseconds > 0 ? static_cast<double>(num_tokens) * 1e3 / milliseconds : 0;
 }
 
-v1::GenerateRequest RandomRequest(const BenchServeFlags& flags, int64_t vocab_size, int64_t index) {
+v1::GenerateRequest RandomRequest(const BenchServeFlags& flags, int64_t vocab_size, int64_t index,
+                                  bool bypass_prefix_cache) {
   std::mt19937_64 random(flags.seed + static_cast<uint64_t>(index));
   // Ids below 3 are control tokens in every sentencepiece vocabulary.
   std::uniform_int_distribution<int32_t> token(
       static_cast<int32_t>(std::min<int64_t>(3, vocab_size - 1)),
       static_cast<int32_t>(vocab_size - 1));
   v1::GenerateRequest request;
+  std::mt19937_64 shared(flags.seed ^ 0x9e3779b97f4a7c15u);
+  for (int64_t i = 0; i < flags.shared_prefix_tokens; ++i) {
+    request.mutable_token_ids()->add_ids(token(shared));
+  }
+  if (bypass_prefix_cache) request.mutable_state()->set_bypass_prefix_cache(true);
   for (int64_t i = 0; i < flags.prompt_tokens; ++i) {
     request.mutable_token_ids()->add_ids(token(random));
   }
@@ -185,7 +205,8 @@ void ShowProgress(const Tally& tally, int64_t num_requests, Clock::time_point st
 
 // Starts every request at its time and returns when the last has ended.
 Clock::duration RunLoad(const BenchServeFlags& flags, const Client& client, int64_t vocab_size,
-                        Tally& tally) {
+                        bool bypass_prefix_cache, Tally& tally) {
+  tally.answers.resize(static_cast<size_t>(flags.num_requests));
   auto stub = v1::Inference::NewStub(client.channel);
   std::mt19937_64 random(flags.seed);
   std::exponential_distribution<double> gap_s(flags.rate > 0 ? flags.rate : 1);
@@ -206,7 +227,8 @@ Clock::duration RunLoad(const BenchServeFlags& flags, const Client& client, int6
     }
     ++tally.num_in_flight;
     lock.unlock();
-    new Stream(*stub, client, RandomRequest(flags, vocab_size, index), tally);
+    new Stream(*stub, client, RandomRequest(flags, vocab_size, index, bypass_prefix_cache), index,
+               tally);
     lock.lock();
   }
   while (tally.num_in_flight > 0) {
@@ -215,6 +237,37 @@ Clock::duration RunLoad(const BenchServeFlags& flags, const Client& client, int6
   }
   if (progress) std::cerr << "\n";
   return Clock::now() - start;
+}
+
+// The same requests without the prefix cache and with it.
+nlohmann::ordered_json PrefixReport(Tally& without, Tally& with) {
+  int64_t num_differing = 0;
+  for (size_t index = 0; index < with.answers.size(); ++index) {
+    num_differing += with.answers[index] != without.answers[index];
+  }
+  const nlohmann::ordered_json before = Percentiles(without.ttft_ms);
+  const nlohmann::ordered_json after = Percentiles(with.ttft_ms);
+  return {{"ttft_ms_without", before},
+          {"ttft_ms_with", after},
+          {"ttft_mean_ratio", before["mean"].get<double>() / after["mean"].get<double>()},
+          {"ttft_p50_ratio", before["p50"].get<double>() / after["p50"].get<double>()},
+          {"cached_prompt_tokens", with.cached_tokens},
+          {"prompt_tokens", with.prompt_tokens},
+          {"differing_answers", num_differing}};
+}
+
+void PrintPrefixReport(const nlohmann::ordered_json& report) {
+  for (const char* name : {"ttft_ms_without", "ttft_ms_with"}) {
+    std::cout << absl::StrFormat("%-15s mean %9.3f  p50 %9.3f\n", name,
+                                 report[name]["mean"].get<double>(),
+                                 report[name]["p50"].get<double>());
+  }
+  std::cout << absl::StrFormat(
+      "prefix cache: time to first token %.2f times better (p50 %.2f), %d of %d prompt tokens "
+      "cached, %d differing answers\n",
+      report["ttft_mean_ratio"].get<double>(), report["ttft_p50_ratio"].get<double>(),
+      report["cached_prompt_tokens"].get<int64_t>(), report["prompt_tokens"].get<int64_t>(),
+      report["differing_answers"].get<int64_t>());
 }
 
 int RunBenchServe(const BenchServeFlags& flags) {
@@ -228,8 +281,13 @@ int RunBenchServe(const BenchServeFlags& flags) {
         v1::Models::NewStub(client->channel)->GetModel(&context, v1::GetModelRequest(), &card);
     if (!status.ok()) return Report(absl::UnavailableError(Describe(status)), kFailed);
   }
-  Tally tally;
-  const double seconds = Milliseconds(RunLoad(flags, *client, card.vocab_size(), tally)) / 1e3;
+  Tally tally, uncached;
+  if (flags.shared_prefix_tokens > 0) {
+    RunLoad(flags, *client, card.vocab_size(), /*bypass_prefix_cache=*/true, uncached);
+  }
+  const double seconds = Milliseconds(RunLoad(flags, *client, card.vocab_size(),
+                                              /*bypass_prefix_cache=*/false, tally)) /
+                         1e3;
   const auto per_second = [&](int64_t count) { return static_cast<double>(count) / seconds; };
   const nlohmann::ordered_json config = {{"model", card.name()},
                                          {"backend", card.backend()},
@@ -238,6 +296,7 @@ int RunBenchServe(const BenchServeFlags& flags) {
                                          {"concurrency", flags.rate > 0 ? 0 : flags.concurrency},
                                          {"rate", flags.rate},
                                          {"prompt_tokens", flags.prompt_tokens},
+                                         {"shared_prefix_tokens", flags.shared_prefix_tokens},
                                          {"output_tokens", flags.output_tokens},
                                          {"temperature", flags.temperature},
                                          {"seed", flags.seed}};
@@ -260,6 +319,7 @@ int RunBenchServe(const BenchServeFlags& flags) {
       {"ttft_ms", Percentiles(tally.ttft_ms)},
       {"inter_token_ms", Percentiles(tally.inter_token_ms)},
       {"end_to_end_ms", Percentiles(tally.end_to_end_ms)}};
+  if (flags.shared_prefix_tokens > 0) results["prefix_cache"] = PrefixReport(uncached, tally);
   if (!flags.json) {
     std::cout << absl::StrFormat(
         "%d completed, %d failed in %.2f s: %.1f requests/s, %.0f output tokens/s\n", completed,
@@ -277,6 +337,7 @@ int RunBenchServe(const BenchServeFlags& flags) {
                                    row["mean"].get<double>(), row["p50"].get<double>(),
                                    row["p90"].get<double>(), row["p99"].get<double>());
     }
+    if (flags.shared_prefix_tokens > 0) PrintPrefixReport(results["prefix_cache"]);
   }
   if (!WriteReport("serve", config, results, flags.json, flags.output)) {
     return Report(absl::UnavailableError("--output: cannot write " + flags.output), kFailed);
@@ -302,6 +363,11 @@ void AddBenchServeCommand(CLI::App& bench, int& exit_code) {
       ->check(CLI::Range(0.0, 1e6));
   command->add_option("--prompt-tokens", flags->prompt_tokens, "random ids per prompt")
       ->check(CLI::Range(int64_t{1}, int64_t{10'000'000}));
+  command
+      ->add_option("--shared-prefix-tokens", flags->shared_prefix_tokens,
+                   "every prompt begins with these random ids; the load runs without the prefix "
+                   "cache, then with it")
+      ->check(CLI::Range(int64_t{0}, int64_t{10'000'000}));
   command->add_option("--output-tokens", flags->output_tokens, "tokens per request, EOS ignored")
       ->check(CLI::Range(int64_t{1}, int64_t{10'000'000}));
   command->add_option("--temperature", flags->temperature, "0 = greedy");

@@ -46,6 +46,13 @@ void PrintReady(const Server& server, const ServerOptions& options) {
   if (geometry.has_paged()) {
     absl::StrAppendFormat(&line, ", %d KV blocks of %d tokens", geometry.num_blocks, kPagedBlock);
   }
+  if (geometry.num_snapshots > 0) {
+    absl::StrAppendFormat(&line, ", %d prefix states", geometry.num_snapshots);
+  } else {
+    absl::StrAppend(&line, ", no prefix cache: ",
+                    options.engine.prefix_cache_bytes == 0 ? "--prefix-cache-bytes 0"
+                                                           : "its memory holds no state");
+  }
   if (server.card().max_draft_tokens > 0) {
     absl::StrAppendFormat(&line, ", draft model of %.2f M parameters",
                           static_cast<double>(server.card().draft_num_parameters) / 1e6);
@@ -152,6 +159,27 @@ void AddSpeculationFlags(CLI::App& command, ServeFlags& flags) {
       ->check(CLI::Range(1, kMaxDraftTokens));
 }
 
+void AddPrefixCacheFlags(CLI::App& command, ServerOptions& server) {
+  server.engine.prefix_cache_bytes = kAutoPrefixCache;
+  command
+      .add_option("--prefix-cache-bytes", server.engine.prefix_cache_bytes,
+                  "device memory for states of prompts that later ones start from; 0: none; -1: "
+                  "128 MiB, on a GPU a 16th of what the weights leave")
+      ->check(CLI::Range(kAutoPrefixCache, int64_t{1} << 50));
+  command
+      .add_option(
+          "--prefix-cache-interval", server.prefix_cache.interval,
+          "a state is kept every so many prompt tokens; 0: only at the end of a prompt, where "
+          "it leaves an earlier one, and where requests say")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 31));
+  command
+      .add_option("--prefix-cache-min-tokens", server.prefix_cache.min_tokens,
+                  "and where it saves so many over the one before it")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 31));
+  command.add_flag("--prefix-cache-across-tenants", server.limits.share_prefixes,
+                   "requests with different bearer tokens share prompts too");
+}
+
 void AddCapacityFlags(CLI::App& command, ServeFlags& flags) {
   EngineOptions& engine = flags.server.engine;
   command
@@ -239,6 +267,7 @@ void AddServeCommand(CLI::App& app, int& exit_code) {
   AddSpeculationFlags(*command, *flags);
   AddListenFlags(*command, flags->server);
   AddCapacityFlags(*command, *flags);
+  AddPrefixCacheFlags(*command, flags->server);
   command->callback([flags, &exit_code] { exit_code = RunServe(*flags); });
 }
 

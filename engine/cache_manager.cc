@@ -13,11 +13,11 @@
 namespace godwit {
 namespace {
 
-// Ids n - 1 .. 0, so that the lowest id is handed out first.
-std::vector<int32_t> DescendingIds(int64_t count) {
+// Ids first + n - 1 .. first, so that the lowest id is handed out first.
+std::vector<int32_t> DescendingIds(int64_t count, int64_t first = 0) {
   std::vector<int32_t> ids(static_cast<size_t>(count));
   for (int64_t index = 0; index < count; ++index) {
-    ids[static_cast<size_t>(index)] = static_cast<int32_t>(count - 1 - index);
+    ids[static_cast<size_t>(index)] = static_cast<int32_t>(first + count - 1 - index);
   }
   return ids;
 }
@@ -116,6 +116,23 @@ void StoredState::Release() {
   position_ = 0;
 }
 
+CacheSnapshot::CacheSnapshot(CacheSnapshot&& other) noexcept { *this = std::move(other); }
+
+CacheSnapshot& CacheSnapshot::operator=(CacheSnapshot&& other) noexcept {
+  if (this == &other) return *this;
+  Release();
+  manager_ = std::exchange(other.manager_, nullptr);
+  slot_ = std::exchange(other.slot_, -1);
+  blocks_ = std::exchange(other.blocks_, {});
+  position_ = std::exchange(other.position_, 0);
+  return *this;
+}
+
+void CacheSnapshot::Release() {
+  if (manager_ == nullptr) return;
+  std::exchange(manager_, nullptr)->Return(*this);
+}
+
 absl::StatusOr<std::unique_ptr<CacheManager>> CacheManager::Create(CacheGeometry geometry) {
   if (geometry.num_slots < 1 || geometry.num_slots > std::numeric_limits<int32_t>::max()) {
     return absl::InvalidArgumentError(
@@ -136,18 +153,26 @@ absl::StatusOr<std::unique_ptr<CacheManager>> CacheManager::Create(CacheGeometry
     return absl::InvalidArgumentError(
         absl::StrCat("store bytes ", geometry.store_bytes, " not >= 0"));
   }
+  if (geometry.num_snapshots < 0 ||
+      geometry.num_snapshots > std::numeric_limits<int32_t>::max() - geometry.num_slots) {
+    return absl::InvalidArgumentError(absl::StrCat("number of snapshots ", geometry.num_snapshots,
+                                                   " not in [0, 2^31 - 1 - ", geometry.num_slots,
+                                                   " slots]"));
+  }
   return std::unique_ptr<CacheManager>(new CacheManager(std::move(geometry)));
 }
 
 CacheManager::CacheManager(CacheGeometry geometry)
     : geometry_(std::move(geometry)),
       free_slots_(DescendingIds(geometry_.num_slots)),
-      free_blocks_(DescendingIds(geometry_.has_paged() ? geometry_.num_blocks : 0)) {}
+      free_blocks_(DescendingIds(geometry_.has_paged() ? geometry_.num_blocks : 0)),
+      free_snapshots_(DescendingIds(geometry_.num_snapshots, geometry_.num_slots)),
+      block_users_(free_blocks_.size()) {}
 
-bool CacheManager::Fits(int64_t num_tokens, int64_t count) const {
-  GODWIT_CHECK(num_tokens >= 0 && count >= 0);
+bool CacheManager::Fits(int64_t num_tokens, int64_t count, int64_t num_shared) const {
+  GODWIT_CHECK(num_tokens >= 0 && count >= 0 && num_shared >= 0);
   return count <= free_slots() &&
-         ProductFits(count, geometry_.blocks_for(num_tokens), free_blocks());
+         ProductFits(count, geometry_.blocks_for(num_tokens), free_blocks() + num_shared);
 }
 
 bool CacheManager::FitsEver(int64_t num_tokens, int64_t count) const {
@@ -156,7 +181,30 @@ bool CacheManager::FitsEver(int64_t num_tokens, int64_t count) const {
          ProductFits(count, geometry_.blocks_for(num_tokens), geometry_.num_blocks);
 }
 
-absl::Status CacheManager::Take(int64_t num_blocks, CacheLease& lease) {
+void CacheManager::AddUsers(int32_t block, BlockUsers change) {
+  BlockUsers& users = block_users_[static_cast<size_t>(block)];
+  const bool was_idle = IsIdle(block);
+  users.num_leases += change.num_leases;
+  users.num_snapshots += change.num_snapshots;
+  GODWIT_CHECK(users.num_leases >= 0 && users.num_snapshots >= 0);
+  num_idle_blocks_ += static_cast<int64_t>(IsIdle(block)) - static_cast<int64_t>(was_idle);
+}
+
+int64_t CacheManager::NumUsers(int32_t block) const {
+  return int64_t{users(block).num_leases} + users(block).num_snapshots;
+}
+
+bool CacheManager::IsIdle(int32_t block) const {
+  return users(block).num_leases == 0 && users(block).num_snapshots > 0;
+}
+
+int64_t CacheManager::NumOwnBlocks(const CacheLease& lease) const {
+  return std::count_if(lease.blocks().begin(), lease.blocks().end(),
+                       [&](int32_t block) { return users(block).num_leases == 1; });
+}
+
+absl::Status CacheManager::Take(const std::vector<int32_t>& shared, int64_t num_blocks,
+                                CacheLease& lease) {
   if (free_slots_.empty()) {
     return absl::ResourceExhaustedError(
         absl::StrCat("all ", geometry_.num_slots, " state slots are in use"));
@@ -168,19 +216,64 @@ absl::Status CacheManager::Take(int64_t num_blocks, CacheLease& lease) {
   }
   lease.slot_ = free_slots_.back();
   free_slots_.pop_back();
-  lease.blocks_.assign(free_blocks_.rbegin(), free_blocks_.rbegin() + num_blocks);
+  lease.blocks_ = shared;
+  lease.blocks_.insert(lease.blocks_.end(), free_blocks_.rbegin(),
+                       free_blocks_.rbegin() + num_blocks);
   free_blocks_.resize(free_blocks_.size() - static_cast<size_t>(num_blocks));
+  for (const int32_t block : lease.blocks_) AddUsers(block, {.num_leases = 1});
   return absl::OkStatus();
 }
 
 absl::StatusOr<CacheLease> CacheManager::Reserve(int64_t num_tokens) {
   GODWIT_CHECK(num_tokens >= 0);
   CacheLease lease;
-  RETURN_IF_ERROR(Take(geometry_.blocks_for(num_tokens), lease));
+  RETURN_IF_ERROR(Take({}, geometry_.blocks_for(num_tokens), lease));
   lease.manager_ = this;
   lease.fresh_ = true;
   lease.reserved_tokens_ = num_tokens;
   return lease;
+}
+
+absl::StatusOr<CacheManager::Snapshot> CacheManager::TakeSnapshot(const CacheLease& lease,
+                                                                  int64_t position) {
+  GODWIT_CHECK(lease.manager_ == this);
+  GODWIT_CHECK(lease.resident());
+  GODWIT_CHECK(position > 0 && position % kPagedBlock == 0);
+  GODWIT_CHECK(position >= lease.position_ && position <= lease.reserved_tokens_);
+  if (free_snapshots_.empty()) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("all ", geometry_.num_snapshots, " snapshots are in use"));
+  }
+  Snapshot taken;
+  CacheSnapshot& snapshot = taken.snapshot;
+  snapshot.manager_ = this;
+  snapshot.slot_ = free_snapshots_.back();
+  free_snapshots_.pop_back();
+  snapshot.blocks_ = FirstBlocks(lease.blocks_, geometry_.blocks_for(position));
+  for (const int32_t block : snapshot.blocks_) AddUsers(block, {.num_snapshots = 1});
+  snapshot.position_ = position;
+  taken.copy = {.kind = CacheCopy::Kind::kFork,
+                .from_slot = lease.slot_,
+                .to_slot = snapshot.slot_,
+                .position = position};
+  return taken;
+}
+
+absl::StatusOr<CacheManager::Started> CacheManager::ReserveFrom(const CacheSnapshot& snapshot,
+                                                                int64_t num_tokens) {
+  GODWIT_CHECK(snapshot.manager_ == this);
+  GODWIT_CHECK(num_tokens > snapshot.position_);
+  Started started;
+  const int64_t num_own = geometry_.blocks_for(num_tokens) - std::ssize(snapshot.blocks_);
+  RETURN_IF_ERROR(Take(snapshot.blocks_, num_own, started.lease));
+  started.lease.manager_ = this;
+  started.lease.reserved_tokens_ = num_tokens;
+  started.lease.position_ = snapshot.position_;
+  started.copy = {.kind = CacheCopy::Kind::kFork,
+                  .from_slot = snapshot.slot_,
+                  .to_slot = started.lease.slot_,
+                  .position = snapshot.position_};
+  return started;
 }
 
 int64_t CacheManager::StateBytes(int64_t position) const {
@@ -217,7 +310,7 @@ absl::StatusOr<CacheCopy> CacheManager::SwapOut(CacheLease& lease) {
 absl::StatusOr<CacheCopy> CacheManager::SwapIn(CacheLease& lease) {
   GODWIT_CHECK(lease.manager_ == this);
   GODWIT_CHECK(lease.swapped());
-  RETURN_IF_ERROR(Take(geometry_.blocks_for(lease.reserved_tokens_), lease));
+  RETURN_IF_ERROR(Take({}, geometry_.blocks_for(lease.reserved_tokens_), lease));
   CacheCopy copy{.kind = CacheCopy::Kind::kSwapIn,
                  .to_slot = lease.slot_,
                  .to_blocks = FirstBlocks(lease.blocks_, geometry_.blocks_for(lease.position_)),
@@ -283,10 +376,7 @@ CacheCopy CacheManager::Trim(CacheLease& lease, int64_t position, int32_t next_t
   GODWIT_CHECK(lease.manager_ == this && lease.resident());
   GODWIT_CHECK(position >= 1 && position <= lease.reserved_tokens_);
   const auto num_blocks = static_cast<size_t>(geometry_.blocks_for(position));
-  while (lease.blocks_.size() > num_blocks) {
-    free_blocks_.push_back(lease.blocks_.back());
-    lease.blocks_.pop_back();
-  }
+  ReturnBlocksAfter(num_blocks, lease);
   lease.reserved_tokens_ = position;
   lease.position_ = position;
   return {.kind = CacheCopy::Kind::kTrim,
@@ -313,10 +403,18 @@ std::vector<int64_t> CacheManager::TakeReleasedHostIds() {
   return std::exchange(released_host_ids_, {});
 }
 
+void CacheManager::ReturnBlocksAfter(size_t num_kept, CacheLease& lease) {
+  while (lease.blocks_.size() > num_kept) {
+    const int32_t block = lease.blocks_.back();
+    lease.blocks_.pop_back();
+    AddUsers(block, {.num_leases = -1});
+    if (NumUsers(block) == 0) free_blocks_.push_back(block);
+  }
+}
+
 void CacheManager::ReturnDeviceIds(CacheLease& lease) {
   free_slots_.push_back(std::exchange(lease.slot_, -1));
-  free_blocks_.insert(free_blocks_.end(), lease.blocks_.rbegin(), lease.blocks_.rend());
-  lease.blocks_.clear();
+  ReturnBlocksAfter(0, lease);
   GODWIT_CHECK(free_slots() <= geometry_.num_slots);
   GODWIT_CHECK(free_blocks() <= geometry_.num_blocks);
 }
@@ -335,6 +433,18 @@ void CacheManager::Return(StoredState& state) {
   used_store_bytes_ -= std::exchange(state.num_bytes_, 0);
   GODWIT_CHECK(used_store_bytes_ >= 0);
   released_host_ids_.push_back(std::exchange(state.host_id_, -1));
+}
+
+void CacheManager::Return(CacheSnapshot& snapshot) {
+  free_snapshots_.push_back(std::exchange(snapshot.slot_, -1));
+  for (auto block = snapshot.blocks_.rbegin(); block != snapshot.blocks_.rend(); ++block) {
+    AddUsers(*block, {.num_snapshots = -1});
+    if (NumUsers(*block) == 0) free_blocks_.push_back(*block);
+  }
+  snapshot.blocks_.clear();
+  snapshot.position_ = 0;
+  GODWIT_CHECK(free_snapshots() <= geometry_.num_snapshots);
+  GODWIT_CHECK(free_blocks() <= geometry_.num_blocks);
 }
 
 }  // namespace godwit

@@ -24,7 +24,10 @@ struct CacheGeometry {
   int64_t num_slots = 0;        // one per resident sequence
   int64_t num_blocks = 0;       // KV blocks of kPagedBlock tokens, shared by all paged components (one id = one block each)
   int64_t swap_bytes = 0;       // host memory for preempted sequences
-  int64_t store_bytes = 0;      // host memory for stored states: sessions, prefixes
+  int64_t store_bytes = 0;      // host memory for stored states: sessions
+  // States kept for later sequences to start from, in slots num_slots, num_slots + 1, ... of the
+  // pool. No row runs there.
+  int64_t num_snapshots = 0;
 
   bool has_paged() const;
   int64_t slot_bytes() const;        // bases and window rings of one sequence
@@ -99,6 +102,32 @@ class StoredState {
   int64_t num_bytes_ = 0;
 };
 
+// A state at one position that sequences can start from: a slot of its own, and the whole KV blocks
+// up to the position, which it shares with the sequence that computed them and with all that start
+// here. Nobody writes to a shared block: tokens after the position lie in blocks of their sequence.
+// Move-only; returns what it holds when destroyed. Not thread-safe.
+class CacheSnapshot {
+ public:
+  CacheSnapshot() = default;
+  CacheSnapshot(CacheSnapshot&& other) noexcept;
+  CacheSnapshot& operator=(CacheSnapshot&& other) noexcept;
+  ~CacheSnapshot() { Release(); }
+
+  explicit operator bool() const { return manager_ != nullptr; }
+  int32_t slot() const { return slot_; }
+  const std::vector<int32_t>& blocks() const { return blocks_; }
+  int64_t position() const { return position_; }
+
+  void Release();
+
+ private:
+  friend class CacheManager;
+  CacheManager* manager_ = nullptr;
+  int32_t slot_ = -1;
+  std::vector<int32_t> blocks_;
+  int64_t position_ = 0;
+};
+
 // A copy of a whole sequence state, done by StepExecutor::Copy in order with the steps. Ids are captured by value: the
 // manager may hand the source's device ids to others at once, because later steps run after the copy. Whoever orders a
 // kFork clears fresh() of the target's lease, or its first step would zero the copy.
@@ -108,8 +137,9 @@ struct CacheCopy {
   enum class Kind { kFork, kSwapOut, kSwapIn, kSave, kLoad, kTrim };
   Kind kind = Kind::kFork;
   int32_t from_slot = -1, to_slot = -1;
-  std::vector<int32_t> from_blocks, to_blocks;  // as many as hold `position` tokens
-  int64_t host_id = -1;                          // all but kFork and kTrim
+  // As many as hold `position` tokens; none where the two share them.
+  std::vector<int32_t> from_blocks, to_blocks;
+  int64_t host_id = -1;  // all but kFork and kTrim
   int64_t position = 0;
   int32_t next_token = -1;              // kTrim: drawn after the state, not in it; -1: none
   std::vector<int32_t> dropped_tokens;  // kTrim: drawn, and no longer part of the text
@@ -126,12 +156,42 @@ class CacheManager {
   int64_t free_swap_bytes() const { return geometry_.swap_bytes - used_swap_bytes_; }
   int64_t free_store_bytes() const { return geometry_.store_bytes - used_store_bytes_; }
 
-  // Would `count` sequences of `num_tokens` each fit now / in an empty cache?
-  bool Fits(int64_t num_tokens, int64_t count = 1) const;
+  int64_t free_snapshots() const { return static_cast<int64_t>(free_snapshots_.size()); }
+  // Blocks that only snapshots hold: they come free when those are released.
+  int64_t idle_blocks() const { return num_idle_blocks_; }
+
+  // Would `count` sequences of `num_tokens` each fit now / in an empty cache? The first of them
+  // takes num_shared blocks from a snapshot.
+  bool Fits(int64_t num_tokens, int64_t count = 1, int64_t num_shared = 0) const;
   bool FitsEver(int64_t num_tokens, int64_t count = 1) const;
 
   // A slot and the blocks for num_tokens (prompt + max_tokens). RESOURCE_EXHAUSTED leaves everything unchanged.
   absl::StatusOr<CacheLease> Reserve(int64_t num_tokens);
+
+  // The state of a resident lease at `position`, a multiple of kPagedBlock that is not before the
+  // lease's own and that all steps in flight together reach. RESOURCE_EXHAUSTED (no free snapshot)
+  // leaves everything unchanged; on OK the caller executes the copy behind the step that reaches
+  // the position and before the next one of the lease.
+  struct Snapshot {
+    CacheSnapshot snapshot;
+    CacheCopy copy;
+  };
+  absl::StatusOr<Snapshot> TakeSnapshot(const CacheLease& lease, int64_t position);
+
+  // A lease as Reserve gives it, that starts at the snapshot's position; num_tokens is more than
+  // that. The caller executes the copy before the lease's first step. The snapshot may be released
+  // meanwhile: what reuses its slot is copied later.
+  struct Started {
+    CacheLease lease;
+    CacheCopy copy;
+  };
+  absl::StatusOr<Started> ReserveFrom(const CacheSnapshot& snapshot, int64_t num_tokens);
+
+  // Blocks that no other lease holds: when this one is released they are free or idle.
+  int64_t NumOwnBlocks(const CacheLease& lease) const;
+  // Leases and snapshots that hold the block.
+  int64_t NumUsers(int32_t block) const;
+  bool IsIdle(int32_t block) const;
 
   // Moves a resident lease with no step in flight to host memory / back. RESOURCE_EXHAUSTED leaves all unchanged; on OK the
   // lease has changed state and the caller must execute the copy before its next step.
@@ -169,14 +229,26 @@ class CacheManager {
  private:
   friend class CacheLease;
   friend class StoredState;
+  friend class CacheSnapshot;
+  // Of one block; it is free when both are 0.
+  struct BlockUsers {
+    int32_t num_leases = 0, num_snapshots = 0;
+  };
   explicit CacheManager(CacheGeometry geometry);
-  absl::Status Take(int64_t num_blocks, CacheLease& lease);  // all or nothing
+  // A slot, the shared blocks and num_blocks free ones; all or nothing.
+  absl::Status Take(const std::vector<int32_t>& shared, int64_t num_blocks, CacheLease& lease);
   void Return(CacheLease& lease);
   void Return(StoredState& state);
+  void Return(CacheSnapshot& snapshot);
+  void ReturnBlocksAfter(size_t num_kept, CacheLease& lease);
   void ReturnDeviceIds(CacheLease& lease);
+  void AddUsers(int32_t block, BlockUsers change);
+  const BlockUsers& users(int32_t block) const { return block_users_[static_cast<size_t>(block)]; }
 
   CacheGeometry geometry_;
-  std::vector<int32_t> free_slots_, free_blocks_;
+  std::vector<int32_t> free_slots_, free_blocks_, free_snapshots_;
+  std::vector<BlockUsers> block_users_;  // by block
+  int64_t num_idle_blocks_ = 0;
   std::vector<int64_t> released_host_ids_;
   int64_t used_swap_bytes_ = 0, used_store_bytes_ = 0;
   int64_t next_host_id_ = 0;

@@ -51,12 +51,13 @@ absl::StatusOr<std::unique_ptr<CachePool>> CachePool::Create(Backend& backend,
         allocated.status().code(),
         absl::StrCat("sequence states (", Describe(geometry), "): ", allocated.status().message()));
   };
+  const int64_t num_slots = geometry.num_slots + geometry.num_snapshots;
   for (const StateComponent& component : geometry.components) {
     Storage& storage = pool->storage_.emplace_back();
-    RETURN_IF_ERROR(allocate(geometry.num_slots * component.base_bytes, storage.bases));
+    RETURN_IF_ERROR(allocate(num_slots * component.base_bytes, storage.bases));
     if (component.windowed()) {
-      RETURN_IF_ERROR(allocate(geometry.num_slots * geometry.window_rows * component.row_bytes,
-                               storage.windows));
+      RETURN_IF_ERROR(
+          allocate(num_slots * geometry.window_rows * component.row_bytes, storage.windows));
     }
     if (component.paged()) {
       RETURN_IF_ERROR(

@@ -23,7 +23,8 @@ class CachePool {
 
   const CacheGeometry& geometry() const { return geometry_; }
 
-  // Storage of component i (index into geometry.components).
+  // Storage of component i (index into geometry.components). The slots of snapshots follow those of
+  // sequences.
   void* bases(int component) const;    // [num_slots, base_bytes]
   void* windows(int component) const;  // [num_slots, window_rows, row_bytes]
   void* blocks(int component) const;   // [num_blocks, kPagedBlock * row_bytes]

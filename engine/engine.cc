@@ -57,6 +57,8 @@ absl::Status CheckOptions(const EngineOptions& options) {
       CheckRange("swap_bytes", options.swap_bytes, 0, std::numeric_limits<int64_t>::max()));
   RETURN_IF_ERROR(
       CheckRange("store_bytes", options.store_bytes, 0, std::numeric_limits<int64_t>::max()));
+  RETURN_IF_ERROR(CheckRange("prefix_cache_bytes", options.prefix_cache_bytes, kAutoPrefixCache,
+                             std::numeric_limits<int64_t>::max()));
   RETURN_IF_ERROR(CheckRange("context_length", options.context_length, 0, kMaxContext));
   RETURN_IF_ERROR(
       CheckRange("max_steps_in_flight", options.max_steps_in_flight, 0, kMaxStepsInFlight));
@@ -86,6 +88,16 @@ int64_t DefaultSequences(const DeviceInfo& device, int64_t slot_bytes) {
                              kGpuSequences);
 }
 
+constexpr int64_t kPrefixCacheBytes = int64_t{128} << 20;
+constexpr int64_t kMaxSnapshots = 1024;
+
+int64_t NumSnapshots(int64_t prefix_cache_bytes, const DeviceInfo& device, int64_t slot_bytes) {
+  if (prefix_cache_bytes == kAutoPrefixCache) {
+    prefix_cache_bytes = device.owns_memory ? device.free_bytes / 16 : kPrefixCacheBytes;
+  }
+  return std::min(prefix_cache_bytes / std::max<int64_t>(slot_bytes, 1), kMaxSnapshots);
+}
+
 // An operator's own length wins, also over the checkpoint's: a file that states 4096 with factor 8
 // does not say whether that is before or after scaling.
 int64_t ContextLength(const EngineOptions& options, const ModelConfig& config) {
@@ -104,16 +116,23 @@ int64_t PaddedRows(int64_t num_rows, int64_t most) {
   return std::min((num_rows + step - 1) / step * step, most);
 }
 
+// Entries of the block tables of the largest step: every block once, unless sequences share some.
+int64_t MaxTableEntries(const CacheGeometry& geometry, int64_t num_blocks, int64_t context_length) {
+  if (!geometry.has_paged() || geometry.num_snapshots == 0) return num_blocks;
+  return geometry.num_slots * std::min(num_blocks, geometry.blocks_for(context_length));
+}
+
 // Token ids, positions, rope tables, rows and block tables of the largest step, besides what the
 // sampler uploads.
 int64_t ArenaBytes(const EngineOptions& options, const SamplerOptions& sampler,
-                   int64_t num_blocks) {
+                   int64_t num_table_entries) {
   const int64_t tokens = options.max_tokens_per_step;
   return StepArena::Footprint(tokens * DTypeBytes(DType::kI32)) +
          StepArena::Footprint(tokens * DTypeBytes(DType::kI64)) +
          StepArena::Footprint(tokens * DTypeBytes(DType::kI32)) +
          StepArena::Footprint(options.max_sequences * int64_t{sizeof(StepRow)}) +
-         StepArena::Footprint(num_blocks * DTypeBytes(DType::kI32)) + Sampler::ArenaBytes(sampler);
+         StepArena::Footprint(num_table_entries * DTypeBytes(DType::kI32)) +
+         Sampler::ArenaBytes(sampler);
 }
 
 BackendLimits Limits(const EngineOptions& options, const ModelConfig& config, int64_t num_blocks) {
@@ -245,7 +264,8 @@ struct Engine::Impl {
   int max_steps_in_flight = 1;
   bool replays = false;  // DeviceInfo's
 
-  std::vector<SlotState> slots;  // as the queue will have left them after the last submitted step
+  // As the queue will have left them after the last submitted step; then those of snapshots.
+  std::vector<SlotState> slots;
   std::map<int64_t, SlotState> host_slots;  // of swapped and stored states, by host id
   std::deque<Step> in_flight;
   StepId next_step = 0;
@@ -266,7 +286,9 @@ SamplerOptions Engine::Impl::MakeSamplerOptions(const EngineOptions& options) co
 SpeculativeDecoderOptions Engine::Impl::MakeSpeculatorOptions(const EngineOptions& options) const {
   return {.max_tokens_per_step = options.max_tokens_per_step,
           .num_slots = options.max_sequences,
-          .num_blocks = card.geometry.num_blocks,
+          .num_snapshots = card.geometry.num_snapshots,
+          .num_table_entries =
+              MaxTableEntries(card.geometry, card.geometry.num_blocks, card.context_length),
           .max_drafts = card.max_draft_tokens,
           .first_draft = Sampler::MaxDraws(MakeSamplerOptions(options)),
           .head = head.get(),
@@ -322,7 +344,13 @@ absl::Status Engine::Impl::PlanCaches(const EngineOptions& options, CacheGeometr
   plan.free_bytes = backend->Info().free_bytes;
   plan.owns_memory = backend->Info().owns_memory;
   const SamplerOptions sampler_options = MakeSamplerOptions(options);
-  plan.step_bytes = ArenaBytes(options, sampler_options, 0) +
+  const int64_t most_blocks =
+      plan.geometry.has_paged() ? plan.free_bytes / plan.geometry.block_bytes() : 0;
+  const int64_t num_table_entries =
+      plan.geometry.num_snapshots == 0
+          ? 0
+          : MaxTableEntries(plan.geometry, most_blocks, card.context_length);
+  plan.step_bytes = ArenaBytes(options, sampler_options, num_table_entries) +
                     Sampler::DeviceBytes(sampler_options) +
                     StepOutputs::DeviceBytes(MaxDrawn(options), options.max_tokens_per_step);
   if (config.rope) {
@@ -395,9 +423,11 @@ absl::Status Engine::Impl::MakeStepBuffers(const EngineOptions& options) {
   sampler_options.counts = static_cast<uint32_t*>(pool->bases(penalties));
   ASSIGN_OR_RETURN(Sampler made_sampler, Sampler::Create(*backend, *model, sampler_options));
   sampler = std::make_unique<Sampler>(std::move(made_sampler));
-  ASSIGN_OR_RETURN(
-      StepArena made_arena,
-      StepArena::Create(*backend, ArenaBytes(options, sampler_options, card.geometry.num_blocks)));
+  ASSIGN_OR_RETURN(StepArena made_arena,
+                   StepArena::Create(
+                       *backend, ArenaBytes(options, sampler_options,
+                                            MaxTableEntries(card.geometry, card.geometry.num_blocks,
+                                                            card.context_length))));
   arena = std::make_unique<StepArena>(std::move(made_arena));
   ASSIGN_OR_RETURN(StepOutputs made_outputs,
                    StepOutputs::Create(*backend, MaxDrawn(options), options.max_tokens_per_step));
@@ -416,7 +446,7 @@ absl::Status Engine::Impl::MakeStepBuffers(const EngineOptions& options) {
                                                .max_drafts = card.max_draft_tokens});
   RETURN_IF_ERROR(MakeSpeculator(options, MakeView(sampler_options.counts, DType::kU32,
                                                    options.max_sequences, card.config.vocab_size)));
-  slots.resize(static_cast<size_t>(options.max_sequences));
+  slots.resize(static_cast<size_t>(options.max_sequences + card.geometry.num_snapshots));
   max_steps_in_flight = options.max_steps_in_flight;
   return absl::OkStatus();
 }
@@ -441,6 +471,8 @@ absl::Status Engine::Impl::Init(EngineOptions options) {
     options.max_sequences = geometry.num_slots = std::min(
         DefaultSequences(backend->Info(), geometry.slot_bytes()), options.max_tokens_per_step);
   }
+  geometry.num_snapshots =
+      NumSnapshots(options.prefix_cache_bytes, backend->Info(), geometry.slot_bytes());
   RETURN_IF_ERROR(PlanCaches(options, std::move(geometry)));
   return MakeStepBuffers(options);
 }
@@ -524,7 +556,7 @@ absl::StatusOr<ForwardPlan> Engine::Impl::Upload(const StepArrays& arrays, Step&
   plan.num_decode_tokens = arrays.num_decode_tokens;
   plan.token_ids = MakeView(arena->Push(arrays.token_ids), DType::kI32, plan.num_tokens);
   plan.drawn = MakeView(outputs->device_draws().tokens, DType::kI32,
-                        std::ssize(slots) * (1 + 2 * card.max_draft_tokens));
+                        card.geometry.num_slots * (1 + 2 * card.max_draft_tokens));
   plan.positions = MakeView(arena->Push(arrays.positions), DType::kI64, plan.num_tokens);
   if (ropes) {
     plan.rope_table_ids =
@@ -626,7 +658,7 @@ absl::Status Engine::Impl::Run(Step& step) {
   step.num_tokens = std::ssize(arrays.token_ids);
   step.replayable =
       replays && arrays.num_decode_rows == step.num_tokens && arrays.num_draft_rows == 0;
-  if (step.replayable) planner->Pad(PaddedRows(step.num_tokens, std::ssize(slots)));
+  if (step.replayable) planner->Pad(PaddedRows(step.num_tokens, card.geometry.num_slots));
   RETURN_IF_ERROR(RunPlanned(arrays, step));
   RETURN_IF_ERROR(backend->SetMark(EndMark(step.id)));
   Commit(arrays, step);

@@ -15,6 +15,8 @@
 
 namespace godwit {
 
+inline constexpr int64_t kAutoPrefixCache = -1;
+
 struct EngineOptions {
   std::string model_folder;
   std::string config_json;    // instead of a folder: text of a config.json, random weights
@@ -29,7 +31,11 @@ struct EngineOptions {
   // memory is ours, all that is free.
   int64_t kv_bytes = 0;
   int64_t swap_bytes = 0;       // host memory for preempted sequences
-  int64_t store_bytes = 0;      // host memory for stored states: sessions, prefixes
+  int64_t store_bytes = 0;      // host memory for stored states: sessions
+  // Device memory for states that later prompts start from; a whole number of slots of it is taken.
+  // KV blocks of softmax layers are shared besides. kAutoPrefixCache: 128 MiB, or a 16th of what
+  // the weights leave where the device's memory is ours.
+  int64_t prefix_cache_bytes = 0;
   int64_t context_length = 0;   // limit of prompt + output; 0: the model's (recurrent: 2^31 - 1)
   int max_steps_in_flight = 0;  // 1, or 2: plan a step while one runs; 0: 2 on a GPU
   bool deterministic = false;   // BackendLimits; the CPU always is

@@ -48,6 +48,10 @@ std::string Describe(const CacheGeometry& geometry) {
   std::string text =
       absl::StrCat(geometry.num_slots, " state slots of ", FormatBytes(geometry.slot_bytes()), " (",
                    kinds, ") = ", FormatBytes(geometry.num_slots * geometry.slot_bytes()));
+  if (geometry.num_snapshots > 0) {
+    absl::StrAppend(&text, ", ", geometry.num_snapshots, " for the prefix cache = ",
+                    FormatBytes(geometry.num_snapshots * geometry.slot_bytes()));
+  }
   if (geometry.has_paged()) {
     absl::StrAppend(&text, ", ", geometry.num_blocks, " KV blocks of ", kPagedBlock, " tokens, ",
                     FormatBytes(geometry.block_bytes()),

@@ -19,7 +19,9 @@ struct MemoryPlan {
   bool owns_memory = false;     // DeviceInfo's
   CacheGeometry geometry;
 
-  int64_t state_bytes() const { return geometry.num_slots * geometry.slot_bytes(); }
+  int64_t state_bytes() const {
+    return (geometry.num_slots + geometry.num_snapshots) * geometry.slot_bytes();
+  }
   int64_t kv_bytes() const { return geometry.num_blocks * geometry.block_bytes(); }
 };
 

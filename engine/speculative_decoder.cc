@@ -35,19 +35,19 @@ void StopAt(BatchRow& row, int num_drafts) {
 }
 
 // Bytes of a pass of `tokens` tokens of `rows` rows, without draws.
-int64_t PassBytes(int64_t tokens, int64_t rows, int64_t num_blocks) {
+int64_t PassBytes(int64_t tokens, int64_t rows, int64_t num_table_entries) {
   return StepArena::Footprint(tokens * DTypeBytes(DType::kI32)) +
          StepArena::Footprint(tokens * DTypeBytes(DType::kI64)) +
          StepArena::Footprint(rows * int64_t{sizeof(StepRow)}) +
          StepArena::Footprint(rows * DTypeBytes(DType::kI32)) +
-         StepArena::Footprint(num_blocks * DTypeBytes(DType::kI32)) +
+         StepArena::Footprint(num_table_entries * DTypeBytes(DType::kI32)) +
          StepArena::Footprint(rows * int64_t{sizeof(SampleRow)});
 }
 
 int64_t ArenaBytes(const SpeculativeDecoderOptions& options) {
   const int64_t slots = options.num_slots;
-  return PassBytes(options.max_tokens_per_step, slots, options.num_blocks) +
-         (options.max_drafts - 1) * PassBytes(slots, slots, options.num_blocks) +
+  return PassBytes(options.max_tokens_per_step, slots, options.num_table_entries) +
+         (options.max_drafts - 1) * PassBytes(slots, slots, options.num_table_entries) +
          DrawList::ArenaBytes(0, slots);
 }
 
@@ -111,7 +111,7 @@ SpeculativeDecoder::SpeculativeDecoder(Backend& backend, Model& draft, CachePool
       counts_(counts),
       drawn_(drawn),
       options_(options),
-      slots_(static_cast<size_t>(options.num_slots)),
+      slots_(static_cast<size_t>(options.num_slots + options.num_snapshots)),
       score_(options.head != nullptr),
       draws_(options.num_slots * options.max_drafts, draft.config().vocab_size) {}
 

@@ -43,7 +43,8 @@ absl::Status CheckDraftFits(const ModelConfig& target, const std::string& target
 struct SpeculativeDecoderOptions {
   int64_t max_tokens_per_step = 0;
   int64_t num_slots = 0;
-  int64_t num_blocks = 0;
+  int64_t num_snapshots = 0;          // further slots, in which no row runs
+  int64_t num_table_entries = 0;      // of the block tables of a step
   int64_t max_drafts = 0;             // of a row
   int64_t first_draft = 0;            // where they lie among the tokens that were drawn
   AcceptanceHead* head = nullptr;     // of the draft model

@@ -151,8 +151,52 @@ void Scheduler::Impl::AgeQueue(TimeNs now) {
   if (changed) std::sort(queue_.begin(), queue_.end(), InQueueOrder);
 }
 
+// What a request that never ran can start from.
+PrefixTree::Match Scheduler::Impl::FindPrefix(const RequestGroup& group) const {
+  if (group.phase != Phase::kWaiting) return {};
+  return prefixes_.Find(group.request, group.prompt_length);
+}
+
 bool Scheduler::Impl::Fits(const RequestGroup& group) const {
   return caches_.Fits(group.num_reserved(), group.num_live());
+}
+
+// With the blocks that it shares; and those that only kept prefixes hold give way to a sequence,
+// the ones used longest ago first, if that makes it fit.
+bool Scheduler::Impl::FitsAfterDropping(const RequestGroup& group) {
+  if (Fits(group)) return true;
+  if (!caches_.geometry().has_paged() || caches_.free_slots() < group.num_live()) return false;
+  const PrefixTree::Match match = FindPrefix(group);
+  int64_t num_shared = 0, num_shared_in_use = 0;
+  if (match.snapshot != nullptr) {
+    num_shared = std::ssize(match.snapshot->blocks());
+    for (const int32_t block : match.snapshot->blocks()) {
+      num_shared_in_use += !caches_.IsIdle(block);
+    }
+  }
+  const int64_t num_tokens = group.num_reserved(), count = group.num_live();
+  if (!caches_.Fits(num_tokens, count, num_shared_in_use + caches_.idle_blocks())) return false;
+  while (!caches_.Fits(num_tokens, count, num_shared)) {
+    if (!prefixes_.DropOldest(match.snapshot)) return false;
+  }
+  return true;
+}
+
+// Reserves for the first sequence, which computes the prompt.
+void Scheduler::Impl::StartFromPrefix(RequestGroup& group, StepPlan& plan) {
+  const PrefixTree::Match match = FindPrefix(group);
+  if (match.snapshot != nullptr) {
+    Sequence& sequence = group.sequences[0];
+    absl::StatusOr<CacheManager::Started> started =
+        caches_.ReserveFrom(*match.snapshot, group.num_reserved());
+    GODWIT_CHECK(started.ok());  // the caller saw that the group fits
+    sequence.lease = std::move(started->lease);
+    sequence.confirmed_position = match.num_cached;
+    group.num_cached = group.num_prompt_submitted = group.num_prompt_confirmed = match.num_cached;
+    plan.copies.push_back(std::move(started->copy));
+    plan.record->copied_orders.push_back(group.order);
+  }
+  group.keep_positions = prefixes_.Start(group.request, group.prompt_length, match);
 }
 
 void Scheduler::Impl::Admit(StepPlan& plan, TimeNs now) {
@@ -185,6 +229,7 @@ void Scheduler::Impl::StartGroup(size_t queue_index, StepPlan& plan, TimeNs now)
     group->timings.admitted = now;
   }
   const bool begins = group->phase == Phase::kWaiting;
+  if (begins) StartFromPrefix(*group, plan);
   SwapIn(*group, plan);
   const bool decodes = group->num_prompt_confirmed == group->prompt_length;
   group->phase = decodes ? Phase::kDecoding : Phase::kPrefilling;
@@ -217,9 +262,9 @@ void Scheduler::Impl::BeginSession(RequestGroup& group, StepPlan& plan, TimeNs n
   if (group.phase == Phase::kDecoding) group.events.push_back({.kind = TokenEvent::Kind::kPrompt});
 }
 
-// Room for the group once states of sessions have made way.
+// Room for the group once kept prefixes, then states of sessions, have made way.
 bool Scheduler::Impl::MakeFit(const RequestGroup& group, StepPlan& plan) {
-  while (!Fits(group)) {
+  while (!FitsAfterDropping(group)) {
     if (!sessions_.Evict(plan.copies)) return false;
   }
   return true;

@@ -69,6 +69,7 @@ void Scheduler::Impl::Apply(StepPlan plan, StepResult result, TimeNs now) {
     RecordDropped(record, planned, computed);
     if (group.phase == Phase::kFinished) continue;
     if (!computed.status.ok()) {
+      prefixes_.Forget(group.request);
       EndGroup(group, computed.status, now);
       continue;
     }
@@ -119,8 +120,9 @@ void Scheduler::Impl::ApplyPrompt(RequestGroup& group, int64_t num_tokens,
                              std::make_move_iterator(scores.end()));
   if (group.num_prompt_confirmed < group.prompt_length) return;
   group.phase = Phase::kDecoding;
-  group.events.push_back(
-      {.kind = TokenEvent::Kind::kPrompt, .tokens = std::move(group.prompt_scores)});
+  group.events.push_back({.kind = TokenEvent::Kind::kPrompt,
+                          .num_cached_tokens = group.num_cached,
+                          .tokens = std::move(group.prompt_scores)});
   if (group.request.max_tokens > 0) return;
   MarkKept(group.sequences[0], FinishReason::kLength);
   EndGroup(group, absl::OkStatus(), now);
@@ -151,6 +153,7 @@ void Scheduler::Impl::ApplyDraws(Sequence& sequence, std::vector<SampledToken> t
 void Scheduler::Impl::Fail(StepPlan plan, const absl::Status& status, TimeNs now) {
   GODWIT_CHECK(!status.ok());
   sessions_.Lose(plan.copies);
+  prefixes_.Clear();
   for (const StepPlan::Record::Row& row : plan.record->rows) {
     RequestGroup& group = *row.sequence->group;
     if (group.phase != Phase::kFinished) EndGroup(group, status, now);

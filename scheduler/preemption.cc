@@ -33,7 +33,7 @@ std::vector<size_t> Scheduler::Impl::ChooseVictims(const RequestGroup& group) co
   const int64_t num_slots = group.num_live();
   const int64_t num_blocks = num_slots * caches_.geometry().blocks_for(group.num_reserved());
   int64_t free_slots = caches_.free_slots();
-  int64_t free_blocks = caches_.free_blocks();
+  int64_t free_blocks = caches_.free_blocks() + caches_.idle_blocks();
   int64_t swap_bytes = 0;
   std::vector<size_t> victims;
   for (size_t index : candidates) {
@@ -41,7 +41,7 @@ std::vector<size_t> Scheduler::Impl::ChooseVictims(const RequestGroup& group) co
     for (const Sequence& sequence : running_[index]->sequences) {
       if (!sequence.lease) continue;
       ++free_slots;
-      free_blocks += std::ssize(sequence.lease.blocks());
+      free_blocks += caches_.NumOwnBlocks(sequence.lease);
       if (HasState(sequence)) swap_bytes += caches_.SwapBytes(sequence.lease);
     }
     victims.push_back(index);
@@ -66,7 +66,7 @@ Scheduler::Impl::Room Scheduler::Impl::MakeRoom(const RequestGroup& group, StepP
     return Room::kPending;
   }
   for (size_t index : victims) SwapOut(index, plan, now);
-  GODWIT_CHECK(Fits(group));
+  while (!Fits(group)) GODWIT_CHECK(prefixes_.DropOldest(nullptr));
   return Room::kMade;
 }
 
@@ -94,7 +94,7 @@ void Scheduler::Impl::SwapOut(size_t running_index, StepPlan& plan, TimeNs now) 
 
 void Scheduler::Impl::SwapIn(RequestGroup& group, StepPlan& plan) {
   for (Sequence& sequence : group.sequences) {
-    if (sequence.finished) continue;
+    if (sequence.finished || sequence.lease.resident()) continue;
     if (!sequence.lease) {
       absl::StatusOr<CacheLease> lease = caches_.Reserve(group.num_reserved());
       GODWIT_CHECK(lease.ok());  // the caller saw that the group fits

@@ -69,6 +69,7 @@ struct TokenEvent {
   };
   Kind kind = Kind::kTokens;
   int32_t output_index = 0;
+  int64_t num_cached_tokens = 0;     // kPrompt: of the prompt, not computed anew
   std::vector<SampledToken> tokens;  // kPrompt: scores; kTokens
   std::vector<TimeNs> times;         // kTokens: when each token was confirmed
   FinishInfo finish;                 // kFinished
@@ -124,6 +125,12 @@ struct GenerateRequest {
   std::vector<FindStop> find_stop;        // one per output, or empty
   std::shared_ptr<const RopeTable> rope;  // of all its outputs, from prompt + max_tokens; null: the
                                           // model's own
+  // With whom it shares computed prompts: those of the same bytes. Whatever changes a state besides
+  // the token ids (the rope table) or may not be shared (tenant, salt) is in it. Empty: with
+  // nobody, and nothing of it is kept.
+  std::string prefix_domain;
+  // Lengths of prefixes that others will begin with (the end of a system prompt); ascending.
+  std::vector<int64_t> prefix_marks;
   int32_t priority = 0;                   // higher runs first; [-100, 100]
   TimeNs deadline = kNever;               // DEADLINE_EXCEEDED in every phase
   TimeNs time_limit = kNever;  // absolute; ends OK with kTimeLimit (what was generated stands)

@@ -46,7 +46,10 @@ int64_t RequestGroup::steps_in_flight() const {
 }
 
 Scheduler::Impl::Impl(SchedulerOptions options, CacheManager& caches)
-    : options_(options), caches_(caches), sessions_(caches, options.may_drop_sessions) {
+    : options_(options),
+      caches_(caches),
+      sessions_(caches, options.may_drop_sessions),
+      prefixes_(options.prefix_cache, caches) {
   GODWIT_CHECK(options_.max_tokens_per_step >= kMinTokensPerStep);
   GODWIT_CHECK(options_.max_steps_in_flight >= 1);
   GODWIT_CHECK(options_.max_steps_in_flight <= kMaxStepsInFlight);
@@ -132,15 +135,29 @@ void Scheduler::Impl::PlanPrompts(StepPlan& plan, TimeNs now) {
   std::sort(prompts_.begin(), prompts_.end(),
             [&](const RequestGroup* a, const RequestGroup* b) { return key(a) < key(b); });
   for (RequestGroup* group : prompts_) {
+    KeepPrefix(*group, plan);
     const int64_t budget = options_.max_tokens_per_step - plan.record->num_tokens;
     const int64_t begin = group->num_prompt_submitted;
-    int64_t end = group->prompt_length;
+    int64_t end = group->num_kept < group->keep_positions.size()
+                      ? group->keep_positions[group->num_kept]
+                      : group->prompt_length;
     // Cuts are at multiples of kPrefillBlock, wherever the prompt begins.
     if (end - begin > budget) end = (begin + budget) / kPrefillBlock * kPrefillBlock;
     if (end <= begin) continue;  // the end of a shorter prompt may still fit
     group->last_row = now;
     AddPromptRow(*group, end - begin, plan);
   }
+}
+
+// The copy goes behind the step that reaches the position, which may be in flight, and before the
+// row that goes on from there.
+void Scheduler::Impl::KeepPrefix(RequestGroup& group, StepPlan& plan) {
+  if (group.num_kept == group.keep_positions.size()) return;
+  if (group.num_prompt_submitted < group.keep_positions[group.num_kept]) return;
+  ++group.num_kept;
+  std::optional<CacheCopy> copy =
+      prefixes_.Keep(group.request, group.sequences[0].lease, group.num_prompt_submitted);
+  if (copy) plan.copies.push_back(*std::move(copy));
 }
 
 void Scheduler::Impl::AddPromptRow(RequestGroup& group, int64_t num_tokens, StepPlan& plan) {
@@ -222,14 +239,15 @@ SchedulerStats Scheduler::Impl::Stats() const {
           .num_swapped = num_swapped_,
           .slots_used = geometry.num_slots - caches_.free_slots(),
           .slots_total = geometry.num_slots,
-          .blocks_used = num_blocks - caches_.free_blocks(),
+          .blocks_used = num_blocks - caches_.free_blocks() - caches_.idle_blocks(),
           .blocks_total = num_blocks,
           .num_preemptions = num_preemptions_,
           .num_steps = num_steps_,
           .prompt_tokens = prompt_tokens_,
           .generation_tokens = generation_tokens_,
           .speculation = speculation_,
-          .sessions = sessions_.stats()};
+          .sessions = sessions_.stats(),
+          .prefix_cache = prefixes_.stats()};
 }
 
 Scheduler::Scheduler(SchedulerOptions options, CacheManager& caches)

@@ -34,6 +34,7 @@
 #include "absl/status/status.h"
 #include "engine/batch.h"
 #include "engine/cache_manager.h"
+#include "scheduler/prefix_cache.h"
 #include "scheduler/request.h"
 #include "scheduler/session_table.h"
 
@@ -46,6 +47,7 @@ struct SchedulerOptions {
   int64_t max_waiting_tokens = 1 << 20;  // prompt tokens in the queue
   TimeNs max_wait = 30'000'000'000;      // a request waiting longer is served before any priority
   int max_steps_in_flight = 1;           // 1 or 2
+  PrefixCachePolicy prefix_cache;        // with CacheGeometry.num_snapshots
   int64_t context_length = 0;            // prompt + max_tokens may not exceed it; required
   bool may_drop_sessions = true;         // SessionTable's may_drop
 };
@@ -58,6 +60,7 @@ struct SchedulerStats {
   int64_t num_preemptions = 0, num_steps = 0, prompt_tokens = 0, generation_tokens = 0;
   SpeculationStats speculation;
   SessionStats sessions;
+  PrefixCacheStats prefix_cache;  // its idle blocks are not in blocks_used
 };
 
 // No smaller max_tokens_per_step: one prompt block beside kPrefillBlock decode rows. Whoever parses
@@ -113,6 +116,7 @@ class Scheduler {
   void Apply(StepPlan plan, StepResult result, TimeNs now);
 
   // The step failed: its requests (and those of plan.copies) end with `status`, all others go on.
+  // No kept prefix is trusted any more.
   void Fail(StepPlan plan, const absl::Status& status, TimeNs now);
 
   // Ends every request with `status` (drain timeout, lost device).

@@ -36,6 +36,7 @@ struct Scheduler::Impl {
   StepPlan TakeSpare();
   void PlanDecodeRows(StepPlan& plan);
   void PlanPrompts(StepPlan& plan, TimeNs now);
+  void KeepPrefix(RequestGroup& group, StepPlan& plan);
   void AddPromptRow(RequestGroup& group, int64_t num_tokens, StepPlan& plan);
   void AddDecodeRow(Sequence& sequence, int64_t max_drafts, StepPlan& plan);
   void AddOutput(Sequence& sequence, StepPlan& plan);
@@ -47,7 +48,10 @@ struct Scheduler::Impl {
   void Enqueue(GroupPtr group);
   void AgeQueue(TimeNs now);
   void Admit(StepPlan& plan, TimeNs now);
+  PrefixTree::Match FindPrefix(const RequestGroup& group) const;
   bool Fits(const RequestGroup& group) const;
+  bool FitsAfterDropping(const RequestGroup& group);
+  void StartFromPrefix(RequestGroup& group, StepPlan& plan);
   void StartGroup(size_t queue_index, StepPlan& plan, TimeNs now);
   void BeginSession(RequestGroup& group, StepPlan& plan, TimeNs now);
   bool MakeFit(const RequestGroup& group, StepPlan& plan);
@@ -88,6 +92,7 @@ struct Scheduler::Impl {
   const SchedulerOptions options_;
   CacheManager& caches_;
   SessionTable sessions_;
+  PrefixCache prefixes_;
   // Each group is in exactly one of these.
   std::vector<GroupPtr> queue_;    // waiting and swapped, in the order of the queue; at most
                                    // max_waiting of each kind

@@ -44,6 +44,9 @@ struct RequestGroup {
   std::vector<Sequence> sequences;  // n; never resized, rows point to the leases
   int64_t num_prompt_submitted = 0;
   int64_t num_prompt_confirmed = 0;
+  int64_t num_cached = 0;               // of the prompt: where the first row began
+  std::vector<int64_t> keep_positions;  // where the prompt is cut and its state kept, ascending
+  size_t num_kept = 0;                  // of these
 
   int64_t admission = 0;    // order of admission and resumption
   TimeNs queued_since = 0;  // waiting or swapped

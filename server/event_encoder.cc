@@ -62,6 +62,7 @@ void EventEncoder::Encode(std::vector<TokenEvent> events, std::vector<v1::Genera
     GODWIT_CHECK(!done_);
     switch (event.kind) {
       case TokenEvent::Kind::kPrompt:
+        num_cached_tokens_ = event.num_cached_tokens;
         EncodePrompt(event.tokens, out);
         break;
       case TokenEvent::Kind::kTokens:
@@ -93,6 +94,7 @@ void EventEncoder::EncodePrompt(const std::vector<SampledToken>& scores,
   v1::PromptEvent& prompt = *NewEvent(0, out).mutable_prompt();
   prompt.set_num_tokens(num_prompt_);
   prompt.set_num_restored_tokens(num_restored_);
+  prompt.set_num_cached_tokens(num_cached_tokens_);
   if (echo_) {
     prompt.set_text(echo_text_);
     prompt.mutable_token_ids()->Assign(prompt_.begin(), prompt_.end());
@@ -161,6 +163,7 @@ void EventEncoder::EncodeSummary(const TokenEvent& event,
   usage.set_restored_tokens(num_restored_);
   usage.set_completion_tokens(num_tokens);
   usage.set_total_tokens(num_prompt_ + num_tokens);
+  usage.set_cached_prompt_tokens(num_cached_tokens_);
   if (!session_id_.empty()) {
     v1::SessionInfo& session = *summary.mutable_session();
     session.set_session_id(session_id_);

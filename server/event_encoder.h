@@ -48,6 +48,7 @@ class EventEncoder {
   std::shared_ptr<const StopAutomaton> stops_;
   std::vector<TokenWriter> writers_;  // by output_index
   bool prompt_sent_ = false;
+  int64_t num_cached_tokens_ = 0;  // of the prompt
   bool done_ = false;
   absl::Status status_;
 };

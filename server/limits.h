@@ -20,8 +20,11 @@ struct RequestLimits {
   int max_draft_tokens = 8;
   DraftPolicy draft_policy = DraftPolicy::kThroughput;
   float draft_threshold = 0.5f;
+  bool share_prefixes = false;  // between requests with different bearer tokens
 };
 
+inline constexpr int kMaxCacheSaltBytes = 256;
+inline constexpr int kMaxCacheBoundaries = 16;
 inline constexpr int kMaxStopStrings = 16;
 inline constexpr int kMaxStopBytes = 256;  // of one stop string
 inline constexpr int kMaxRequestIdBytes = 128;

@@ -13,14 +13,21 @@ namespace godwit {
 
 Arrival ArrivalOf(const grpc::CallbackServerContext& context, TimeNs now) {
   using SystemClock = std::chrono::system_clock;
+  Arrival arrival{.now = now};
+  // As a key it is hashed before it goes anywhere.
+  const auto& metadata = context.client_metadata();
+  if (const auto token = metadata.find("authorization"); token != metadata.end()) {
+    arrival.tenant = std::string(token->second.data(), token->second.size());
+  }
   const SystemClock::time_point deadline = context.deadline();
-  if (deadline == SystemClock::time_point::max()) return {.now = now};
+  if (deadline == SystemClock::time_point::max()) return arrival;
   const TimeNs left =
       std::chrono::duration_cast<std::chrono::nanoseconds>(deadline - SystemClock::now()).count();
   // Beyond a year it is no deadline, and the sum could overflow.
   constexpr TimeNs kYear = TimeNs{365} * 24 * 3600 * 1'000'000'000;
-  if (left > kYear) return {.now = now};
-  return {.now = now, .deadline = now + left - std::clamp<TimeNs>(left / 10, 0, kDeadlineMargin)};
+  if (left > kYear) return arrival;
+  arrival.deadline = now + left - std::clamp<TimeNs>(left / 10, 0, kDeadlineMargin);
+  return arrival;
 }
 
 RequestRun::RequestRun(const ServiceContext& services, const GenerateRequest& request,

@@ -13,6 +13,7 @@
 #include "engine/rope_table.h"
 #include "kernels/base/status.h"
 #include "scheduler/scheduler.h"
+#include "server/prefix_domain.h"
 #include "server/status_mapping.h"
 
 namespace godwit {
@@ -80,8 +81,6 @@ absl::Status CheckImplemented(const v1::GenerateRequest& request) {
   const v1::StateOptions& state = request.state();
   if (state.has_parent_snapshot()) return UnimplementedField("state.parent_snapshot");
   if (state.has_expected_state_hash()) return UnimplementedField("state.expected_state_hash");
-  if (state.has_bypass_prefix_cache()) return UnimplementedField("state.bypass_prefix_cache");
-  if (state.has_cache_salt()) return UnimplementedField("state.cache_salt");
   if (request.has_guided()) return UnimplementedField(FirstSetField("guided", request.guided()));
   return CheckScheduling(request.scheduling());
 }
@@ -383,6 +382,45 @@ absl::Status FixRope(const Request& from, const ServedModel& model, GenerateRequ
   return absl::OkStatus();
 }
 
+void CheckPrefixCache(const v1::StateOptions& from, Checker& check) {
+  check.AtMost("state.cache_salt", std::ssize(from.cache_salt()), kMaxCacheSaltBytes, "bytes");
+  if (!check.AtMost("state.cache_boundaries", from.cache_boundaries_size(), kMaxCacheBoundaries,
+                    "positions")) {
+    return;
+  }
+  for (int at = 0; at < from.cache_boundaries_size(); ++at) {
+    if (from.cache_boundaries(at) >= 1) continue;
+    check.Fail(absl::StrCat("state.cache_boundaries[", at, "]"),
+               absl::StrCat(from.cache_boundaries(at), " not >= 1"));
+  }
+}
+
+// The tokens that a text and its first num_bytes have in common.
+int64_t NumTokensOf(const std::string& text, int64_t num_bytes, const ServedModel& model,
+                    const std::vector<int32_t>& whole) {
+  auto end = static_cast<size_t>(std::min<int64_t>(num_bytes, std::ssize(text)));
+  while (end > 0 && end < text.size() && (text[end] & 0xC0) == 0x80) --end;  // inside a character
+  const std::vector<int32_t> part = model.EncodePrompt(text.substr(0, end), model.add_bos());
+  return std::mismatch(part.begin(), part.end(), whole.begin(), whole.end()).first - part.begin();
+}
+
+// After the rope is fixed.
+void ReadPrefixCache(const v1::GenerateRequest& from, const ServedModel& model,
+                     const Arrival& arrival, GenerateRequest& request) {
+  const v1::StateOptions& state = from.state();
+  if (state.bypass_prefix_cache() || model.card().geometry.num_snapshots == 0) return;
+  const RopeRegime& regime =
+      request.rope != nullptr ? request.rope->regime : model.card().rope_regime;
+  request.prefix_domain =
+      PrefixDomain(model.name(), regime, model.limits().share_prefixes ? "" : arrival.tenant,
+                   state.cache_salt());
+  for (const int64_t boundary : state.cache_boundaries()) {
+    request.prefix_marks.push_back(
+        from.has_prompt() ? NumTokensOf(from.prompt(), boundary, model, request.token_ids)
+                          : boundary);
+  }
+}
+
 // Fills in what follows from a request whose fields are all valid.
 void Complete(const v1::GenerateRequest& from, const ServedModel& model,
               PreparedGenerate& prepared) {
@@ -443,6 +481,7 @@ absl::StatusOr<PreparedGenerate> PrepareGenerate(const v1::GenerateRequest& from
   ReadStopping(from.stopping(), model, arrival, prepared, check);
   ReadResponse(from.response(), model, prepared, check);
   ReadScheduling(from.scheduling(), request, check);
+  CheckPrefixCache(from.state(), check);
   RETURN_IF_ERROR(ReadSpeculation(from.speculation(), model, request, check));
   // The prompt last: splitting a long text is the dear part, and is for nothing when a knob is
   // wrong.
@@ -468,6 +507,7 @@ absl::StatusOr<PreparedGenerate> PrepareGenerate(const v1::GenerateRequest& from
   }
   if (request.session == 0) {
     RETURN_IF_ERROR(FixRope(from, model, request, &prepared.rope_notes));
+    ReadPrefixCache(from, model, arrival, request);
   } else if (from.has_rope()) {
     return InvalidFields({{"rope", "is fixed by the session's first request"}});
   } else {

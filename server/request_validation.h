@@ -22,6 +22,7 @@ namespace godwit {
 struct Arrival {
   TimeNs now = 0;
   TimeNs deadline = kNever;
+  std::string tenant;  // whose bearer token the call had; "" where everybody may
 };
 
 // What a request of a session goes on from.

@@ -48,6 +48,7 @@ SchedulerOptions MakeSchedulerOptions(const ServerOptions& options, const ModelC
           .max_waiting_tokens = options.max_waiting_tokens,
           .max_wait = options.max_wait_ms * 1'000'000,
           .max_steps_in_flight = card.max_steps_in_flight,
+          .prefix_cache = options.prefix_cache,
           .context_length = card.context_length,
           .may_drop_sessions = options.sessions.folder.empty()};
 }

@@ -9,6 +9,7 @@
 #include "absl/status/statusor.h"
 #include "engine/backend_loader.h"
 #include "engine/engine.h"
+#include "scheduler/prefix_cache.h"
 #include "server/limits.h"
 #include "server/session_limits.h"
 #include "tokenizer/tokenizer.h"
@@ -28,6 +29,9 @@ struct ServerOptions {
   int64_t max_waiting = 256;
   int64_t max_waiting_tokens = 1 << 20;
   int64_t max_wait_ms = 30'000;  // a request that waits longer runs before any priority
+
+  // Where states of prompts are kept, with engine.prefix_cache_bytes.
+  PrefixCachePolicy prefix_cache;
 
   // gRPC. HOST:PORT, [IPV6]:PORT or unix:PATH; port 0: any free one, see Server::port().
   std::string listen = "127.0.0.1:50051";

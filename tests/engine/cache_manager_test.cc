@@ -351,5 +351,168 @@ TEST(CacheManagerTest, RandomOperationsNeverHandOutAnIdTwiceAndConserveTotals) {
   }
 }
 
+CacheGeometry GeometryWithSnapshots(int64_t num_snapshots) {
+  CacheGeometry geometry = HybridGeometry();
+  geometry.num_snapshots = num_snapshots;
+  return geometry;
+}
+
+TEST(CacheSnapshotTest, SharesWholeBlocksAndHasASlotBehindThoseOfSequences) {
+  const auto manager = MakeManager(GeometryWithSnapshots(2));
+  CacheLease lease = MustReserve(*manager, 100);
+  const std::vector<int32_t> blocks = lease.blocks();
+  auto taken = manager->TakeSnapshot(lease, 64);
+  ASSERT_TRUE(taken.ok()) << taken.status();
+  EXPECT_EQ(taken->snapshot.position(), 64);
+  EXPECT_EQ(taken->snapshot.slot(), 4);
+  EXPECT_EQ(taken->copy.kind, CacheCopy::Kind::kFork);
+  EXPECT_EQ(taken->copy.from_slot, lease.slot());
+  EXPECT_EQ(taken->copy.to_slot, 4);
+  EXPECT_EQ(taken->copy.position, 64);
+  EXPECT_TRUE(taken->copy.from_blocks.empty() && taken->copy.to_blocks.empty());
+  EXPECT_EQ(taken->snapshot.blocks(), std::vector<int32_t>(blocks.begin(), blocks.begin() + 4));
+  EXPECT_EQ(manager->free_snapshots(), 1);
+  EXPECT_EQ(manager->free_blocks(), 20 - 7);
+  EXPECT_EQ(manager->NumOwnBlocks(lease), 7);  // those of the snapshot would be idle
+  EXPECT_EQ(manager->idle_blocks(), 0);
+
+  // What the sequence shares outlives it.
+  lease.Release();
+  EXPECT_EQ(manager->free_blocks(), 20 - 4);
+  EXPECT_EQ(manager->idle_blocks(), 4);
+
+  auto started = manager->ReserveFrom(taken->snapshot, 90);
+  ASSERT_TRUE(started.ok()) << started.status();
+  EXPECT_FALSE(started->lease.fresh());
+  EXPECT_EQ(started->lease.position(), 64);
+  EXPECT_EQ(started->lease.reserved_tokens(), 90);
+  EXPECT_EQ(started->copy.from_slot, 4);
+  EXPECT_EQ(started->copy.to_slot, started->lease.slot());
+  ASSERT_EQ(std::ssize(started->lease.blocks()), 6);
+  EXPECT_TRUE(std::equal(blocks.begin(), blocks.begin() + 4, started->lease.blocks().begin()));
+  EXPECT_EQ(manager->NumUsers(started->lease.blocks()[3]), 2);
+  EXPECT_EQ(manager->NumUsers(started->lease.blocks()[4]), 1);  // the next token goes there
+  EXPECT_EQ(manager->idle_blocks(), 0);
+  EXPECT_EQ(manager->free_blocks(), 20 - 6);
+  auto second = manager->ReserveFrom(taken->snapshot, 65);
+  ASSERT_TRUE(second.ok());
+  EXPECT_EQ(manager->NumOwnBlocks(started->lease), 2);
+  second->lease.Release();
+
+  taken->snapshot.Release();
+  EXPECT_EQ(manager->free_snapshots(), 2);
+  EXPECT_EQ(manager->free_blocks(), 20 - 6);
+  started->lease.Release();
+  EXPECT_EQ(manager->free_blocks(), 20);
+}
+
+TEST(CacheSnapshotTest, WithoutRoomNothingChanges) {
+  const auto manager = MakeManager(GeometryWithSnapshots(1));
+  CacheLease lease = MustReserve(*manager, 160);
+  auto taken = manager->TakeSnapshot(lease, 128);
+  ASSERT_TRUE(taken.ok());
+  EXPECT_TRUE(absl::IsResourceExhausted(manager->TakeSnapshot(lease, 144).status()));
+  // 10 blocks are free, 8 shared.
+  EXPECT_FALSE(manager->Fits(18 * 16 + 1, 1, 8));
+  EXPECT_TRUE(
+      absl::IsResourceExhausted(manager->ReserveFrom(taken->snapshot, 18 * 16 + 1).status()));
+  EXPECT_EQ(manager->free_slots(), 3);
+  EXPECT_EQ(manager->free_blocks(), 10);
+  EXPECT_TRUE(manager->Fits(18 * 16, 1, 8));
+  EXPECT_FALSE(manager->Fits(18 * 16));
+  EXPECT_TRUE(manager->ReserveFrom(taken->snapshot, 18 * 16).ok());
+}
+
+TEST(CacheSnapshotTest, ASwappedLeaseGivesUpItsShareAndComesBackWithBlocksOfItsOwn) {
+  const auto manager = MakeManager(GeometryWithSnapshots(1));
+  CacheLease lease = MustReserve(*manager, 80);
+  lease.set_position(64);
+  auto taken = manager->TakeSnapshot(lease, 64);
+  ASSERT_TRUE(taken.ok());
+  const auto out = manager->SwapOut(lease);
+  ASSERT_TRUE(out.ok());
+  EXPECT_EQ(out->from_blocks, taken->snapshot.blocks());
+  EXPECT_EQ(manager->idle_blocks(), 4);
+  EXPECT_EQ(manager->free_blocks(), 16);
+  ASSERT_TRUE(manager->SwapIn(lease).ok());
+  for (const int32_t block : lease.blocks()) EXPECT_EQ(manager->NumUsers(block), 1);
+  EXPECT_EQ(manager->free_blocks(), 11);
+}
+
+// Against a count of who holds which block.
+TEST(CacheSnapshotTest, RandomSharingConservesBlocks) {
+  for (uint64_t seed = 1; seed <= 20; ++seed) {
+    SCOPED_TRACE(testing::Message() << "seed " << seed);
+    std::mt19937_64 random(seed);
+    const auto draw = [&](int64_t low, int64_t high) {
+      return low + static_cast<int64_t>(random() % static_cast<uint64_t>(high - low + 1));
+    };
+    CacheGeometry geometry = GeometryWithSnapshots(3);
+    geometry.num_blocks = 40;
+    geometry.swap_bytes = 1 << 20;
+    const auto manager = MakeManager(geometry);
+    std::vector<CacheLease> leases;
+    std::vector<CacheSnapshot> snapshots;
+    const auto take_out = [&](auto& from) {
+      std::swap(from[static_cast<size_t>(draw(0, std::ssize(from) - 1))], from.back());
+      from.pop_back();
+    };
+    for (int step = 0; step < 3000; ++step) {
+      const int64_t what = draw(0, 6);
+      if (what == 0) {
+        if (auto lease = manager->Reserve(draw(1, 300)); lease.ok()) {
+          leases.push_back(*std::move(lease));
+        }
+      } else if (what == 1 && !leases.empty()) {
+        take_out(leases);
+      } else if (what == 2 && !leases.empty()) {
+        const CacheLease& lease = leases[static_cast<size_t>(draw(0, std::ssize(leases) - 1))];
+        const int64_t most = lease.reserved_tokens() / 16 * 16;
+        if (!lease.resident() || most < std::max<int64_t>(lease.position(), 16)) continue;
+        const int64_t position =
+            draw((std::max<int64_t>(lease.position(), 1) + 15) / 16, most / 16) * 16;
+        if (auto taken = manager->TakeSnapshot(lease, position); taken.ok()) {
+          snapshots.push_back(std::move(taken->snapshot));
+        }
+      } else if (what == 3 && !snapshots.empty()) {
+        take_out(snapshots);
+      } else if (what == 4 && !snapshots.empty()) {
+        const CacheSnapshot& from =
+            snapshots[static_cast<size_t>(draw(0, std::ssize(snapshots) - 1))];
+        const int64_t num_tokens = from.position() + draw(1, 100);
+        const auto num_shared = std::ssize(from.blocks());
+        const bool fits = manager->Fits(num_tokens, 1, num_shared);
+        auto started = manager->ReserveFrom(from, num_tokens);
+        ASSERT_EQ(started.ok(), fits);
+        if (started.ok()) leases.push_back(std::move(started->lease));
+      } else if (what == 5 && !leases.empty()) {
+        CacheLease& lease = leases[static_cast<size_t>(draw(0, std::ssize(leases) - 1))];
+        ASSERT_TRUE(!lease.swapped() || manager->SwapIn(lease).ok() ||
+                    !manager->Fits(lease.reserved_tokens()));
+      } else if (what == 6 && !leases.empty()) {
+        CacheLease& lease = leases[static_cast<size_t>(draw(0, std::ssize(leases) - 1))];
+        ASSERT_TRUE(!lease.resident() || manager->SwapOut(lease).ok());
+      }
+      std::vector<int> num_leases(40), num_snapshots(40);
+      for (const CacheLease& lease : leases) {
+        for (const int32_t block : lease.blocks()) ++num_leases[static_cast<size_t>(block)];
+      }
+      for (const CacheSnapshot& snapshot : snapshots) {
+        for (const int32_t block : snapshot.blocks()) ++num_snapshots[static_cast<size_t>(block)];
+      }
+      int64_t num_free = 0, num_idle = 0;
+      for (size_t block = 0; block < 40; ++block) {
+        const int users = num_leases[block] + num_snapshots[block];
+        ASSERT_EQ(manager->NumUsers(static_cast<int32_t>(block)), users);
+        num_free += users == 0;
+        num_idle += num_leases[block] == 0 && num_snapshots[block] > 0;
+      }
+      ASSERT_EQ(manager->free_blocks(), num_free);
+      ASSERT_EQ(manager->idle_blocks(), num_idle);
+      ASSERT_EQ(manager->free_snapshots(), 3 - std::ssize(snapshots));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace godwit

@@ -44,7 +44,7 @@ FakeExecutor::FakeExecutor(FakeExecutorOptions options, CacheManager& caches)
     : options_(std::move(options)),
       caches_(caches),
       paged_(caches.geometry().has_paged()),
-      slots_(static_cast<size_t>(caches.geometry().num_slots)),
+      slots_(static_cast<size_t>(caches.geometry().num_slots + caches.geometry().num_snapshots)),
       blocks_(paged_ ? static_cast<size_t>(caches.geometry().num_blocks) : 0) {
   static_assert(std::tuple_size_v<Block> == kPagedBlock);
 }
@@ -145,6 +145,7 @@ void FakeExecutor::Append(const CacheLease& lease, SlotState& state, int32_t tok
   if (paged_) {
     const auto block =
         static_cast<size_t>(lease.blocks()[static_cast<size_t>(state.position / kPagedBlock)]);
+    Check(caches_.NumUsers(static_cast<int32_t>(block)) == 1, "writes to a shared block");
     blocks_[block][static_cast<size_t>(state.position % kPagedBlock)] = state.hash;
   }
   ++state.position;
@@ -266,7 +267,7 @@ bool FakeExecutor::SlotDrafting(int32_t slot) const {
 void FakeExecutor::CopyOne(const CacheCopy& copy) {
   Trace(static_cast<uint64_t>(copy.kind) + 977);
   Trace(static_cast<uint64_t>(copy.host_id));
-  if (copy.kind == CacheCopy::Kind::kFork) return Fork(copy);
+  if (copy.kind == CacheCopy::Kind::kFork) return IsPrefix(copy) ? CopyPrefix(copy) : Fork(copy);
   if (copy.kind == CacheCopy::Kind::kTrim) return Trim(copy);
   if (copy.kind == CacheCopy::Kind::kSwapOut || copy.kind == CacheCopy::Kind::kSave) {
     // What a step in flight does not draw is known before it is collected.
@@ -281,7 +282,9 @@ void FakeExecutor::CopyOne(const CacheCopy& copy) {
     Check(host_copies_.emplace(copy.host_id, std::move(host)).second, "host id twice");
     if (copy.kind == CacheCopy::Kind::kSave) return;
     state = {.hash = 0xdead, .position = -1};  // poison
-    for (int32_t block : copy.from_blocks) blocks_[static_cast<size_t>(block)].fill(0xdead);
+    for (int32_t block : copy.from_blocks) {
+      if (caches_.NumUsers(block) == 0) blocks_[static_cast<size_t>(block)].fill(0xdead);
+    }
     return;
   }
   Check(!SlotInFlight(copy.to_slot), "swapped into a slot in flight");
@@ -343,6 +346,24 @@ std::shared_ptr<const StateImage> FakeExecutor::ExportState(int64_t host_id) {
 absl::Status FakeExecutor::ImportState(int64_t host_id, std::shared_ptr<const StateImage> image) {
   host_copies_[host_id] = static_cast<const Image&>(*image).copy;
   return absl::OkStatus();
+}
+
+// To or from a slot in which no row runs.
+bool FakeExecutor::IsPrefix(const CacheCopy& copy) const {
+  return std::max(copy.from_slot, copy.to_slot) >= caches_.geometry().num_slots;
+}
+
+void FakeExecutor::CopyPrefix(const CacheCopy& copy) {
+  const int64_t num_slots = caches_.geometry().num_slots;
+  Check((copy.from_slot < num_slots) != (copy.to_slot < num_slots),
+        "neither keeps a prefix nor starts from one");
+  Check(!SlotInFlight(copy.to_slot), "a prefix goes to a slot in flight");
+  const SlotState& from = slots_[static_cast<size_t>(copy.from_slot)];
+  Check(from.position == copy.position, "the prefix has another position");
+  Check(copy.position % kPrefillBlock == 0, "a prefix ends off the prefill block");
+  Check(from.next_token < 0, "a prefix from which a token was drawn");
+  Check(copy.from_blocks.empty() && copy.to_blocks.empty(), "copies blocks that are shared");
+  slots_[static_cast<size_t>(copy.to_slot)] = from;
 }
 
 void FakeExecutor::DropHostCopies() {

@@ -90,6 +90,8 @@ class FakeExecutor final : public StepExecutor {
   uint64_t Cell(const CacheLease& lease, int64_t position);
   void CopyOne(const CacheCopy& copy);
   void Trim(const CacheCopy& copy);
+  bool IsPrefix(const CacheCopy& copy) const;
+  void CopyPrefix(const CacheCopy& copy);
   void Fork(const CacheCopy& copy);
   bool SlotInFlight(int32_t slot) const;
   bool SlotDrafting(int32_t slot) const;

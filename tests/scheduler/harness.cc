@@ -25,6 +25,7 @@ void Client::ReadOne(TokenEvent event) {
     case TokenEvent::Kind::kPrompt:
       if (++num_prompt_events > 1) errors.push_back("two kPrompt events");
       scores = std::move(event.tokens);
+      num_cached = event.num_cached_tokens;
       break;
     case TokenEvent::Kind::kTokens:
       if (num_prompt_events == 0) errors.push_back("tokens before kPrompt");
@@ -48,7 +49,8 @@ void Client::ReadOne(TokenEvent event) {
   }
 }
 
-CacheGeometry FakeGeometry(int64_t num_slots, bool paged, int64_t num_blocks, int64_t swap_bytes) {
+CacheGeometry FakeGeometry(int64_t num_slots, bool paged, int64_t num_blocks, int64_t swap_bytes,
+                           int64_t num_snapshots) {
   CacheGeometry geometry{
       .components =
           {{.name = "lightning", .base_bytes = 4096, .row_bytes = 64, .block = 16},
@@ -57,7 +59,8 @@ CacheGeometry FakeGeometry(int64_t num_slots, bool paged, int64_t num_blocks, in
       .window_rows = WindowRows(kMaxStepsInFlight, 3),
       .num_slots = num_slots,
       .num_blocks = num_blocks,
-      .swap_bytes = swap_bytes};
+      .swap_bytes = swap_bytes,
+      .num_snapshots = num_snapshots};
   if (paged) geometry.components.push_back({.name = "kv", .row_bytes = 128, .retain = kRetainAll});
   return geometry;
 }
@@ -144,11 +147,13 @@ void Harness::ExpectClean() {
   }
   EXPECT_EQ(caches->free_slots(), options.geometry.num_slots);
   if (options.geometry.has_paged()) {
-    EXPECT_EQ(caches->free_blocks(), options.geometry.num_blocks);
+    EXPECT_EQ(caches->free_blocks() + caches->idle_blocks(), options.geometry.num_blocks);
   }
   EXPECT_EQ(caches->free_swap_bytes(), options.geometry.swap_bytes);
   EXPECT_EQ(executor->num_host_copies(), 0u);
   const SchedulerStats stats = scheduler->stats();
+  EXPECT_EQ(caches->free_snapshots() + stats.prefix_cache.num_states,
+            options.geometry.num_snapshots);
   EXPECT_EQ(stats.num_waiting, 0);
   EXPECT_EQ(stats.num_waiting_tokens, 0);
   EXPECT_EQ(stats.num_running, 0);

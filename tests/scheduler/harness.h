@@ -31,6 +31,7 @@ struct Client {
   std::vector<std::vector<FinishInfo>> finishes;
   std::vector<SampledToken> scores;
   int num_prompt_events = 0, num_done = 0;
+  int64_t num_cached = 0;  // tokens of the prompt
   absl::Status status;
   Phase phase = Phase::kWaiting;
   RequestTimings timings;
@@ -45,7 +46,7 @@ struct Client {
 
 // base + rows + lag + retain, and with `paged` a softmax layer too.
 CacheGeometry FakeGeometry(int64_t num_slots, bool paged, int64_t num_blocks = 0,
-                           int64_t swap_bytes = 0);
+                           int64_t swap_bytes = 0, int64_t num_snapshots = 0);
 
 struct HarnessOptions {
   SchedulerOptions scheduler{.context_length = 1 << 20};
@@ -69,7 +70,7 @@ class Harness {
   // Until idle; at most max_steps.
   void Run(int64_t max_steps = 100'000);
 
-  // No violation, all clients done exactly once, nothing leaked.
+  // No violation, all clients done exactly once, nothing leaked; kept prefixes hold what they say.
   void ExpectClean();
   // The client's tokens are those of an uninterrupted run (the first ones, if it ended early).
   void ExpectReference(const Client& client, const GenerateRequest& request) const;

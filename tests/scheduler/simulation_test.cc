@@ -41,6 +41,7 @@ class Simulation {
 
   int64_t Run();  // steps done
   uint64_t trace_hash() const { return harness_.executor->trace_hash() * 31 + outcome_hash_; }
+  int64_t num_cached_tokens() const { return num_cached_tokens_; }
 
  private:
   int64_t Uniform(int64_t low, int64_t high) {
@@ -62,6 +63,7 @@ class Simulation {
   int64_t num_added_ = 0;
   int64_t longest_output_ = 60;
   uint64_t outcome_hash_ = 0;
+  int64_t num_cached_tokens_ = 0;
 };
 
 HarnessOptions Simulation::Options() {
@@ -70,12 +72,17 @@ HarnessOptions Simulation::Options() {
   const int64_t num_slots = Uniform(1, 12);
   const int64_t num_blocks = paged ? Uniform(20, 20 + 12 * num_slots) : 0;
   const int64_t swap_bytes = Chance(30) ? 0 : Uniform(0, 40'000 * num_slots);
-  options.geometry = FakeGeometry(num_slots, paged, num_blocks, swap_bytes);
+  const int64_t num_snapshots = Chance(30) ? 0 : Uniform(1, 8);
+  options.geometry = FakeGeometry(num_slots, paged, num_blocks, swap_bytes, num_snapshots);
   options.scheduler = {.max_tokens_per_step = Uniform(kMinTokensPerStep, 400),
                        .max_waiting = Uniform(1, 30),
                        .max_waiting_tokens = Uniform(100, 5000),
                        .max_wait = Uniform(50, 400) * kMillisecond,
                        .max_steps_in_flight = static_cast<int>(Uniform(1, 2)),
+                       .prefix_cache = {.at_end = Chance(80),
+                                        .at_branch = Chance(80),
+                                        .interval = Chance(50) ? 0 : Uniform(64, 500),
+                                        .min_tokens = Uniform(1, 150)},
                        .context_length = Uniform(200, 2000)};
   options.executor.vocab_size = kVocabSize;
   if (Chance(20)) {
@@ -90,6 +97,12 @@ HarnessOptions Simulation::Options() {
 GenerateRequest Simulation::RandomRequest() {
   const int64_t num_prompt = Chance(20) ? Uniform(1, 700) : Uniform(1, 90);
   GenerateRequest request = Harness::Request(num_prompt, Uniform(1, longest_output_), random_());
+  // Prompts of a few families, so that most begin like an earlier one.
+  const GenerateRequest family = Harness::Request(700, 1, static_cast<uint64_t>(Uniform(1, 3)));
+  const int64_t num_shared = Uniform(0, std::min<int64_t>(num_prompt, 700));
+  std::copy_n(family.token_ids.begin(), num_shared, request.token_ids.begin());
+  if (Chance(90)) request.prefix_domain = Chance(70) ? "a" : "b";
+  if (Chance(20)) request.prefix_marks = {Uniform(1, num_prompt)};
   if (Chance(20)) request.num_outputs = static_cast<int32_t>(Uniform(2, 4));
   if (Chance(30)) request.max_draft_tokens = static_cast<int>(Uniform(1, kMaxDraftTokens));
   if (Chance(5)) request.num_outputs = 1, request.max_tokens = 0;
@@ -179,6 +192,11 @@ void Simulation::CheckStats() {
   EXPECT_LE(stats.num_running, stats.slots_used);
   EXPECT_LE(stats.slots_used, stats.slots_total);
   EXPECT_LE(stats.blocks_used, stats.blocks_total);
+  EXPECT_LE(stats.prefix_cache.num_states, stats.prefix_cache.max_states);
+  EXPECT_EQ(stats.prefix_cache.num_states + harness_.caches->free_snapshots(),
+            options_.geometry.num_snapshots);
+  EXPECT_LE(stats.prefix_cache.num_hits, stats.prefix_cache.num_queries);
+  num_cached_tokens_ = stats.prefix_cache.num_hits;
   EXPECT_GE(harness_.caches->free_swap_bytes(), 0);
   EXPECT_EQ(stats.num_waiting + stats.num_swapped + stats.num_running, std::ssize(live_));
   // Aged requests are served one after the other, so a request waits for at most those before it.
@@ -218,16 +236,18 @@ int64_t Simulation::Run() {
 
 TEST(SimulationTest, AMillionSteps) {
   const int64_t num_steps = NumSteps();
-  int64_t steps = 0;
+  int64_t steps = 0, num_cached_tokens = 0;
   for (uint64_t seed = 1; steps < num_steps; ++seed) {
     Simulation simulation(seed);
     steps += simulation.Run();
+    num_cached_tokens += simulation.num_cached_tokens();
     ASSERT_FALSE(HasFailure()) << "seed " << seed;
     if (seed % 25 != 0) continue;
     Simulation again(seed);
     steps += again.Run();
     ASSERT_EQ(again.trace_hash(), simulation.trace_hash()) << "seed " << seed;
   }
+  EXPECT_GT(num_cached_tokens, 0);
   RecordProperty("steps", std::to_string(steps));
 }
 

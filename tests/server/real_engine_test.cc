@@ -10,6 +10,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "tests/engine/temp_folder.h"
 #include "tests/engine/tiny_model.h"
 #include "tests/server/server_fixture.h"
 
@@ -317,6 +318,78 @@ INSTANTIATE_TEST_SUITE_P(Families, TinyServerTest,
                          [](const auto& info) {
                            return info.param == TinyFamily::kTransnormer ? "Transnormer" : "Llama";
                          });
+
+v1::GenerateRequest PrefixRequest(int32_t own_token) {
+  v1::GenerateRequest request;
+  for (int32_t id = 0; id < 200; ++id) request.mutable_token_ids()->add_ids(3 + id % 97);
+  for (int32_t id = 0; id < 30; ++id) request.mutable_token_ids()->add_ids(own_token);
+  request.mutable_sampling()->set_seed(5);
+  request.mutable_stopping()->set_max_tokens(8);
+  request.mutable_stopping()->set_ignore_eos(true);
+  return request;
+}
+
+TEST(PrefixCacheTest, UsageBypassSaltAndBoundaries) {
+  const TinyModel model;
+  ServerOptions options = OptionsFor(model.folder());
+  options.engine.prefix_cache_bytes = 16 << 20;
+  RealServer server(options);
+  ASSERT_TRUE(server.ok());
+  const auto generate = [&](const v1::GenerateRequest& request, int64_t num_cached) {
+    v1::GenerateResponse response;
+    const grpc::Status status = server.Generate(request, &response);
+    EXPECT_TRUE(status.ok()) << status.error_message();
+    EXPECT_EQ(response.prompt().num_cached_tokens(), num_cached);
+    EXPECT_EQ(response.summary().usage().cached_prompt_tokens(), num_cached);
+    EXPECT_EQ(response.summary().usage().prompt_tokens(), 230);
+    return response.outputs().empty() ? std::vector<int32_t>()
+                                      : IdsOf(response.outputs(0).token_ids());
+  };
+  v1::GenerateRequest request = PrefixRequest(50);
+  request.mutable_state()->add_cache_boundaries(200);
+  const std::vector<int32_t> tokens = generate(request, 0);
+  EXPECT_EQ(generate(request, 192), tokens);
+  const std::vector<int32_t> others = generate(PrefixRequest(51), 192);
+  request.mutable_state()->set_bypass_prefix_cache(true);
+  EXPECT_EQ(generate(request, 0), tokens);
+  v1::GenerateRequest salted = PrefixRequest(51);
+  salted.mutable_state()->set_cache_salt("a");
+  EXPECT_EQ(generate(salted, 0), others);
+  EXPECT_EQ(generate(salted, 192), others);
+  salted.mutable_state()->set_cache_salt("b");
+  EXPECT_EQ(generate(salted, 0), others);
+  v1::GenerateRequest scored = PrefixRequest(50);
+  scored.mutable_response()->set_prompt_logprobs(0);
+  EXPECT_EQ(generate(scored, 0), tokens);
+}
+
+TEST(PrefixCacheTest, TenantsShareNothingUnlessConfigured) {
+  const TinyModel model;
+  const TempFolder folder;
+  folder.Write("tokens", "alice\nbob\n");
+  for (const bool across : {false, true}) {
+    ServerOptions options = OptionsFor(model.folder());
+    options.engine.prefix_cache_bytes = 16 << 20;
+    options.token_file = folder.path() + "/tokens";
+    options.limits.share_prefixes = across;
+    std::string notes;
+    auto server = Server::Create(options, &notes);
+    ASSERT_TRUE(server.ok()) << server.status();
+    const auto stub = v1::Inference::NewStub(grpc::CreateChannel(
+        "127.0.0.1:" + std::to_string((*server)->port()), grpc::InsecureChannelCredentials()));
+    const auto cached = [&](const std::string& token) {
+      grpc::ClientContext context;
+      context.AddMetadata("authorization", "Bearer " + token);
+      v1::GenerateResponse response;
+      EXPECT_TRUE(stub->Generate(&context, PrefixRequest(50), &response).ok());
+      return response.summary().usage().cached_prompt_tokens();
+    };
+    EXPECT_EQ(cached("alice"), 0);
+    EXPECT_EQ(cached("bob"), across ? 192 : 0);
+    EXPECT_EQ(cached("alice"), 192);
+    EXPECT_EQ(cached("bob"), 192);
+  }
+}
 
 TEST(RequestRopeTest, RequestsChooseWithinWhatTheCardAllows) {
   const TinyModel model({.family = TinyFamily::kLlama, .context_length = 512});
