@@ -64,6 +64,7 @@ struct Scheduler::Impl {
   void Fail(StepPlan plan, const absl::Status& status, TimeNs now);
   void ApplyPrompt(RequestGroup& group, int64_t num_tokens, std::vector<SampledToken> scores,
                    TimeNs now);
+  void CountDrafts(const StepPlan& plan, const StepResult& result);
   void ApplyDraws(Sequence& sequence, std::vector<SampledToken> tokens, TimeNs now);
   void Land(StepPlan& plan);  // the rows are no longer in flight
   void Recycle(StepPlan plan);
