@@ -1,10 +1,13 @@
-// `godwit bench speculate`: the same prompts and seeds without speculation and with each number of
-// drafts, interleaved prompt by prompt. Tokens per second, how often the target ran (verification
+// `godwit bench speculate`: the same prompts and seeds without speculation, with each fixed number
+// of drafts and with every policy, through the scheduler, interleaved unit by unit (a unit is as
+// many prompts as run side by side). Tokens per second, how often the target ran (verification
 // rate) and what was thrown away (discard rate), each per token of output; intervals by paired
-// bootstrap over the prompts.
+// bootstrap over the units. Whatever has a knob, the fixed number too, is chosen on one half of the
+// units and counted on the other, both ways.
 
 #include <algorithm>
 #include <cmath>
+#include <fstream>
 #include <iostream>
 #include <limits>
 #include <memory>
@@ -17,251 +20,537 @@
 #include "cli/bench_report.h"
 #include "cli/command.h"
 #include "cli/model_flags.h"
+#include "cli/speculation_oracle.h"
+#include "cli/step_driver.h"
+#include "cli/svg_chart.h"
+#include "engine/draft_policy.h"
 #include "engine/offline.h"
 #include "kernels/base/status.h"
 
 namespace godwit::cli {
 namespace {
 
+using Json = nlohmann::ordered_json;
+
+constexpr int64_t kMinUnits = 6;
+
 struct BenchSpeculateFlags {
   ModelFlags model;
   int64_t num_prompts = 40, prompt_length = 64, num_tokens = 128;
+  std::vector<int64_t> batches = {1};
+  std::vector<int> fixed;  // numbers of drafts; empty: all up to max_drafts
   int max_drafts = 12;
   float temperature = 1;
-  bool coupled = false;
+  bool coupled = false, overhead = false;
   uint64_t seed = 1;
   bool json = false;
-  std::string output;
+  std::string output, picture;
 };
 
-// One prompt with one number of drafts.
+// One unit in one way.
 struct Run {
   double seconds = 0, draft_seconds = 0, verify_seconds = 0;
-  int64_t num_tokens = 0, num_steps = 0, num_drafts = 0, num_accepted = 0;
+  int64_t num_tokens = 0, num_steps = 0, num_sequence_steps = 0;
+  int64_t num_drafts = 0, num_dropped = 0, num_accepted = 0;
+
+  void Add(const Run& other) {
+    seconds += other.seconds;
+    draft_seconds += other.draft_seconds;
+    verify_seconds += other.verify_seconds;
+    num_tokens += other.num_tokens;
+    num_steps += other.num_steps;
+    num_sequence_steps += other.num_sequence_steps;
+    num_drafts += other.num_drafts;
+    num_dropped += other.num_dropped;
+    num_accepted += other.num_accepted;
+  }
+  double PerToken(int64_t count) const {
+    return static_cast<double>(count) / static_cast<double>(num_tokens);
+  }
+  double verification_rate() const { return PerToken(num_sequence_steps); }
+  double discard_rate() const { return PerToken(num_drafts + num_dropped - num_accepted); }
 };
 
-// All prompts in one way. Fixed numbers come first, 0: no speculation.
+// All units in one way.
 struct Arm {
-  std::string name;
+  std::string name, family;  // of one family, the best is chosen
   int num_drafts = 0;
   DraftPolicy policy = DraftPolicy::kFixed;
   float threshold = 0;
+  bool has_draft_model = true;
   std::vector<Run> runs;
 };
 
-using PromptIndices = std::vector<size_t>;
+using Units = std::vector<size_t>;
 
-Run Sum(const Arm& arm, const PromptIndices& prompts) {
+Run Sum(const Arm& arm, const Units& units) {
   Run sum;
-  for (const size_t prompt : prompts) {
-    const Run& run = arm.runs[prompt];
-    sum.seconds += run.seconds;
-    sum.draft_seconds += run.draft_seconds;
-    sum.verify_seconds += run.verify_seconds;
-    sum.num_tokens += run.num_tokens;
-    sum.num_steps += run.num_steps;
-    sum.num_drafts += run.num_drafts;
-    sum.num_accepted += run.num_accepted;
-  }
+  for (const size_t unit : units) sum.Add(arm.runs[unit]);
   return sum;
 }
 
-double TokensPerSecond(const Arm& arm, const PromptIndices& prompts) {
-  const Run sum = Sum(arm, prompts);
+double TokensPerSecond(const Arm& arm, const Units& units) {
+  const Run sum = Sum(arm, units);
   return static_cast<double>(sum.num_tokens) / sum.seconds;
+}
+
+Units AllUnits(const Arm& arm) {
+  Units units(arm.runs.size());
+  for (size_t unit = 0; unit < units.size(); ++unit) units[unit] = unit;
+  return units;
 }
 
 struct Interval {
   double value = 0, low = 0, high = 0;
 };
 
-// Tokens per second of `arm` over those of `base`, with its 95 % interval over the prompts.
-Interval Ratio(const Arm& arm, const Arm& base, const PromptIndices& prompts,
-               std::mt19937_64& random) {
+Json ToJson(const Interval& interval) { return {interval.value, interval.low, interval.high}; }
+
+// Tokens per second of `arm` over those of `base`, with its 95 % interval over the units.
+Interval Ratio(const Arm& arm, const Arm& base, std::mt19937_64& random) {
   constexpr int kResamples = 1000;
-  std::uniform_int_distribution<size_t> pick(0, prompts.size() - 1);
+  const Units units = AllUnits(arm);
+  std::uniform_int_distribution<size_t> pick(0, units.size() - 1);
   std::vector<double> ratios;
-  PromptIndices sample(prompts.size());
+  Units sample(units.size());
   for (int resample = 0; resample < kResamples; ++resample) {
-    for (size_t& prompt : sample) prompt = prompts[pick(random)];
+    for (size_t& unit : sample) unit = units[pick(random)];
     ratios.push_back(TokensPerSecond(arm, sample) / TokensPerSecond(base, sample));
   }
   std::sort(ratios.begin(), ratios.end());
-  return {.value = TokensPerSecond(arm, prompts) / TokensPerSecond(base, prompts),
+  return {.value = TokensPerSecond(arm, units) / TokensPerSecond(base, units),
           .low = ratios[kResamples * 25 / 1000],
           .high = ratios[kResamples * 975 / 1000]};
 }
 
+// The best of some families as one arm: on each half of the units, what was best on the other.
+Arm BestOf(const std::vector<Arm>& arms, const std::vector<std::string>& families) {
+  Units halves[2];
+  for (size_t unit = 0; unit < arms[0].runs.size(); ++unit) halves[unit % 2].push_back(unit);
+  Arm best;
+  best.runs.resize(arms[0].runs.size());
+  for (int half = 0; half < 2; ++half) {
+    const Arm* chosen = nullptr;
+    for (const Arm& arm : arms) {
+      if (std::find(families.begin(), families.end(), arm.family) == families.end()) continue;
+      if (chosen == nullptr ||
+          TokensPerSecond(arm, halves[1 - half]) > TokensPerSecond(*chosen, halves[1 - half])) {
+        chosen = &arm;
+      }
+    }
+    absl::StrAppend(&best.name, half == 0 ? "" : " / ", chosen->name);
+    for (const size_t unit : halves[half]) best.runs[unit] = chosen->runs[unit];
+  }
+  return best;
+}
+
+// --- Runs
+
+std::vector<Arm> MakeArms(const BenchSpeculateFlags& flags, const ModelCard& card) {
+  std::vector<Arm> arms = {{.name = "off", .family = "off"}};
+  std::vector<int> fixed = flags.fixed;
+  for (int drafts = 1; flags.fixed.empty() && drafts <= flags.max_drafts; ++drafts) {
+    fixed.push_back(drafts);
+  }
+  for (const int drafts : fixed) {
+    arms.push_back(
+        {.name = absl::StrCat("fixed ", drafts), .family = "fixed", .num_drafts = drafts});
+  }
+  for (const DraftPolicy policy : {DraftPolicy::kMargin, DraftPolicy::kSpecDecPP}) {
+    if (policy == DraftPolicy::kSpecDecPP && !card.has_acceptance_head) continue;
+    const std::string name(DraftPolicyName(policy));
+    for (const float threshold : {0.2f, 0.4f, 0.6f, 0.8f}) {
+      arms.push_back({.name = absl::StrFormat("%s %.1f", name, threshold),
+                      .family = name,
+                      .num_drafts = flags.max_drafts,
+                      .policy = policy,
+                      .threshold = threshold});
+    }
+  }
+  arms.push_back({.name = "throughput",
+                  .family = "throughput",
+                  .num_drafts = flags.max_drafts,
+                  .policy = DraftPolicy::kThroughput});
+  if (flags.overhead) {
+    arms.push_back({.name = "no draft model", .family = "none", .has_draft_model = false});
+  }
+  return arms;
+}
+
+struct Engines {
+  std::unique_ptr<Engine> engine, without_draft;  // the latter with --overhead
+};
+
+absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const ModelFlags& flags, int64_t batch) {
+  ASSIGN_OR_RETURN(auto backend, OpenBackend(flags));
+  EngineOptions options = OfflineOptions(flags);
+  options.max_sequences = batch;
+  return Engine::Create(options, std::move(backend));
+}
+
+GenerateRequest MakeRequest(std::vector<int32_t> prompt, float temperature, uint64_t seed,
+                            int64_t max_tokens) {
+  GenerateRequest request = {
+      .token_ids = std::move(prompt), .seed = seed, .max_tokens = max_tokens};
+  request.sampling.temperature = temperature;
+  return request;
+}
+
 // What the target itself writes from the beginning of a text: the bench needs no files, and drafts
 // meet the text they serve.
-absl::StatusOr<std::vector<int32_t>> MakePrompt(Engine& engine, uint64_t seed, int64_t length) {
-  const ModelConfig& config = engine.card().config;
-  const std::vector<int32_t> start = {config.bos_token_id.value_or(0)};
-  OfflineGenerateOptions options = {.seed = seed, .max_tokens = length - 1, .ignore_eos = true};
-  ASSIGN_OR_RETURN(const OfflineGenerateResult result, GenerateOffline(engine, start, options));
-  std::vector<int32_t> prompt = start;
-  for (const SampledToken& token : result.tokens) prompt.push_back(token.token_id);
-  return prompt;
+absl::StatusOr<std::vector<std::vector<int32_t>>> MakePrompts(Engine& engine,
+                                                              const BenchSpeculateFlags& flags,
+                                                              int64_t count) {
+  std::vector<GenerateRequest> requests;
+  const int32_t start = engine.card().config.bos_token_id.value_or(0);
+  for (int64_t index = 0; index < count; ++index) {
+    requests.push_back(MakeRequest({start}, 1, flags.seed + static_cast<uint64_t>(index),
+                                   flags.prompt_length - 1));
+  }
+  ASSIGN_OR_RETURN(const DrivenRun run, Drive(engine, std::move(requests), 0));
+  std::vector<std::vector<int32_t>> prompts;
+  for (const DrivenOutput& output : run.outputs) {
+    std::vector<int32_t>& prompt = prompts.emplace_back(1, start);
+    for (const SampledToken& token : output.tokens) prompt.push_back(token.token_id);
+  }
+  return prompts;
 }
 
-absl::StatusOr<Run> RunPrompt(Engine& engine, const BenchSpeculateFlags& flags,
-                              const std::vector<int32_t>& prompt, uint64_t seed, const Arm& arm) {
-  OfflineGenerateOptions options = {.seed = seed,
-                                    .max_tokens = flags.num_tokens,
-                                    .ignore_eos = true,
-                                    .max_draft_tokens = arm.num_drafts,
-                                    .draft_policy = arm.policy,
-                                    .draft_threshold = arm.threshold,
-                                    .coupled = flags.coupled};
-  options.sampling.temperature = flags.temperature;
-  ASSIGN_OR_RETURN(const OfflineGenerateResult result, GenerateOffline(engine, prompt, options));
-  return Run{.seconds = result.decode_seconds,
-             .draft_seconds = result.draft_seconds,
-             .verify_seconds = result.verify_seconds,
-             .num_tokens = std::ssize(result.tokens) - 1,  // the prompt drew the first
-             .num_steps = result.num_steps,
-             .num_drafts = result.num_drafts,
-             .num_accepted = result.num_accepted};
+absl::StatusOr<DrivenRun> RunUnit(Engine& engine, const BenchSpeculateFlags& flags,
+                                  std::span<const std::vector<int32_t>> prompts, uint64_t seed,
+                                  const Arm& arm) {
+  std::vector<GenerateRequest> requests;
+  for (const std::vector<int32_t>& prompt : prompts) {
+    GenerateRequest& request =
+        requests.emplace_back(MakeRequest(prompt, flags.temperature, seed++, flags.num_tokens));
+    request.seed_is_given = flags.coupled;
+    request.max_draft_tokens = arm.num_drafts;
+    request.draft_policy = arm.policy;
+    request.draft_threshold = arm.threshold;
+  }
+  return Drive(engine, std::move(requests), 0);
 }
 
-absl::StatusOr<std::vector<Arm>> RunArms(Engine& engine, const BenchSpeculateFlags& flags) {
-  std::vector<Arm> arms;
-  for (int drafts = 0; drafts <= flags.max_drafts; ++drafts) {
-    arms.push_back({.name = absl::StrCat(drafts), .num_drafts = drafts});
+Run Summary(const DrivenRun& driven) {
+  Run run = {.seconds = driven.seconds,
+             .draft_seconds = driven.draft_seconds,
+             .verify_seconds = driven.verify_seconds,
+             .num_tokens = driven.num_tokens,
+             .num_steps = driven.num_steps};
+  for (const DrivenOutput& output : driven.outputs) {
+    run.num_drafts += output.speculation.num_drafts;
+    run.num_dropped += output.speculation.num_dropped;
+    run.num_accepted += output.speculation.num_accepted;
   }
-  for (const float threshold : {0.4f, 0.6f, 0.8f}) {
-    arms.push_back({.name = absl::StrFormat("margin %.1f", threshold),
-                    .num_drafts = flags.max_drafts,
-                    .policy = DraftPolicy::kMargin,
-                    .threshold = threshold});
-  }
-  arms.push_back(
-      {.name = "throughput", .num_drafts = flags.max_drafts, .policy = DraftPolicy::kThroughput});
-  for (int64_t index = -1; index < flags.num_prompts; ++index) {
-    const uint64_t seed = flags.seed + static_cast<uint64_t>(index + 1);
-    ASSIGN_OR_RETURN(const std::vector<int32_t> prompt,
-                     MakePrompt(engine, seed, flags.prompt_length));
+  run.num_sequence_steps = driven.num_rows - run.num_drafts;
+  return run;
+}
+
+// Texts of the units without speculation, with their prompts, for the oracle.
+using Texts = std::vector<std::vector<int32_t>>;
+
+absl::StatusOr<std::vector<Arm>> RunArms(const Engines& engines, const BenchSpeculateFlags& flags,
+                                         int64_t batch, Texts& texts) {
+  std::vector<Arm> arms = MakeArms(flags, engines.engine->card());
+  const int64_t num_units = std::max(flags.num_prompts / batch, kMinUnits);
+  ASSIGN_OR_RETURN(const auto prompts,
+                   MakePrompts(*engines.engine, flags, batch * (num_units + 1)));
+  for (int64_t index = -1; index < num_units; ++index) {
+    const auto first = static_cast<size_t>((index + 1) * batch);
+    const auto unit_prompts = std::span(prompts).subspan(first, static_cast<size_t>(batch));
     for (size_t turn = 0; turn < arms.size(); ++turn) {
       // Another one begins each time, so that a drift of the machine favours none.
       Arm& arm = arms[(turn + static_cast<size_t>(index + 1)) % arms.size()];
-      ASSIGN_OR_RETURN(const Run run, RunPrompt(engine, flags, prompt, seed, arm));
-      if (index >= 0) arm.runs.push_back(run);  // the first prompt warms up
+      Engine& engine = arm.has_draft_model ? *engines.engine : *engines.without_draft;
+      ASSIGN_OR_RETURN(const DrivenRun driven,
+                       RunUnit(engine, flags, unit_prompts, flags.seed + first, arm));
+      if (index < 0) continue;  // the first unit warms up
+      arm.runs.push_back(Summary(driven));
+      if (arm.family != "off") continue;
+      for (size_t row = 0; row < unit_prompts.size(); ++row) {
+        std::vector<int32_t>& text = texts.emplace_back(unit_prompts[row]);
+        for (const SampledToken& token : driven.outputs[row].tokens) {
+          text.push_back(token.token_id);
+        }
+      }
     }
-    if (index >= 0) std::cerr << absl::StrFormat("\rprompt %d of %d", index + 1, flags.num_prompts);
+    if (index >= 0) {
+      std::cerr << absl::StrFormat("\rbatch %d: %d of %d", batch, index + 1, num_units);
+    }
   }
   std::cerr << std::endl;
   return arms;
 }
 
-const Arm& BestFixed(const std::vector<Arm>& arms, int max_drafts, const PromptIndices& prompts) {
-  return *std::max_element(arms.begin() + 1, arms.begin() + 1 + max_drafts,
-                           [&](const Arm& a, const Arm& b) {
-                             return TokensPerSecond(a, prompts) < TokensPerSecond(b, prompts);
-                           });
+// --- Results
+
+Json ArmToJson(const Arm& arm, const Arm& off, std::mt19937_64& random) {
+  const Run sum = Sum(arm, AllUnits(arm));
+  const auto drafts = static_cast<double>(sum.num_drafts);
+  const auto drawn = static_cast<double>(sum.num_drafts + sum.num_dropped);
+  return {
+      {"name", arm.name},
+      {"family", arm.family},
+      {"tokens_per_s", TokensPerSecond(arm, AllUnits(arm))},
+      {"speedup", ToJson(Ratio(arm, off, random))},
+      {"verification_rate", sum.verification_rate()},
+      {"discard_rate", sum.discard_rate()},
+      {"acceptance", drafts > 0 ? static_cast<double>(sum.num_accepted) / drafts : 0},
+      {"accepted_per_step",
+       static_cast<double>(sum.num_accepted) / static_cast<double>(sum.num_sequence_steps)},
+      {"dropped_per_token", sum.PerToken(sum.num_dropped)},
+      {"draft_ms", drawn > 0 ? 1e3 * sum.draft_seconds / drawn : 0},
+      {"step_ms", 1e3 * (sum.seconds - sum.draft_seconds) / static_cast<double>(sum.num_steps)}};
 }
 
-nlohmann::ordered_json ArmToJson(const Arm& arm, const Arm& off, const PromptIndices& all,
-                                 std::mt19937_64& random) {
-  const Run sum = Sum(arm, all);
-  const auto tokens = static_cast<double>(sum.num_tokens),
-             steps = static_cast<double>(sum.num_steps);
-  const auto drafts = static_cast<double>(sum.num_drafts),
-             accepted = static_cast<double>(sum.num_accepted);
-  const Interval speedup = Ratio(arm, off, all, random);
-  return {{"name", arm.name},
-          {"drafts", arm.num_drafts},
-          {"tokens_per_s", TokensPerSecond(arm, all)},
-          {"speedup", speedup.value},
-          {"speedup_low", speedup.low},
-          {"speedup_high", speedup.high},
-          {"verification_rate", steps / tokens},
-          {"discard_rate", (drafts - accepted) / tokens},
-          {"acceptance", drafts > 0 ? accepted / drafts : 0},
-          {"tokens_per_step", tokens / steps},
-          {"draft_ms_per_token", drafts > 0 ? 1e3 * sum.draft_seconds / drafts : 0},
-          {"verify_ms_per_step", 1e3 * sum.verify_seconds / steps}};
-}
-
-nlohmann::ordered_json Results(const std::vector<Arm>& arms, const BenchSpeculateFlags& flags) {
-  PromptIndices all, even, odd;
-  for (size_t prompt = 0; prompt < arms[0].runs.size(); ++prompt) {
-    all.push_back(prompt);
-    (prompt % 2 == 0 ? even : odd).push_back(prompt);
-  }
-  std::mt19937_64 random(flags.seed);
-  nlohmann::ordered_json results;
-  for (const Arm& arm : arms) results["arms"].push_back(ArmToJson(arm, arms[0], all, random));
-  // Chosen on one half of the prompts, reported on the other.
-  const Arm& best = BestFixed(arms, flags.max_drafts, even);
-  const Interval gain = Ratio(best, arms[0], odd, random);
-  results["best_fixed"] = {{"drafts", best.num_drafts},
-                           {"speedup", gain.value},
-                           {"speedup_low", gain.low},
-                           {"speedup_high", gain.high}};
+// Of a fixed number at this verification rate, by a line between two of them; nothing beyond.
+std::optional<double> FixedDiscardAt(const std::vector<Arm>& arms, double verification_rate) {
+  std::vector<std::pair<double, double>> points;
   for (const Arm& arm : arms) {
-    if (arm.policy == DraftPolicy::kFixed) continue;
-    const Interval over_best = Ratio(arm, best, odd, random);
-    results["over_best_fixed"].push_back({{"name", arm.name},
-                                          {"ratio", over_best.value},
-                                          {"ratio_low", over_best.low},
-                                          {"ratio_high", over_best.high}});
+    if (arm.family != "off" && arm.family != "fixed") continue;
+    const Run sum = Sum(arm, AllUnits(arm));
+    points.emplace_back(sum.verification_rate(), sum.discard_rate());
   }
-  // Time of one draft, and of one more verified row, in units of a plain step.
-  const double plain = results["arms"][0]["verify_ms_per_step"];
-  const auto most_drafts = static_cast<size_t>(flags.max_drafts);
-  const double most = results["arms"][most_drafts]["verify_ms_per_step"];
-  const double draft = results["arms"][most_drafts]["draft_ms_per_token"];
-  results["plain_step_ms"] = plain;
-  results["draft_cost"] = draft / plain;
-  results["row_cost"] = (most - plain) / flags.max_drafts / plain;
+  std::sort(points.begin(), points.end());
+  for (size_t point = 1; point < points.size(); ++point) {
+    const auto& [v0, d0] = points[point - 1];
+    const auto& [v1, d1] = points[point];
+    if (verification_rate < v0 || verification_rate > v1 || v1 <= v0) continue;
+    return d0 + (d1 - d0) * (verification_rate - v0) / (v1 - v0);
+  }
+  return std::nullopt;
+}
+
+Json Comparisons(const std::vector<Arm>& arms, std::mt19937_64& random) {
+  const Arm best_fixed = BestOf(arms, {"fixed"}), best_plain = BestOf(arms, {"off", "fixed"});
+  Json results = {{"best_fixed", best_fixed.name},
+                  {"best_fixed_over_off", ToJson(Ratio(best_fixed, arms[0], random))},
+                  {"best_of_off_and_fixed", best_plain.name}};
+  for (const std::string family : {"margin", "specdecpp", "throughput"}) {
+    if (std::none_of(arms.begin(), arms.end(),
+                     [&](const Arm& arm) { return arm.family == family; })) {
+      continue;
+    }
+    const Arm best = BestOf(arms, {family});
+    const Run sum = Sum(best, AllUnits(best));
+    Json of = {{"name", family},
+               {"chosen", best.name},
+               {"over_best_fixed", ToJson(Ratio(best, best_fixed, random))},
+               {"over_best_of_off_and_fixed", ToJson(Ratio(best, best_plain, random))}};
+    if (const auto fixed = FixedDiscardAt(arms, sum.verification_rate())) {
+      of["discarded_less_at_equal_verification"] = 1 - sum.discard_rate() / *fixed;
+    }
+    results["policies"].push_back(std::move(of));
+  }
+  const auto none =
+      std::find_if(arms.begin(), arms.end(), [](const Arm& arm) { return !arm.has_draft_model; });
+  // Seconds of a step with a draft model that is not used, over those without one.
+  if (none != arms.end()) results["overhead"] = ToJson(Ratio(*none, arms[0], random));
   return results;
 }
 
-void PrintTable(const nlohmann::ordered_json& results) {
-  std::cout << absl::StrFormat(
-      "plain step %.3f ms; a draft costs %.3f of it, a verified row %.3f\n",
-      results["plain_step_ms"].get<double>(), results["draft_cost"].get<double>(),
-      results["row_cost"].get<double>());
-  std::cout
-      << "drafts      tokens/s  speedup            tokens/step  verified  discarded  accepted\n";
-  for (const auto& arm : results["arms"]) {
-    std::cout << absl::StrFormat(
-        "%-10s  %8.1f  %.3f [%.3f, %.3f]  %8.3f     %6.3f    %6.3f     %6.3f\n",
-        arm["name"].get<std::string>(), arm["tokens_per_s"].get<double>(),
-        arm["speedup"].get<double>(), arm["speedup_low"].get<double>(),
-        arm["speedup_high"].get<double>(), arm["tokens_per_step"].get<double>(),
-        arm["verification_rate"].get<double>(), arm["discard_rate"].get<double>(),
-        arm["acceptance"].get<double>());
+// By the arms with fixed numbers; those that were not run lie on a line between their neighbours.
+RoundCosts MeasuredCosts(const std::vector<Arm>& arms) {
+  RoundCosts costs;
+  double draft_seconds = 0, drawn = 0;
+  int last = 0;
+  for (const Arm& arm : arms) {
+    if (arm.family != "off" && arm.family != "fixed") continue;
+    const Run sum = Sum(arm, AllUnits(arm));
+    const double step = (sum.seconds - sum.draft_seconds) / static_cast<double>(sum.num_steps);
+    if (arm.num_drafts > 0) {
+      draft_seconds += sum.draft_seconds;
+      drawn += static_cast<double>(sum.num_drafts);
+    }
+    const double before = costs.verify.empty() ? step : costs.verify.back();
+    for (int drafts = last + 1; drafts < arm.num_drafts; ++drafts) {
+      costs.verify.push_back(before + (step - before) * (drafts - last) / (arm.num_drafts - last));
+    }
+    costs.verify.push_back(step);
+    last = arm.num_drafts;
   }
-  const auto& best = results["best_fixed"];
-  std::cout << absl::StrFormat(
-      "best number of drafts on one half of the prompts: %d; on the other %.3f [%.3f, %.3f]\n",
-      best["drafts"].get<int>(), best["speedup"].get<double>(), best["speedup_low"].get<double>(),
-      best["speedup_high"].get<double>());
-  for (const auto& arm : results["over_best_fixed"]) {
-    std::cout << absl::StrFormat("%s over that, on the other half: %.3f [%.3f, %.3f]\n",
-                                 arm["name"].get<std::string>(), arm["ratio"].get<double>(),
-                                 arm["ratio_low"].get<double>(), arm["ratio_high"].get<double>());
+  costs.pass = draft_seconds / drawn;
+  return costs;
+}
+
+Json ToJson(const char* name, const SimulatedRounds& rounds, double off) {
+  const auto tokens = static_cast<double>(rounds.num_tokens);
+  return {{"name", name},
+          {"speedup", rounds.tokens_per_second() / off},
+          {"verification_rate", static_cast<double>(rounds.num_steps) / tokens},
+          {"discard_rate", static_cast<double>(rounds.num_drawn - rounds.num_accepted) / tokens}};
+}
+
+// What the policies could have gained on the same texts at the measured costs.
+absl::StatusOr<Json> OracleToJson(Engine& engine, const BenchSpeculateFlags& flags,
+                                  const std::vector<Arm>& arms, const Texts& texts) {
+  ModelFlags draft_flags = flags.model;
+  draft_flags.model = flags.model.draft_model;
+  draft_flags.draft_model.clear();
+  ASSIGN_OR_RETURN(const auto draft, LoadOfflineEngine(draft_flags, 0));
+  std::vector<AcceptanceTrace> traces;
+  double mean = 0, count = 0;
+  for (const std::vector<int32_t>& text : texts) {
+    ASSIGN_OR_RETURN(traces.emplace_back(),
+                     TraceAcceptance(engine, *draft, text, flags.prompt_length, flags.temperature));
+    for (const double p : traces.back()) mean += p;
+    count += static_cast<double>(traces.back().size());
+  }
+  const RoundCosts costs = MeasuredCosts(arms);
+  const double off = SimulateFixed(traces, costs, 0).tokens_per_second();
+  SimulatedRounds best_fixed;
+  for (int drafts = 1; drafts < static_cast<int>(costs.verify.size()); ++drafts) {
+    const SimulatedRounds fixed = SimulateFixed(traces, costs, drafts);
+    if (best_fixed.num_tokens == 0 || fixed.tokens_per_second() > best_fixed.tokens_per_second()) {
+      best_fixed = fixed;
+    }
+  }
+  const SimulatedRounds oracle = SimulateTrueAcceptance(traces, costs);
+  Json verify_ms;
+  for (const double seconds : costs.verify) verify_ms.push_back(1e3 * seconds);
+  return Json{{"mean_acceptance", mean / count},
+              {"draft_ms", 1e3 * costs.pass},
+              {"verify_ms", verify_ms},
+              {"rounds",
+               {ToJson("best fixed", best_fixed, off), ToJson("true acceptance", oracle, off),
+                ToJson("clairvoyant", SimulateClairvoyant(traces, costs), off)}}};
+}
+
+// Of what the oracle gains over not drafting, and over the best fixed number, what a policy gained.
+void AddShares(Json& load) {
+  const Json& rounds = load["oracle"]["rounds"];
+  const double fixed = rounds[0]["speedup"], oracle = rounds[1]["speedup"];
+  double measured_fixed = load["best_fixed_over_off"][0];
+  for (Json& policy : load["policies"]) {
+    const double over_fixed = policy["over_best_fixed"][0];
+    policy["share_of_oracle_over_off"] = (over_fixed * measured_fixed - 1) / (oracle - 1);
+    policy["share_of_oracle_over_fixed"] = (over_fixed - 1) / (oracle / fixed - 1);
   }
 }
 
+absl::StatusOr<Json> RunLoad(const BenchSpeculateFlags& flags, int64_t batch, Json& description) {
+  Engines engines;
+  ASSIGN_OR_RETURN(engines.engine, LoadEngine(flags.model, batch));
+  if (flags.overhead) {
+    ModelFlags plain = flags.model;
+    plain.draft_model.clear();
+    ASSIGN_OR_RETURN(engines.without_draft, LoadEngine(plain, batch));
+  }
+  description = {{"backend", engines.engine->card().backend},
+                 {"device", engines.engine->card().device}};
+  Texts texts;
+  ASSIGN_OR_RETURN(const std::vector<Arm> arms, RunArms(engines, flags, batch, texts));
+  std::mt19937_64 random(flags.seed);
+  Json load = {{"batch", batch}};
+  for (const Arm& arm : arms) load["arms"].push_back(ArmToJson(arm, arms[0], random));
+  // A draft, and a verified row on average, in units of a plain step.
+  const RoundCosts costs = MeasuredCosts(arms);
+  const double most = static_cast<double>(costs.verify.size() - 1);
+  load["draft_cost"] = costs.pass * static_cast<double>(batch) / costs.verify[0];
+  load["row_cost"] =
+      (costs.verify.back() - costs.verify[0]) / most / static_cast<double>(batch) / costs.verify[0];
+  load.update(Comparisons(arms, random));
+  if (batch == 1 && !flags.coupled) {
+    ASSIGN_OR_RETURN(load["oracle"], OracleToJson(*engines.engine, flags, arms, texts));
+    AddShares(load);
+  }
+  return load;
+}
+
+std::string Format(const Json& interval) {
+  return absl::StrFormat("%.3f [%.3f, %.3f]", interval[0].get<double>(), interval[1].get<double>(),
+                         interval[2].get<double>());
+}
+
+void PrintLoad(const Json& load) {
+  std::cout << absl::StrFormat(
+      "batch %d: a draft pass costs %.3f of a plain step, a verified row %.4f\n",
+      load["batch"].get<int64_t>(), load["draft_cost"].get<double>(),
+      load["row_cost"].get<double>());
+  std::cout << "                  tokens/s  speedup               verified  discarded  accepted\n";
+  for (const Json& arm : load["arms"]) {
+    std::cout << absl::StrFormat("%-16s  %8.1f  %-20s  %7.3f  %8.3f  %8.3f\n",
+                                 arm["name"].get<std::string>(), arm["tokens_per_s"].get<double>(),
+                                 Format(arm["speedup"]), arm["verification_rate"].get<double>(),
+                                 arm["discard_rate"].get<double>(),
+                                 arm["accepted_per_step"].get<double>());
+  }
+  std::cout << "best fixed number (" << load["best_fixed"].get<std::string>()
+            << ") over off: " << Format(load["best_fixed_over_off"]) << "\n";
+  for (const Json& policy : load["policies"]) {
+    std::cout << policy["name"].get<std::string>() << " (" << policy["chosen"].get<std::string>()
+              << ") over it: " << Format(policy["over_best_fixed"]) << ", over the best of off and "
+              << "fixed: " << Format(policy["over_best_of_off_and_fixed"]);
+    if (policy.contains("discarded_less_at_equal_verification")) {
+      std::cout << absl::StrFormat(
+          ", discards %.0f %% less at equal verification",
+          100 * policy["discarded_less_at_equal_verification"].get<double>());
+    }
+    if (policy.contains("share_of_oracle_over_off")) {
+      std::cout << absl::StrFormat(", %.0f %% of the oracle's gain (over fixed %.0f %%)",
+                                   100 * policy["share_of_oracle_over_off"].get<double>(),
+                                   100 * policy["share_of_oracle_over_fixed"].get<double>());
+    }
+    std::cout << "\n";
+  }
+  if (load.contains("overhead")) {
+    std::cout << "a step with an unused draft model over one without: " << Format(load["overhead"])
+              << "\n";
+  }
+  if (!load.contains("oracle")) return;
+  for (const Json& rounds : load["oracle"]["rounds"]) {
+    std::cout << absl::StrFormat(
+        "on the recorded texts, %-16s %.3f of plain; verified %.3f, discarded %.3f\n",
+        rounds["name"].get<std::string>() + ":", rounds["speedup"].get<double>(),
+        rounds["verification_rate"].get<double>(), rounds["discard_rate"].get<double>());
+  }
+}
+
+// Discard rate against verification rate: what fixed numbers trade, and the policies beside them.
+bool WritePicture(const Json& load, const std::string& path) {
+  Chart chart = {.title = "Speculation: what is thrown away for how few steps of the model",
+                 .x_label = "verification rate: steps of the model per token",
+                 .y_label = "discard rate: wasted drafts per token",
+                 .x_digits = 2};
+  double most = 0;
+  for (const std::string family : {"fixed", "margin", "specdecpp", "throughput"}) {
+    ChartSeries series = {.name = family};
+    for (const Json& arm : load["arms"]) {
+      if (arm["family"] != family) continue;
+      series.x.push_back(arm["verification_rate"]);
+      series.y.push_back(arm["discard_rate"]);
+      most = std::max(most, series.y.back());
+    }
+    if (!series.x.empty()) chart.series.push_back(std::move(series));
+  }
+  chart.y_max = std::ceil(most * 4) / 4;
+  std::ofstream file(path);
+  file << ToSvg(chart);
+  return static_cast<bool>(file.flush());
+}
+
 int RunBenchSpeculate(const BenchSpeculateFlags& flags) {
-  auto engine = LoadOfflineEngine(flags.model, 0);
-  if (!engine.ok()) return Report(engine.status(), kCannotLoad);
-  auto arms = RunArms(**engine, flags);
-  if (!arms.ok()) return Report(arms.status(), kFailed);
-  const nlohmann::ordered_json results = Results(*arms, flags);
-  if (!flags.json) PrintTable(results);
-  const nlohmann::ordered_json config = {{"model", flags.model.model},
-                                         {"draft_model", flags.model.draft_model},
-                                         {"backend", (*engine)->card().backend},
-                                         {"dtype", flags.model.dtype},
-                                         {"num_prompts", flags.num_prompts},
-                                         {"prompt_length", flags.prompt_length},
-                                         {"num_tokens", flags.num_tokens},
-                                         {"temperature", flags.temperature},
-                                         {"coupled", flags.coupled},
-                                         {"seed", flags.seed}};
+  Json results, description;
+  for (const int64_t batch : flags.batches) {
+    auto load = RunLoad(flags, batch, description);
+    if (!load.ok()) return Report(load.status(), kFailed);
+    if (!flags.json) PrintLoad(*load);
+    results["loads"].push_back(*std::move(load));
+  }
+  if (!flags.picture.empty() && !WritePicture(results["loads"][0], flags.picture)) {
+    return Report(absl::UnavailableError(absl::StrCat("cannot write ", flags.picture)), kFailed);
+  }
+  const Json config = {{"model", flags.model.model},
+                       {"draft_model", flags.model.draft_model},
+                       {"backend", description["backend"]},
+                       {"device", description["device"]},
+                       {"dtype", flags.model.dtype},
+                       {"num_prompts", flags.num_prompts},
+                       {"prompt_length", flags.prompt_length},
+                       {"num_tokens", flags.num_tokens},
+                       {"temperature", flags.temperature},
+                       {"coupled", flags.coupled},
+                       {"seed", flags.seed}};
   return WriteReport("speculate", config, results, flags.json, flags.output) ? kDone : kFailed;
 }
 
@@ -271,7 +560,7 @@ void AddBenchSpeculateCommand(CLI::App& bench, int& exit_code) {
   auto flags = std::make_shared<BenchSpeculateFlags>();
   CLI::App* command = bench.add_subcommand(
       "speculate",
-      "Tokens per second with each number of drafts, on the same prompts and seeds (offline)");
+      "Tokens per second by every policy and number of drafts, on the same prompts (offline)");
   AddModelFlags(*command, flags->model);
   AddDraftModelFlag(*command, flags->model)->required();
   command->add_option("--prompts", flags->num_prompts, "that the model writes itself")
@@ -280,16 +569,25 @@ void AddBenchSpeculateCommand(CLI::App& bench, int& exit_code) {
       ->check(CLI::Range(2, 100'000));
   command->add_option("--tokens", flags->num_tokens, "generated after each prompt")
       ->check(CLI::Range(2, 1'000'000));
+  command->add_option("--batch", flags->batches, "sequences at once, of each load")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 4096));
   command
       ->add_option("--max-drafts", flags->max_drafts,
-                   "the most drafts of a step; all from 1 are run")
+                   "the most drafts of a step; all fixed numbers from 1 are run")
+      ->check(CLI::Range(1, kMaxDraftTokens));
+  command->add_option("--fixed", flags->fixed, "run only these fixed numbers, ascending")
+      ->delimiter(',')
       ->check(CLI::Range(1, kMaxDraftTokens));
   command->add_option("--temperature", flags->temperature, "0: greedy")
       ->check(CLI::Range(0.0f, 100.0f));
   command->add_flag("--coupled", flags->coupled, "accept as for a request with a seed");
+  command->add_flag("--overhead", flags->overhead,
+                    "also without a draft model: what one costs that is not used");
   command->add_option("--seed", flags->seed, "of prompts and texts");
   command->add_flag("--json", flags->json, "the report as JSON on stdout");
   command->add_option("--output", flags->output, "file for the JSON report")->type_name("FILE");
+  command->add_option("--picture", flags->picture, "file for the chart, SVG")->type_name("FILE");
   command->callback([flags, &exit_code] { exit_code = RunBenchSpeculate(*flags); });
 }
 

@@ -19,6 +19,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "cli/command.h"
+#include "cli/eval_lossless.h"
 #include "cli/eval_target.h"
 #include "cli/eval_tasks.h"
 #include "cli/svg_chart.h"
@@ -472,6 +473,8 @@ void AddEvalCommand(CLI::App& app, int& exit_code) {
   perplexity->add_option("--text", flags->text_file, "text to score")
       ->required()
       ->type_name("FILE");
+
+  AddEvalLosslessCommand(*eval, exit_code);
 }
 
 }  // namespace godwit::cli

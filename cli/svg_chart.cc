@@ -52,7 +52,8 @@ std::string Axes(const Chart& chart, const Scale& scale, const std::set<double>&
   for (const double tick : ticks) {
     if (scale.X(tick) - last < 40) continue;  // labels would run into each other
     last = scale.X(tick);
-    svg += Text(last, kHeight - kBottom + 16, "middle", absl::StrFormat("%.0f", tick));
+    svg +=
+        Text(last, kHeight - kBottom + 16, "middle", absl::StrFormat("%.*f", chart.x_digits, tick));
   }
   svg += Text((kLeft + kWidth - kRight) / 2, kHeight - 10, "middle", chart.x_label);
   svg += Text(kLeft, kTop - 24, "start", chart.title);

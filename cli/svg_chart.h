@@ -14,6 +14,7 @@ struct ChartSeries {
 struct Chart {
   std::string title, x_label, y_label;
   double y_min = 0, y_max = 1;
+  int x_digits = 0;  // of the labels, after the point
   std::vector<ChartSeries> series;
 };
 

@@ -2,67 +2,128 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 namespace godwit {
 namespace {
 
-constexpr double kFitMemory = 0.998;  // per observation of a place: about 500 of them
-constexpr double kMeanMemory = 0.99;  // per observation of a class
+constexpr double kFitMemory = 0.999;     // per observation of a class
+constexpr double kMeanMemory = 0.99;     // the same
+constexpr double kHistoryMemory = 0.94;  // per draft of a sequence
+constexpr double kRidge = 0.05;          // keeps a direction that nothing shows from blowing up
+constexpr double kMinCurvature = 0.01;   // of a draft that was all but sure
+constexpr double kMaxLogit = 12;
 
-double Logit(const double* weight, double x) { return weight[0] + weight[1] * x; }
-double Sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+double Sigmoid(double x) { return 1 / (1 + std::exp(-std::clamp(x, -kMaxLogit, kMaxLogit))); }
 
-// Margins have a long tail.
-double MarginFeature(const DraftSigns& signs) { return std::log1p(signs.margin); }
+using Features = OnlineLogistic::Features;
+
+// The solution of (h + ridge) x = b; h is symmetric and positive.
+Features Solve(std::array<Features, OnlineLogistic::kFeatures> h, Features b) {
+  constexpr int kSize = OnlineLogistic::kFeatures;
+  for (int i = 0; i < kSize; ++i) h[i][i] += kRidge;
+  for (int pivot = 0; pivot < kSize; ++pivot) {
+    for (int row = pivot + 1; row < kSize; ++row) {
+      const double factor = h[row][pivot] / h[pivot][pivot];
+      for (int column = pivot; column < kSize; ++column)
+        h[row][column] -= factor * h[pivot][column];
+      b[row] -= factor * b[pivot];
+    }
+  }
+  for (int row = kSize - 1; row >= 0; --row) {
+    for (int column = row + 1; column < kSize; ++column) b[row] -= h[row][column] * b[column];
+    b[row] /= h[row][row];
+  }
+  return b;
+}
+
+// Margins have a long tail; a place matters less the later it is.
+Features FeaturesOf(double x, int place, double history) {
+  return {1, x, std::log1p(place), history};
+}
 
 }  // namespace
 
-double AcceptanceEstimator::Predict(AcceptanceClass acceptance_class, int place, double x) const {
-  return Sigmoid(Logit(classes_[static_cast<int>(acceptance_class)].places[place].weight, x));
+void SequenceHistory::Observe(bool accepted) {
+  accepted_ = kHistoryMemory * accepted_ + (accepted ? 1 : 0);
+  total_ = kHistoryMemory * total_ + 1;
 }
 
-void AcceptanceEstimator::Observe(AcceptanceClass acceptance_class, int place, double x,
-                                  bool accepted) {
-  Class& of = classes_[static_cast<int>(acceptance_class)];
-  of.accepted = kMeanMemory * of.accepted + (accepted ? 1 : 0);
-  of.total = kMeanMemory * of.total + 1;
-  ++of.num_observed;
-  Logistic& fit = of.places[place];
-  const double p = Sigmoid(Logit(fit.weight, x));
-  const double curvature = std::max(p * (1 - p), 1e-3);
-  double* const h = fit.hessian;
-  h[0] = kFitMemory * h[0] + curvature;
-  h[1] = kFitMemory * h[1] + curvature * x;
-  h[2] = kFitMemory * h[2] + curvature * x * x;
-  const double determinant = h[0] * h[2] - h[1] * h[1];
-  if (!(determinant > 1e-9)) return;  // one value only, so far
-  const double error = (accepted ? 1 : 0) - p;
-  fit.weight[0] += error * (h[2] - h[1] * x) / determinant;
-  fit.weight[1] += error * (h[0] * x - h[1]) / determinant;
+double SequenceHistory::logit() const {
+  return std::log((accepted_ + 0.5) / (total_ - accepted_ + 0.5));
 }
 
-double AcceptanceEstimator::Mean(AcceptanceClass acceptance_class) const {
-  const Class& of = classes_[static_cast<int>(acceptance_class)];
-  return of.accepted / of.total;
+double OnlineLogistic::Predict(const Features& x) const {
+  double logit = 0;
+  for (int i = 0; i < kFeatures; ++i) logit += weights_[i] * x[i];
+  return Sigmoid(logit);
 }
 
-int64_t AcceptanceEstimator::num_observed(AcceptanceClass acceptance_class) const {
-  return classes_[static_cast<int>(acceptance_class)].num_observed;
+void OnlineLogistic::Observe(const Features& x, bool accepted) {
+  const double p = Predict(x);
+  const double curvature = std::max(p * (1 - p), kMinCurvature);
+  Features gradient;
+  for (int row = 0; row < kFeatures; ++row) {
+    for (int column = 0; column < kFeatures; ++column) {
+      hessian_[row][column] = kFitMemory * hessian_[row][column] + curvature * x[row] * x[column];
+    }
+    gradient[row] = ((accepted ? 1 : 0) - p) * x[row];
+  }
+  const Features step = Solve(hessian_, gradient);
+  for (int i = 0; i < kFeatures; ++i) weights_[i] += step[i];
 }
+
+AcceptanceScore::AcceptanceScore(bool has_head) : has_head_(has_head) {}
 
 double AcceptanceScore::Predict(DraftPolicy policy, AcceptanceClass acceptance_class, int place,
                                 const DraftSigns& signs) const {
-  if (!FollowsHead(policy))
-    return by_margin_.Predict(acceptance_class, place, MarginFeature(signs));
+  if (!FollowsHead(policy)) {
+    return of(acceptance_class)
+        .by_margin.Predict(FeaturesOf(std::log1p(signs.margin), place, signs.history));
+  }
   // A head that reads the drawn token speaks one pass later.
-  if (!signs.head) return Mean(acceptance_class);
-  return by_head_.Predict(acceptance_class, place, *signs.head);
+  if (!signs.head) return Expect(acceptance_class, place, signs.history);
+  return of(acceptance_class).by_head.Predict(FeaturesOf(*signs.head, place, signs.history));
+}
+
+double AcceptanceScore::Expect(AcceptanceClass acceptance_class, int place, double history) const {
+  return of(acceptance_class).by_history.Predict(FeaturesOf(0, place, history));
+}
+
+double AcceptanceScore::ValueOfOption(AcceptanceClass acceptance_class, double survival,
+                                      double row_cost) const {
+  const Class& recent_of = of(acceptance_class);
+  const size_t count = std::min(recent_of.num_seen, kRecent);
+  if (count == 0) return 0;
+  double sum = 0;
+  for (size_t draft = 0; draft < count; ++draft) {
+    sum += std::max(survival * static_cast<double>(recent_of.recent[draft]) - row_cost, 0.0);
+  }
+  return sum / static_cast<double>(count);
 }
 
 void AcceptanceScore::Observe(AcceptanceClass acceptance_class, int place, const DraftSigns& signs,
                               bool accepted) {
-  by_margin_.Observe(acceptance_class, place, MarginFeature(signs), accepted);
-  if (signs.head) by_head_.Observe(acceptance_class, place, *signs.head, accepted);
+  Class& of = classes_[static_cast<size_t>(acceptance_class)];
+  of.accepted = kMeanMemory * of.accepted + (accepted ? 1 : 0);
+  of.total = kMeanMemory * of.total + 1;
+  ++of.num_observed;
+  of.by_margin.Observe(FeaturesOf(std::log1p(signs.margin), place, signs.history), accepted);
+  of.by_history.Observe(FeaturesOf(0, place, signs.history), accepted);
+  if (signs.head) of.by_head.Observe(FeaturesOf(*signs.head, place, signs.history), accepted);
+}
+
+void AcceptanceScore::Saw(AcceptanceClass acceptance_class, double predicted) {
+  Class& of = classes_[static_cast<size_t>(acceptance_class)];
+  of.recent[of.num_seen++ % kRecent] = static_cast<float>(predicted);
+}
+
+int64_t AcceptanceScore::num_observed(AcceptanceClass acceptance_class) const {
+  return of(acceptance_class).num_observed;
+}
+
+double AcceptanceScore::Mean(AcceptanceClass acceptance_class) const {
+  return of(acceptance_class).accepted / of(acceptance_class).total;
 }
 
 }  // namespace godwit

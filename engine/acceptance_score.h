@@ -1,10 +1,12 @@
 #pragma once
 // How likely a draft is to be accepted, before it is verified: from what the draft model shows of
-// its own certainty, learnt online. Pure: no device, no model, no clock.
+// its own certainty and from what became of the sequence's drafts before, learnt online. Pure: no
+// device, no model, no clock.
 //
-// A score is of the distribution that a draft is drawn from, or of drafts before it: never of the
-// drawn token itself, as far as whether that token is verified depends on it (draft_policy.h).
+// A score is of the distribution that a draft is drawn from, or of what lies before it: never of
+// the drawn token itself, as far as whether that token is verified depends on it (draft_policy.h).
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -17,42 +19,46 @@ namespace godwit {
 enum class AcceptanceClass { kGreedy, kCoupled, kStandard };
 inline constexpr int kNumAcceptanceClasses = 3;
 
-// P(draft is accepted | all before it are) as a logistic in one number that the draft model shows,
-// one for each class and place in the round. Learnt from verified drafts by Newton steps whose
-// memory fades, 2 numbers a place. Before anything is learnt it is the sigmoid of that number.
-class AcceptanceEstimator {
+// Accepted share of a sequence's latest drafts, about 16 of them, beginning at a half.
+class SequenceHistory {
  public:
-  double Predict(AcceptanceClass acceptance_class, int place, double x) const;
-  void Observe(AcceptanceClass acceptance_class, int place, double x, bool accepted);
-
-  // Over all drafts: recent share of accepted ones.
-  double Mean(AcceptanceClass acceptance_class) const;
-  int64_t num_observed(AcceptanceClass acceptance_class) const;
+  void Observe(bool accepted);
+  double logit() const;
 
  private:
-  struct Logistic {
-    double weight[2] = {0, 1};
-    double hessian[3] = {4, 0, 4};  // 00, 01, 11; also the strength of the prior
-  };
-  struct Class {
-    Logistic places[kMaxDraftTokens];
-    double accepted = 1, total = 2;
-    int64_t num_observed = 0;
-  };
-  Class classes_[kNumAcceptanceClasses];
+  double accepted_ = 2, total_ = 4;
 };
 
-// What the draft model shows of one draft.
+// What is known of one draft.
 struct DraftSigns {
-  double margin = 0;           // of the two largest logits that it is drawn from
+  double margin = 0;           // of the two largest logits that it is drawn from, over temperature
   std::optional<double> head;  // logit of its acceptance by the acceptance head, if there is one
+  double history = 0;          // SequenceHistory's, before this round
+};
+
+// P(draft is accepted | all before it are): a logistic in a few numbers, fitted to verified drafts
+// by Newton steps whose memory fades after about 1000 of them.
+class OnlineLogistic {
+ public:
+  static constexpr int kFeatures = 4;
+  using Features = std::array<double, kFeatures>;
+
+  explicit OnlineLogistic(const Features& prior) : weights_(prior) {}
+  double Predict(const Features& x) const;
+  void Observe(const Features& x, bool accepted);
+
+ private:
+  Features weights_;
+  // Curvature, with the strength of the prior on its diagonal.
+  std::array<Features, kFeatures> hessian_ = {
+      {{4, 0, 0, 0}, {0, 4, 0, 0}, {0, 0, 4, 0}, {0, 0, 0, 4}}};
 };
 
 // By the head where there is one and the policy follows it (specdecpp, throughput), else by the
-// margin. The head's own probability is corrected online as the margin's is: two numbers a place.
+// margin; besides by place and history. One fit for each class.
 class AcceptanceScore {
  public:
-  explicit AcceptanceScore(bool has_head) : has_head_(has_head) {}
+  explicit AcceptanceScore(bool has_head);
 
   // The policy's predictions are the head's, which was trained and need not be learnt first.
   bool FollowsHead(DraftPolicy policy) const {
@@ -61,17 +67,36 @@ class AcceptanceScore {
 
   double Predict(DraftPolicy policy, AcceptanceClass acceptance_class, int place,
                  const DraftSigns& signs) const;
-  // Of a draft of which nothing is known yet.
-  double Mean(AcceptanceClass acceptance_class) const { return by_margin_.Mean(acceptance_class); }
+  // Of a draft whose distribution is not known yet.
+  double Expect(AcceptanceClass acceptance_class, int place, double history) const;
+  // What one more draft is worth if it is verified only where that pays: the mean over recent
+  // drafts' predictions p of max(survival p - row_cost, 0).
+  double ValueOfOption(AcceptanceClass acceptance_class, double survival, double row_cost) const;
+
   // A verified draft, all before it accepted.
   void Observe(AcceptanceClass acceptance_class, int place, const DraftSigns& signs, bool accepted);
-  int64_t num_observed(AcceptanceClass acceptance_class) const {
-    return by_margin_.num_observed(acceptance_class);
-  }
+  // A draft that was drawn, verified or not.
+  void Saw(AcceptanceClass acceptance_class, double predicted);
+  int64_t num_observed(AcceptanceClass acceptance_class) const;
+  double Mean(AcceptanceClass acceptance_class) const;  // of recent verified drafts
 
  private:
+  static constexpr size_t kRecent = 128;
+  struct Class {
+    OnlineLogistic by_margin{{-0.7, 1.5, 0, 0}};  // untrained pairs of models lie near this
+    OnlineLogistic by_head{{0, 1, 0, 0}};
+    OnlineLogistic by_history{{0.5, 0, 0, 0.5}};
+    double accepted = 1, total = 2;
+    int64_t num_observed = 0;
+    std::array<float, kRecent> recent{};
+    size_t num_seen = 0;
+  };
+  const Class& of(AcceptanceClass acceptance_class) const {
+    return classes_[static_cast<size_t>(acceptance_class)];
+  }
+
   bool has_head_;
-  AcceptanceEstimator by_margin_, by_head_;
+  std::array<Class, kNumAcceptanceClasses> classes_;
 };
 
 }  // namespace godwit

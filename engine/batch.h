@@ -70,7 +70,10 @@ struct BatchRow {
   int max_draft_tokens = 0;
   DraftPolicy draft_policy = DraftPolicy::kFixed;
   float draft_threshold = 0.5f;                        // kMargin, kSpecDecPP
-  DraftStop draft_limit = DraftStop::kMaxDraftTokens;  // what max_draft_tokens was lowered to
+  DraftStop draft_limit = DraftStop::kMaxDraftTokens;  // what set max_draft_tokens
+  // Set by the engine: drafts after max_draft_tokens that were drawn but are not verified, for the
+  // distributions that they were drawn from.
+  int num_dropped = 0;
 
   // Scoring of given tokens (prompt log-probabilities): target i is the token whose log-probability
   // row token_ids[i] predicts (the next prompt token), -1 for none. Same length as token_ids, or
@@ -98,7 +101,8 @@ struct RowResult {
       outputs;                       // per RowOutput: 1, or 1..K+1 tokens when speculating
   std::vector<SampledToken> scores;  // per score target that is not -1
   int64_t num_computed = 0;          // tokens of this row now in the state
-  int num_drafts = 0;  // proposed in this step; one less than outputs[0] has were accepted
+  int num_drafts = 0;   // verified in this step; one less than outputs[0] has were accepted
+  int num_dropped = 0;  // and drawn for nothing
   std::optional<DraftStop> draft_stop;  // of a row that asked for drafts, and may have got none
   // P(draft is accepted | all before it are) as the policy saw it, of each draft; empty where no
   // policy asked.

@@ -1,6 +1,8 @@
 #include "engine/draft_policy.h"
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <utility>
 
 #include "kernels/base/check.h"
@@ -8,10 +10,9 @@
 namespace godwit {
 namespace {
 
-constexpr double kCostMemory = 0.98;  // per step: about 50 of them
-
-constexpr double kRowsWeight = 0.05;  // of a new step among those with as many rows
-constexpr int64_t kMinSteps = 4;      // of as many rows, before their time is believed
+constexpr double kRateMemory = 0.998;  // per step: about 500 of them
+constexpr double kRowsWeight = 0.05;   // of a new step among those with as many rows
+constexpr int64_t kMinSteps = 3;       // of as many rows, before their time is believed
 
 constexpr int64_t kLookAhead = 4;  // drafts; a row behind a jump may be cheap
 
@@ -20,6 +21,16 @@ constexpr std::pair<absl::string_view, DraftPolicy> kPolicyNames[] = {
     {"margin", DraftPolicy::kMargin},
     {"throughput", DraftPolicy::kThroughput},
     {"specdecpp", DraftPolicy::kSpecDecPP}};
+
+double SurvivalOfAll(const DraftCandidate& candidate) {
+  return candidate.survival * std::pow(candidate.acceptance, candidate.num_unknown);
+}
+
+// specdecpp, as published, stops by the drafts that its head has judged.
+double RiskOfRejection(const DraftCandidate& candidate) {
+  const bool by_known = candidate.policy == DraftPolicy::kSpecDecPP;
+  return 1 - (by_known ? candidate.survival : SurvivalOfAll(candidate));
+}
 
 }  // namespace
 
@@ -37,28 +48,46 @@ std::optional<DraftPolicy> ParseDraftPolicy(absl::string_view name) {
   return std::nullopt;
 }
 
-void SpeculationCosts::Observe(int64_t num_passes, double draft_seconds, int64_t num_rows,
-                               double verify_seconds, int64_t num_tokens) {
-  const auto rows = static_cast<double>(num_rows);
-  for (double* sum : {&steps_, &tokens_, &passes_, &draft_seconds_, &verify_seconds_, &rows_,
-                      &rows_squared_, &rows_seconds_}) {
-    *sum *= kCostMemory;
+absl::string_view DraftStopName(DraftStop stop) {
+  constexpr absl::string_view kNames[kNumDraftStops] = {
+      "max_draft_tokens", "budget", "max_tokens", "policy", "measurement", "lag", "context"};
+  return kNames[static_cast<size_t>(stop)];
+}
+
+int SpeculationCosts::BinOf(int64_t num_rows) {
+  if (num_rows <= kExact) return static_cast<int>(num_rows);
+  const double eighths = 8 * std::log2(static_cast<double>(num_rows) / kExact);
+  return std::min(kExact + static_cast<int>(eighths), kNumBins - 1);
+}
+
+void SpeculationCosts::Observe(const Step& step) {
+  // A step that something else held up tells little.
+  Bin& bin = bins_[BinOf(step.num_rows)];
+  const double verify_seconds = bin.num_steps < kMinSteps
+                                    ? step.verify_seconds
+                                    : std::min(step.verify_seconds, 2 * bin.seconds);
+  const auto passes = static_cast<double>(step.num_passes);
+  const double draft_seconds =
+      passes_ < 4 ? step.draft_seconds
+                  : std::min(step.draft_seconds, 3 * std::max(passes, 1.0) * seconds_per_pass());
+  const auto rows = static_cast<double>(step.num_rows);
+  for (double* sum : {&tokens_, &seconds_, &passes_, &draft_seconds_, &steps_, &rows_,
+                      &rows_squared_, &verify_seconds_, &rows_seconds_}) {
+    *sum *= kRateMemory;
   }
+  ++num_steps_;
+  tokens_ += static_cast<double>(step.num_tokens);
+  seconds_ += draft_seconds + verify_seconds;
+  passes_ += passes;
+  if (step.num_passes > 0) draft_seconds_ += draft_seconds;
   steps_ += 1;
-  tokens_ += static_cast<double>(num_tokens);
-  passes_ += static_cast<double>(num_passes);
-  draft_seconds_ += draft_seconds;
-  verify_seconds_ += verify_seconds;
   rows_ += rows;
   rows_squared_ += rows * rows;
+  verify_seconds_ += verify_seconds;
   rows_seconds_ += rows * verify_seconds;
-  if (num_rows > kMaxCounted) return;
-  Mean& mean = by_rows_[num_rows];
-  // A step that something else held up tells little.
-  const double seconds =
-      mean.num_steps < kMinSteps ? verify_seconds : std::min(verify_seconds, 2 * mean.seconds);
-  const double weight = std::max(1.0 / static_cast<double>(++mean.num_steps), kRowsWeight);
-  mean.seconds += weight * (seconds - mean.seconds);
+  const double weight = std::max(1.0 / static_cast<double>(++bin.num_steps), kRowsWeight);
+  bin.seconds += weight * (verify_seconds - bin.seconds);
+  bin.rows += weight * (rows - bin.rows);
 }
 
 double SpeculationCosts::SlopeOfRows() const {
@@ -67,70 +96,142 @@ double SpeculationCosts::SlopeOfRows() const {
   return std::max((rows_seconds_ - rows_ * verify_seconds_ / steps_) / variance, 0.0);
 }
 
-// By the nearest numbers of rows that are known on both sides, or the slope from the nearest one.
 double SpeculationCosts::SecondsAt(int64_t num_rows) const {
-  int64_t low = std::min(num_rows, kMaxCounted), high = num_rows;
-  while (low > 0 && by_rows_[low].num_steps < kMinSteps) --low;
-  while (high <= kMaxCounted && by_rows_[high].num_steps < kMinSteps) ++high;
-  const bool has_low = low > 0, has_high = high <= kMaxCounted;
-  if (has_low && has_high && high > low) {
-    const double share = static_cast<double>(num_rows - low) / static_cast<double>(high - low);
-    return by_rows_[low].seconds + share * (by_rows_[high].seconds - by_rows_[low].seconds);
+  const auto rows = static_cast<double>(num_rows);
+  int low = BinOf(num_rows), high = low;
+  while (low > 0 && (bins_[low].num_steps < kMinSteps || bins_[low].rows > rows)) --low;
+  while (high < kNumBins && (bins_[high].num_steps < kMinSteps || bins_[high].rows < rows)) ++high;
+  const bool has_low = low > 0, has_high = high < kNumBins;
+  if (has_low && has_high) {
+    const Bin &below = bins_[low], &above = bins_[high];
+    if (above.rows <= below.rows) return below.seconds;
+    const double share = (rows - below.rows) / (above.rows - below.rows);
+    return below.seconds + share * (above.seconds - below.seconds);
   }
-  if (!has_low && !has_high) return SlopeOfRows() * static_cast<double>(num_rows);
-  const int64_t nearest = has_low ? low : high;
-  return by_rows_[nearest].seconds + SlopeOfRows() * static_cast<double>(num_rows - nearest);
+  if (!has_low && !has_high) return SlopeOfRows() * rows;
+  const Bin& nearest = bins_[has_low ? low : high];
+  return nearest.seconds + SlopeOfRows() * (rows - nearest.rows);
 }
 
 double SpeculationCosts::SecondsOfRows(int64_t num_rows, int64_t added) const {
   return std::max(SecondsAt(num_rows + added) - SecondsAt(num_rows), 0.0);
 }
 
-namespace {
-
-// Whether `more` drafts for each row that asks for throughput pay, given `rate` tokens a second;
-// then goes_on of the rows that they pay for is true. passes_are_free: others run them anyway.
-bool Pays(const SpeculationCosts& costs, double rate, int64_t num_rows, int64_t num_wanted,
-          int64_t more, bool passes_are_free, std::vector<DraftCandidate>& candidates) {
-  const double row_cost =
-      rate * costs.SecondsOfRows(num_rows, num_wanted * more) / static_cast<double>(num_wanted);
-  double surplus = 0;
-  for (DraftCandidate& candidate : candidates) {
-    if (candidate.policy != DraftPolicy::kThroughput) continue;
-    double gain = 0, survival = candidate.survival;
-    for (int64_t draft = 0; draft < more; ++draft) gain += survival *= candidate.acceptance;
-    candidate.goes_on = gain > row_cost;
-    surplus += std::max(gain - row_cost, 0.0);
-  }
-  const double pass_cost =
-      passes_are_free ? 0 : rate * costs.seconds_per_pass() * static_cast<double>(more);
-  return surplus > pass_cost;
+int CostsByLoad::LoadOf(int64_t num_sequences) {
+  const auto doublings =
+      std::bit_width(static_cast<uint64_t>(std::max<int64_t>(num_sequences, 1)) - 1);
+  return std::min(static_cast<int>(doublings), kNumLoads - 1);
 }
 
-}  // namespace
+double RateToBeat(const SpeculationCosts& costs, int64_t num_sequences) {
+  const double plain_seconds = costs.SecondsAt(num_sequences);
+  const double plain = plain_seconds > 0 ? static_cast<double>(num_sequences) / plain_seconds : 0;
+  return std::max(costs.tokens_per_second(), plain);
+}
 
-void DecideDrafts(const SpeculationCosts& costs, int64_t num_rows,
-                  std::vector<DraftCandidate>& candidates) {
-  int64_t num_wanted = 0;
-  bool passes_are_free = false;
+void DraftDecider::Decide(const Load& load, std::vector<DraftCandidate>& candidates) {
+  bool passes_are_free = false, by_throughput = false;
   for (DraftCandidate& candidate : candidates) {
+    candidate.keeps = true;
+    candidate.goes_on = candidate.can_go_on;
     if (candidate.policy == DraftPolicy::kThroughput) {
-      candidate.goes_on = true;
-      ++num_wanted;
+      by_throughput = true;
       continue;
     }
-    candidate.goes_on = candidate.policy == DraftPolicy::kFixed ||
-                        1 - candidate.survival <= static_cast<double>(candidate.threshold);
+    candidate.goes_on &= candidate.policy == DraftPolicy::kFixed ||
+                         RiskOfRejection(candidate) <= static_cast<double>(candidate.threshold);
     passes_are_free |= candidate.goes_on;
   }
-  if (num_wanted == 0 || !costs.known()) return;
-  const double rate = costs.tokens_per_second();
-  for (int64_t more = 1; more <= kLookAhead; ++more) {
-    if (Pays(costs, rate, num_rows, num_wanted, more, passes_are_free, candidates)) return;
+  if (by_throughput && load.costs.known()) DecideByThroughput(load, passes_are_free, candidates);
+}
+
+void DraftDecider::DecideByThroughput(const Load& load, bool passes_are_free,
+                                      std::vector<DraftCandidate>& candidates) {
+  const double rate = RateToBeat(load.costs, load.num_sequences);
+  Keep(load, rate, candidates);
+  const double pass_cost = passes_are_free ? 0 : rate * load.costs.seconds_per_pass();
+  GoOn(load, rate, pass_cost, candidates);
+}
+
+DraftDecider::Choice DraftDecider::Choose(const Load& load, double rate, int64_t num_rows,
+                                          int64_t rows_each, double pass_cost) {
+  std::sort(gains_.begin(), gains_.end(),
+            [](const Gain& a, const Gain& b) { return a.tokens > b.tokens; });
+  Choice best;
+  double tokens = 0;
+  for (size_t count = 1; count <= gains_.size(); ++count) {
+    tokens += gains_[count - 1].tokens;
+    const auto added = static_cast<int64_t>(count) * rows_each;
+    const double value = tokens - rate * load.costs.SecondsOfRows(num_rows, added) - pass_cost;
+    if (value > best.value) best = {value, count};
+  }
+  return best;
+}
+
+void DraftDecider::Keep(const Load& load, double rate, std::vector<DraftCandidate>& candidates) {
+  int64_t num_open = 0;
+  for (DraftCandidate& candidate : candidates) {
+    if (candidate.policy != DraftPolicy::kThroughput || !candidate.has_open) continue;
+    num_open += 1 + candidate.num_unknown;
+    candidate.keeps = false;
+  }
+  if (num_open == 0) return;
+  Choice best;
+  for (int64_t drafts = 1; drafts <= kLookAhead; ++drafts) {
+    gains_.clear();
+    double passes = 0;
+    for (DraftCandidate& candidate : candidates) {
+      if (candidate.policy != DraftPolicy::kThroughput || !candidate.has_open) continue;
+      const int64_t most =
+          candidate.can_go_on ? drafts : std::min<int64_t>(drafts, 1 + candidate.num_unknown);
+      double tokens = 0, survival = candidate.survival;
+      for (int64_t draft = 0; draft < most; ++draft, survival *= candidate.acceptance) {
+        tokens += survival;
+      }
+      passes = std::max(passes, static_cast<double>(most - 1 - candidate.num_unknown));
+      gains_.push_back({tokens, &candidate});
+    }
+    const double pass_cost = rate * load.costs.seconds_per_pass() * passes;
+    const Choice choice = Choose(load, rate, load.num_rows - num_open, drafts, pass_cost);
+    if (choice.value <= best.value) continue;
+    best = choice;
+    best_.assign(gains_.begin(), gains_.begin() + static_cast<std::ptrdiff_t>(choice.count));
+  }
+  for (size_t row = 0; row < best.count; ++row) best_[row].candidate->keeps = true;
+  for (DraftCandidate& candidate : candidates) candidate.goes_on &= candidate.keeps;
+}
+
+void DraftDecider::GoOn(const Load& load, double rate, double pass_cost,
+                        std::vector<DraftCandidate>& candidates) {
+  int64_t num_rows = load.num_rows;
+  for (const DraftCandidate& candidate : candidates) {
+    if (!candidate.keeps) num_rows -= 1 + candidate.num_unknown;
+  }
+  const double row_cost = rate * load.costs.SecondsOfRows(num_rows, 1);
+  Choice best;
+  // 0: one draft that is verified only if it turns out well, so that its row is no cost yet.
+  for (int64_t drafts = load.can_drop ? 0 : 1; drafts <= kLookAhead; ++drafts) {
+    gains_.clear();
+    for (DraftCandidate& candidate : candidates) {
+      if (candidate.policy != DraftPolicy::kThroughput || !candidate.goes_on) continue;
+      double tokens = 0, survival = SurvivalOfAll(candidate);
+      for (int64_t draft = 0; draft < drafts; ++draft) tokens += survival *= candidate.acceptance;
+      if (drafts == 0) {
+        tokens = load.score.ValueOfOption(candidate.acceptance_class, SurvivalOfAll(candidate),
+                                          row_cost);
+      }
+      gains_.push_back({tokens * (1 - load.reluctance), &candidate});
+    }
+    const double passes = pass_cost * static_cast<double>(std::max<int64_t>(drafts, 1));
+    const Choice choice = Choose(load, rate, num_rows, drafts, passes);
+    if (choice.value <= best.value) continue;
+    best = choice;
+    best_.assign(gains_.begin(), gains_.begin() + static_cast<std::ptrdiff_t>(choice.count));
   }
   for (DraftCandidate& candidate : candidates) {
     if (candidate.policy == DraftPolicy::kThroughput) candidate.goes_on = false;
   }
+  for (size_t row = 0; row < best.count; ++row) best_[row].candidate->goes_on = true;
 }
 
 }  // namespace godwit

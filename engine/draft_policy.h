@@ -5,13 +5,14 @@
 // Whether a draft is verified may depend on the distribution that it is drawn from, on all before
 // it, and on earlier rounds, but never on the drawn token: else what remains is no longer
 // distributed as the target (a retrospective trim; tests/kernels/cpu/verify_tokens_test.cc plants
-// it). So scores are of the distribution, and every draft that was drawn is verified.
+// it). So scores are of the distribution, and places are decided one after the other.
 
 #include <cstdint>
 #include <optional>
 #include <vector>
 
 #include "absl/strings/string_view.h"
+#include "engine/acceptance_score.h"
 #include "engine/batch.h"
 
 namespace godwit {
@@ -19,58 +20,123 @@ namespace godwit {
 // "fixed", "margin", "throughput", "specdecpp".
 absl::string_view DraftPolicyName(DraftPolicy policy);
 std::optional<DraftPolicy> ParseDraftPolicy(absl::string_view name);
+// "max_draft_tokens", "budget", "max_tokens", "policy", "measurement", "lag", "context".
+absl::string_view DraftStopName(DraftStop stop);
 
 // Seconds per pass of the draft model and per row of the target, and the tokens per second that
-// they have to beat, from the steps that ran.
+// they have to beat, from the steps that ran with about as many sequences.
 class SpeculationCosts {
  public:
-  // A step of decode rows only: passes and seconds of the draft, rows and seconds of the target,
-  // tokens gained.
-  void Observe(int64_t num_passes, double draft_seconds, int64_t num_rows, double verify_seconds,
-               int64_t num_tokens);
+  struct Step {
+    int64_t num_passes = 0;  // of the draft model
+    double draft_seconds = 0;
+    int64_t num_rows = 0;  // of the target
+    double verify_seconds = 0;
+    int64_t num_tokens = 0;  // gained
+  };
+  void Observe(const Step& step);
 
-  bool known() const { return steps_ > 0 && passes_ > 0; }
-  double tokens_per_second() const { return tokens_ / (draft_seconds_ + verify_seconds_); }
+  bool known() const { return num_steps_ >= kMinKnown && passes_ > 0; }
+  double tokens_per_second() const { return tokens_ / seconds_; }
   double seconds_per_pass() const { return draft_seconds_ / passes_; }
-  // The target's time for `added` rows on top of num_rows. A step's time jumps where a product
-  // takes another tile, so it is kept by number of rows, as far as rows are few; between two
-  // numbers that were seen, and beyond them, by a line.
+  // Of a step of the target. Its time jumps where a product takes another tile, so it is kept by
+  // number of rows; between two numbers that were seen, and beyond them, by a line. 0: unknown.
+  double SecondsAt(int64_t num_rows) const;
+  // For `added` rows on top of num_rows.
   double SecondsOfRows(int64_t num_rows, int64_t added) const;
 
  private:
-  static constexpr int64_t kMaxCounted = 128;
-  struct Mean {
-    double seconds = 0;
+  static constexpr int64_t kMinKnown = 24;
+  // Numbers up to 64 by themselves, above in eighths of a doubling.
+  static constexpr int kExact = 64, kNumBins = kExact + 8 * 6 + 1;
+  struct Bin {
+    double rows = 0, seconds = 0;  // means
     int64_t num_steps = 0;
   };
+  static int BinOf(int64_t num_rows);
   double SlopeOfRows() const;
-  double SecondsAt(int64_t num_rows) const;
 
-  Mean by_rows_[kMaxCounted + 1];
-  double steps_ = 0, tokens_ = 0;  // sums that fade
-  double passes_ = 0, draft_seconds_ = 0;
-  double verify_seconds_ = 0;
-  double rows_ = 0, rows_squared_ = 0, rows_seconds_ = 0;
+  Bin bins_[kNumBins];
+  int64_t num_steps_ = 0;
+  // Sums that fade: of what steps gained, and of what the line needs.
+  double tokens_ = 0, seconds_ = 0, passes_ = 0, draft_seconds_ = 0;
+  double steps_ = 0, rows_ = 0, rows_squared_ = 0, verify_seconds_ = 0, rows_seconds_ = 0;
 };
 
-// A row that has drafts in this step and could have one more.
+// By number of sequences, in doublings: what beats one sequence does not beat sixty-four.
+class CostsByLoad {
+ public:
+  SpeculationCosts& at(int64_t num_sequences) { return costs_[LoadOf(num_sequences)]; }
+  const SpeculationCosts& at(int64_t num_sequences) const { return costs_[LoadOf(num_sequences)]; }
+
+ private:
+  static constexpr int kNumLoads = 14;
+  static int LoadOf(int64_t num_sequences);
+  SpeculationCosts costs_[kNumLoads];
+};
+
+// A row that has drafts in this step, or could have.
 struct DraftCandidate {
   DraftPolicy policy = DraftPolicy::kFixed;
   float threshold = 0;
-  double survival = 1;    // P(all its drafts are accepted)
+  AcceptanceClass acceptance_class = AcceptanceClass::kGreedy;
+  double survival = 1;    // P(all its drafts are accepted) of those whose distribution is known
   double acceptance = 1;  // of the next one, before anything is known of it
-  bool goes_on = true;    // the answer
+  bool has_open = false;  // the last of the drafts that are known is not decided on yet
+  int num_unknown = 0;    // drafts after those, drawn already
+  bool can_go_on = true;
+  bool keeps = true;    // the answer. False: the open draft and those after it are dropped; it ends
+  bool goes_on = true;  // the answer: another draft is drawn
 };
 
-// fixed: go on. margin and specdecpp: while 1 - survival <= threshold. throughput: while some
-// number of further drafts, up to 4, is worth its rows of the target and its passes of the draft
-// model:
-//   survival * (acceptance + acceptance^2 + ...) > tokens/s * seconds of the rows, each row for
-//   itself, and the sum of what is left over > tokens/s * seconds of the passes, unless others run
-//   them.
-// At that rate of tokens/s, more would make the batch slower (Dinkelbach). Where costs are unknown
-// it goes on. num_rows: of the target's step so far.
-void DecideDrafts(const SpeculationCosts& costs, int64_t num_rows,
-                  std::vector<DraftCandidate>& candidates);
+// What is decided for all rows of a step at once: passes are shared, and the time of rows depends
+// on their number.
+//
+// fixed: keep, go on. margin, specdecpp: while 1 - survival <= threshold. throughput: whatever
+// brings more tokens than tokens/s * its seconds (at that rate more would make the batch slower,
+// Dinkelbach): the open drafts are kept, in the rows where they are likeliest to stand, while
+//   survival (1 + acceptance + ...) > tokens/s * seconds of the rows and of further passes
+// for some number of drafts up to 4, as a row behind a jump may be cheap; and rows go on while
+//   survival (acceptance + acceptance^2 + ...)
+// is worth the rows and the passes, or one more draft is that is verified only if its distribution
+// turns out well. An open draft is dropped for the distribution it was drawn from, in the order of
+// the places, and no later one is looked at: whether a place is verified never depends on the token
+// drawn there. Where costs are unknown all are kept and go on.
+class DraftDecider {
+ public:
+  struct Load {
+    const SpeculationCosts& costs;
+    const AcceptanceScore& score;
+    int64_t num_sequences = 0;
+    int64_t num_rows = 0;   // of the target's step, with all drafts that are drawn and not dropped
+    double reluctance = 0;  // share of a gain that going on has to bring on top
+    bool can_drop = true;   // what the next pass draws can be dropped when it is known
+  };
+  void Decide(const Load& load, std::vector<DraftCandidate>& candidates);
+
+ private:
+  struct Gain {
+    double tokens = 0;
+    DraftCandidate* candidate = nullptr;
+  };
+  void DecideByThroughput(const Load& load, bool passes_are_free,
+                          std::vector<DraftCandidate>& candidates);
+  // The rows, those that gain most first, whose gains are worth the most beyond `rows_each` rows of
+  // the target for each and what a pass costs. Leaves them at the front of gains_.
+  struct Choice {
+    double value = 0;
+    size_t count = 0;
+  };
+  Choice Choose(const Load& load, double rate, int64_t num_rows, int64_t rows_each,
+                double pass_cost);
+  void Keep(const Load& load, double rate, std::vector<DraftCandidate>& candidates);
+  void GoOn(const Load& load, double rate, double pass_cost,
+            std::vector<DraftCandidate>& candidates);
+
+  std::vector<Gain> gains_, best_;  // scratch
+};
+
+// tokens/s that a draft has to beat: of late, but no less than without drafts.
+double RateToBeat(const SpeculationCosts& costs, int64_t num_sequences);
 
 }  // namespace godwit

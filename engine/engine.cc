@@ -724,6 +724,7 @@ RowResult Engine::Impl::Result(const Step& step, size_t row_index) const {
   RowResult result;
   result.num_computed = step.positions_after[row_index];
   result.num_drafts = HasDrafts(row) ? row.max_draft_tokens : 0;
+  result.num_dropped = row.num_dropped;
   if (step.asked[row_index]) result.draft_stop = row.draft_limit;
   if (!step.predicted.empty()) result.predicted = step.predicted[row_index];
   const OutputArrays& draws = outputs->draws(step.id);
@@ -797,8 +798,9 @@ void Engine::Impl::ResolveTokens(Step& step) {
         state.pending_step = -1;
       }
       if (speculator != nullptr) {
-        std::vector<float> predicted = speculator->Accept(
-            step.id, output.lease->slot(), tokens, HasDrafts(row) ? row.max_draft_tokens : 0);
+        std::vector<float> predicted =
+            speculator->Accept(step.id, output.lease->slot(), tokens,
+                               HasDrafts(row) ? row.max_draft_tokens : 0, row.num_dropped);
         if (HasDrafts(row)) step.predicted[row_index] = std::move(predicted);
       }
     }
@@ -812,8 +814,11 @@ void Engine::Impl::Measure(const Step& step, const StepResult& result) {
     if (!step.rows[row].token_ids.empty()) return;
     num_tokens += NumTokens(step, row);
   }
-  speculator->Measure(step.id, result.draft_seconds, step.num_tokens,
-                      result.forward_seconds - result.draft_seconds, num_tokens);
+  speculator->Measure(step.id, std::ssize(step.rows),
+                      {.draft_seconds = result.draft_seconds,
+                       .num_rows = step.num_tokens,
+                       .verify_seconds = result.forward_seconds - result.draft_seconds,
+                       .num_tokens = num_tokens});
 }
 
 absl::Status Engine::Impl::Record(const Step& step) {

@@ -32,9 +32,9 @@ struct ForwardPlan {     // device data
   int64_t num_decode_tokens = 0;
 };
 
-// A decode row that is verified together with what the draft model proposed.
+// A decode row that is verified together with what the draft model proposed, be it all dropped.
 inline bool HasDrafts(const BatchRow& row) {
-  return row.token_ids.empty() && row.max_draft_tokens > 0;
+  return row.token_ids.empty() && row.max_draft_tokens + row.num_dropped > 0;
 }
 
 // What a slot holds after the last submitted step; the next step starts from it.

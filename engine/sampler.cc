@@ -94,7 +94,8 @@ void Sampler::PlanVerify(const BatchRow& row, const StepRow& step_row, int32_t v
       {.first_row = static_cast<int32_t>(block.num_draws),
        .num_drafts = step_row.num_tokens - 1,
        .first_draft = static_cast<int32_t>(verify * options_.max_drafts),
-       .rule = IsCoupled(row.outputs[0]) ? AcceptRule::kMatch : AcceptRule::kStandard});
+       .rule = IsCoupled(row.outputs[0]) ? AcceptRule::kMatch : AcceptRule::kStandard,
+       .num_dropped = row.num_dropped});
   for (int32_t token = 0; token < step_row.num_tokens; ++token) {
     SampleRow& draw = AddDraw(row.outputs[0], step_row.position + token + 1, row.prompt_length);
     draw.logit_row = static_cast<int32_t>(std::ssize(logit_tokens_) - block.logit_begin);

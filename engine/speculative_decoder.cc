@@ -21,17 +21,16 @@ int64_t RoundDown(int64_t value, int64_t multiple) { return value / multiple * m
 constexpr int kFirstPassMark = 6;  // two of its own, besides those of steps in flight
 static_assert(kFirstPassMark + 2 <= kNumMarks);
 constexpr int64_t kMargins = 0, kHeadLogits = 1;  // of the signs of a pass
-constexpr int64_t kExplorePeriod = 32;
-constexpr int64_t kWarmUpObservations = 100;  // of a class, before its estimates are trusted
+constexpr int64_t kWarmUpObservations = 48;       // of a class, before its estimates are trusted
+constexpr int64_t kWarmUpRows = 32;               // of drafts in a step, while nothing is known
+constexpr int kOverrulePeriod = 64;               // steps
+constexpr int kOverruledRows = 8;                 // of such a step, at most, on average
+constexpr double kReluctance = 0.05;              // to draft again after a step that did not pay
+constexpr double kMaxMargin = 1e4;
 
 AcceptanceClass ClassOf(const RowOutput& output) {
   if (output.sampling->temperature == 0) return AcceptanceClass::kGreedy;
   return output.coupled ? AcceptanceClass::kCoupled : AcceptanceClass::kStandard;
-}
-
-void StopAt(BatchRow& row, int num_drafts) {
-  row.max_draft_tokens = num_drafts;
-  row.draft_limit = DraftStop::kPolicy;
 }
 
 // Bytes of a pass of `tokens` tokens of `rows` rows, without draws.
@@ -220,6 +219,7 @@ void SpeculativeDecoder::ChooseReaders(std::span<BatchRow> rows, std::span<const
     GODWIT_CHECK(slot.position + num_unread == position + 1);
     slot.acceptance_class = ClassOf(row.outputs[0]);
     slot.policy = row.draft_policy;
+    slot.temperature = row.outputs[0].sampling->temperature;
     readers_.push_back({.row = &row,
                         .slot = &slot,
                         .token_ids = slot.unread,
@@ -417,7 +417,10 @@ DraftSigns SpeculativeDecoder::Signs(StepId step, const SlotDraft& slot, int32_t
     return host_signs_[step % kMaxStepsInFlight]
         .as<const float>()[(2 * pass + kind) * options_.num_slots + slot.draft_row];
   };
-  DraftSigns signs = {.margin = sign(index, kMargins)};
+  const float scale = slot.temperature > 0 ? slot.temperature : 1;
+  DraftSigns signs = {.margin = std::min(static_cast<double>(sign(index, kMargins) / scale),
+                                         kMaxMargin),
+                      .history = slot.history.logit()};
   if (options_.head == nullptr) return signs;
   // A head that reads a draft speaks in the pass after.
   const int32_t pass = options_.head->label() == HeadLabel::kPost ? index + 1 : index;
@@ -439,82 +442,137 @@ absl::Status SpeculativeDecoder::ReadMargins(StepId step, int32_t index) {
   return ToStatus(backend_->SetMark(kFirstPassMark + index % 2));
 }
 
-// Now and then, and until something is known, a step proposes a number of drafts that no estimate
-// chose, each in turn: what learns only from drafts it trusts would never trust another, and what
-// a row costs is known only of numbers of rows that were tried.
-bool SpeculativeDecoder::Explores(std::span<BatchRow> rows) {
-  if (num_decisions_++ % kExplorePeriod != 0 && costs_.known() && !warms_up_) return false;
-  const auto turn = static_cast<int>(num_explored_++ % options_.max_drafts);
+// Until something is known, a step proposes a number of drafts that no estimate chose, each in
+// turn, none among them: estimates need drafts of all kinds, and costs numbers of rows. Under load
+// a few rows tell as much as many.
+bool SpeculativeDecoder::WarmsUp(std::span<BatchRow> rows, int64_t num_sequences) {
+  const bool knows_costs = costs_.at(num_sequences).known();
+  const bool wanted = std::any_of(rows.begin(), rows.end(), [&](const BatchRow& row) {
+    return HasDrafts(row) && row.draft_policy != DraftPolicy::kFixed &&
+           ((row.draft_policy == DraftPolicy::kThroughput && !knows_costs) ||
+            (!score_.FollowsHead(row.draft_policy) &&
+             score_.num_observed(ClassOf(row.outputs[0])) < kWarmUpObservations));
+  });
+  if (!wanted) return false;
+  const auto most = static_cast<int>(std::max<int64_t>(kWarmUpRows / num_sequences, 1));
+  const auto turn = static_cast<int>(num_warm_ups_++ % options_.max_drafts);
   for (BatchRow& row : rows) {
     if (!HasDrafts(row) || row.draft_policy == DraftPolicy::kFixed) continue;
-    row.max_draft_tokens = 1 + turn % row.max_draft_tokens;
+    row.max_draft_tokens = turn % (std::min(row.max_draft_tokens, most) + 1);
     row.draft_limit = DraftStop::kMeasurement;
   }
   return true;
+}
+
+DraftDecider::Load SpeculativeDecoder::Load(double reluctance) const {
+  return {.costs = costs_.at(num_sequences_),
+          .score = score_,
+          .num_sequences = num_sequences_,
+          .num_rows = num_rows_,
+          .reluctance = reluctance,
+          .can_drop = lag_ == 0};
+}
+
+// Of the draft at `place`, which is not drawn yet.
+DraftCandidate SpeculativeDecoder::Candidate(const Reader& reader, int32_t place) const {
+  const SlotDraft& slot = *reader.slot;
+  return {.policy = reader.row->draft_policy,
+          .threshold = reader.row->draft_threshold,
+          .acceptance_class = slot.acceptance_class,
+          .acceptance = score_.Expect(slot.acceptance_class, std::min(place, kMaxDraftTokens - 1),
+                                      slot.history.logit())};
+}
+
+// What learns only from drafts it trusts would never trust another. So in a step in 64 some rows
+// draft one more than their policy asked for; which, chance decides, not what was drawn.
+void SpeculativeDecoder::Overrule(Reader& reader, DraftCandidate& candidate) {
+  const bool stops = !candidate.keeps || (candidate.can_go_on && !candidate.goes_on);
+  if (!overrules_ || !stops || reader.overruled) return;
+  if (random_() % num_sequences_ >= kOverruledRows) return;
+  reader.overruled = true;
+  candidate.keeps = true;
+  candidate.goes_on = candidate.can_go_on;
+}
+
+void SpeculativeDecoder::Stop(Reader& reader, int num_kept, int num_drawn) {
+  reader.stopped = true;
+  reader.row->max_draft_tokens = num_kept;
+  reader.row->num_dropped = num_drawn - num_kept;
+  reader.row->draft_limit = DraftStop::kPolicy;
+  num_rows_ -= num_drawn - num_kept;
 }
 
 // Whether there is a first draft, of rows that ask for throughput; those without read nothing.
 void SpeculativeDecoder::DecideFirst() {
   candidates_.clear();
   candidate_readers_.clear();
+  bool can_choose = false, goes_on = false;
   for (Reader& reader : readers_) {
     if (reader.draft_row < 0) continue;
-    DraftCandidate& candidate = candidates_.emplace_back(Candidate(reader));
+    DraftCandidate& candidate = candidates_.emplace_back(Candidate(reader, 0));
+    // The others always draw one.
     if (candidate.policy != DraftPolicy::kThroughput) candidate.policy = DraftPolicy::kFixed;
+    can_choose |= candidate.policy == DraftPolicy::kThroughput;
     candidate_readers_.push_back(&reader);
   }
-  DecideDrafts(costs_, num_rows_, candidates_);
-  for (size_t candidate = 0; candidate < candidates_.size(); ++candidate) {
-    if (!candidates_[candidate].goes_on) {
-      StopAt(*candidate_readers_[candidate]->row, 0);
-    }
+  decider_.Decide(Load(was_off_ ? kReluctance : 0), candidates_);
+  for (size_t index = 0; index < candidates_.size(); ++index) {
+    DraftCandidate& candidate = candidates_[index];
+    goes_on |= candidate.policy == DraftPolicy::kThroughput && candidate.goes_on;
+    Overrule(*candidate_readers_[index], candidate);
+    if (!candidate.goes_on) Stop(*candidate_readers_[index], 0, 0);
   }
+  if (can_choose) was_off_ = !goes_on;
   std::erase_if(readers_, [](const Reader& reader) {
     return reader.draft_row >= 0 && reader.row->max_draft_tokens == 0;
   });
 }
 
-// Without drafts so far.
-DraftCandidate SpeculativeDecoder::Candidate(const Reader& reader) const {
-  return {.policy = reader.row->draft_policy,
-          .threshold = reader.row->draft_threshold,
-          .acceptance = score_.Mean(reader.slot->acceptance_class)};
+// After pass `index`: the row could have another draft, or its last one is known now.
+bool SpeculativeDecoder::IsUndecided(const Reader& reader, int32_t index) const {
+  return !reader.stopped && reader.row->draft_policy != DraftPolicy::kFixed &&
+         reader.row->max_draft_tokens > std::max(index - lag_, 0);
 }
 
-// P(the reader's drafts are all accepted): by what the first num_passes passes show of them, by
-// the mean for the others. specdecpp leaves out what its head has not judged, as published: it
-// stops at the smallest k for which 1 - P_1 .. P_(k - lag) exceeds the threshold, never at fewer
-// than 1 + lag drafts.
-double SpeculativeDecoder::Survival(StepId step, const Reader& reader, int32_t num_passes,
-                                    int32_t num_drafts) const {
-  const SlotDraft& slot = *reader.slot;
-  const DraftPolicy policy = reader.row->draft_policy;
-  double survival = 1;
-  for (int32_t index = 0; index < num_drafts; ++index) {
-    const bool known = index < num_passes;
-    const DraftSigns signs = known ? Signs(step, slot, index, num_passes) : DraftSigns();
-    if (policy == DraftPolicy::kSpecDecPP && !signs.head) continue;
-    survival *= known ? score_.Predict(policy, slot.acceptance_class, index, signs)
-                      : score_.Mean(slot.acceptance_class);
-  }
-  return survival;
-}
-
-// Which rows go on after draft `index`.
+// What becomes of the rows after draft `index` is drawn, of which the margins up to index - lag_
+// are known.
 void SpeculativeDecoder::Decide(StepId step, int32_t index) {
   candidates_.clear();
   candidate_readers_.clear();
-  const int32_t num_passes = std::max(index + 1 - lag_, 0);  // that the host has heard of
   for (Reader* reader : drafters_) {
-    if (reader->row->max_draft_tokens <= index + 1) continue;
-    candidates_.push_back(Candidate(*reader));
-    candidates_.back().survival = Survival(step, *reader, num_passes, index + 1);
+    const int32_t num_drawn = std::min(reader->row->max_draft_tokens, index + 1);
+    const int32_t num_known = std::clamp(index + 1 - lag_, 0, num_drawn);
+    const bool can_go_on = reader->row->max_draft_tokens > index + 1;
+    if (reader->row->draft_policy == DraftPolicy::kFixed && can_go_on) {
+      candidates_.push_back(Candidate(*reader, index + 1));
+      candidate_readers_.push_back(reader);
+    }
+    if (!IsUndecided(*reader, index)) continue;
+    const SlotDraft& slot = *reader->slot;
+    DraftCandidate& candidate = candidates_.emplace_back(Candidate(*reader, index + 1));
+    for (int32_t draft = 0; draft < num_known; ++draft) {
+      const DraftSigns signs = Signs(step, slot, draft, num_known);
+      const double p = score_.Predict(slot.policy, slot.acceptance_class, draft, signs);
+      if (draft == index - lag_) score_.Saw(slot.acceptance_class, p);
+      // specdecpp leaves out what its head has not judged, as published.
+      if (slot.policy != DraftPolicy::kSpecDecPP || signs.head) candidate.survival *= p;
+    }
+    candidate.has_open = index >= lag_ && num_known == index + 1 - lag_;
+    candidate.num_unknown = num_drawn - num_known;
+    candidate.can_go_on = can_go_on;
     candidate_readers_.push_back(reader);
   }
-  DecideDrafts(costs_, num_rows_, candidates_);
-  for (size_t candidate = 0; candidate < candidates_.size(); ++candidate) {
-    if (!candidates_[candidate].goes_on) {
-      StopAt(*candidate_readers_[candidate]->row, index + 1);
+  decider_.Decide(Load(0), candidates_);
+  for (size_t row = 0; row < candidates_.size(); ++row) {
+    DraftCandidate& candidate = candidates_[row];
+    Reader& reader = *candidate_readers_[row];
+    if (candidate.policy == DraftPolicy::kFixed) continue;
+    Overrule(reader, candidate);
+    const int num_drawn = std::min(reader.row->max_draft_tokens, index + 1);
+    if (!candidate.keeps) {
+      Stop(reader, index - lag_, num_drawn);
+    } else if (candidate.can_go_on && !candidate.goes_on) {
+      Stop(reader, num_drawn, num_drawn);
     }
   }
 }
@@ -526,15 +584,11 @@ absl::Status SpeculativeDecoder::Draft(StepId step, std::span<BatchRow> rows,
     return HasDrafts(row) && row.draft_policy != DraftPolicy::kFixed;
   });
   learns_[step % kMaxStepsInFlight] = adapts_;
-  warms_up_ = std::any_of(rows.begin(), rows.end(), [this](const BatchRow& row) {
-    return HasDrafts(row) && row.draft_policy != DraftPolicy::kFixed &&
-           !score_.FollowsHead(row.draft_policy) &&
-           score_.num_observed(ClassOf(row.outputs[0])) < kWarmUpObservations;
-  });
-  const bool decides = adapts_ && !Explores(rows);
+  num_sequences_ = num_rows_ = std::count_if(
+      rows.begin(), rows.end(), [](const BatchRow& row) { return row.token_ids.empty(); });
+  const bool decides = adapts_ && !WarmsUp(rows, num_sequences_);
+  overrules_ = decides && random_() % kOverrulePeriod == 0;
   ChooseReaders(rows, slots);
-  num_rows_ = std::count_if(rows.begin(), rows.end(),
-                            [](const BatchRow& row) { return row.token_ids.empty(); });
   if (decides) DecideFirst();
   OrderReaders();
   if (readers_.empty()) return absl::OkStatus();
@@ -549,7 +603,8 @@ absl::Status SpeculativeDecoder::Draft(StepId step, std::span<BatchRow> rows,
       return reader->row->max_draft_tokens > index;
     });
     if (adapts_) RETURN_IF_ERROR(ReadMargins(step, index));
-    if (decides) {
+    if (decides && std::any_of(drafters_.begin(), drafters_.end(),
+                               [&](const Reader* reader) { return IsUndecided(*reader, index); })) {
       if (index >= lag_) {
         RETURN_IF_ERROR(backend_->WaitMark(kFirstPassMark + (index - lag_) % 2));
       }
@@ -570,40 +625,49 @@ absl::Status SpeculativeDecoder::Draft(StepId step, std::span<BatchRow> rows,
 // --- What the host learns
 
 std::vector<float> SpeculativeDecoder::Accept(StepId step, int32_t slot_index,
-                                              std::span<const int32_t> tokens, int num_drafts) {
+                                              std::span<const int32_t> tokens, int num_drafts,
+                                              int num_dropped) {
   SlotDraft& slot = slots_[static_cast<size_t>(slot_index)];
-  std::vector<float> predicted;
-  if (slot.lost) return predicted;
-  if (num_drafts > 0) {
-    const auto num_accepted = static_cast<int>(tokens.size()) - 1;
-    const bool learns = learns_[step % kMaxStepsInFlight];
-    // All before any is learnt from.
-    for (int index = 0; learns && index < num_drafts; ++index) {
-      predicted.push_back(static_cast<float>(score_.Predict(
-          slot.policy, slot.acceptance_class, index, Signs(step, slot, index, num_drafts))));
-    }
-    for (int index = 0; learns && index <= num_accepted && index < num_drafts; ++index) {
-      score_.Observe(slot.acceptance_class, index, Signs(step, slot, index, num_drafts),
-                     index < num_accepted);
-    }
-    // The draft read the target's input and its own proposals but the last. Those that stand are
-    // read for good.
-    const int64_t num_read = std::min<int64_t>(std::ssize(tokens), num_drafts) - 1;
-    slot.position += num_read;
-    slot.unread.assign(tokens.begin() + num_read, tokens.end());
-    return predicted;
+  if (slot.lost) return {};
+  const int num_drawn = num_drafts + num_dropped;
+  if (num_drawn == 0) {
+    slot.unread.insert(slot.unread.end(), tokens.begin(), tokens.end());
+    if (std::ssize(slot.unread) <= kMaxDraftLag) return {};
+    slot.lost = true;
+    slot.unread.clear();
+    return {};
   }
-  slot.unread.insert(slot.unread.end(), tokens.begin(), tokens.end());
-  if (std::ssize(slot.unread) <= kMaxDraftLag) return predicted;
-  slot.lost = true;
-  slot.unread.clear();
+  std::vector<float> predicted = Learn(step, slot, num_drafts, static_cast<int>(tokens.size()) - 1, num_drawn);
+  // The draft read the target's input and its own proposals but the last. Those that stand are
+  // read for good.
+  const int64_t num_read = std::min<int64_t>(std::ssize(tokens), num_drawn) - 1;
+  slot.position += num_read;
+  slot.unread.assign(tokens.begin() + num_read, tokens.end());
   return predicted;
 }
 
-void SpeculativeDecoder::Measure(StepId step, double draft_seconds, int64_t num_rows,
-                                 double verify_seconds, int64_t num_tokens) {
-  costs_.Observe(num_passes_[step % kMaxStepsInFlight], draft_seconds, num_rows, verify_seconds,
-                 num_tokens);
+std::vector<float> SpeculativeDecoder::Learn(StepId step, SlotDraft& slot, int num_drafts,
+                                             int num_accepted, int num_passes) {
+  std::vector<float> predicted;
+  if (!learns_[step % kMaxStepsInFlight]) return predicted;
+  for (int place = 0; place < num_drafts; ++place) {
+    predicted.push_back(static_cast<float>(
+        score_.Predict(slot.policy, slot.acceptance_class, place,
+                       Signs(step, slot, place, num_passes))));
+  }
+  // All of them with the history before this round.
+  const int num_judged = std::min(num_accepted + 1, num_drafts);
+  for (int place = 0; place < num_judged; ++place) {
+    score_.Observe(slot.acceptance_class, place, Signs(step, slot, place, num_passes),
+                   place < num_accepted);
+  }
+  for (int place = 0; place < num_judged; ++place) slot.history.Observe(place < num_accepted);
+  return predicted;
+}
+
+void SpeculativeDecoder::Measure(StepId step, int64_t num_sequences, SpeculationCosts::Step taken) {
+  taken.num_passes = num_passes_[step % kMaxStepsInFlight];
+  costs_.at(num_sequences).Observe(taken);
 }
 
 void SpeculativeDecoder::Fork(int32_t from_slot, int32_t to_slot) {

@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <random>
 #include <span>
 #include <string>
 #include <vector>
@@ -34,7 +35,7 @@ namespace godwit {
 
 // A sequence that the draft has not followed for so many tokens is not speculated on again: reading
 // them would take a row's whole step.
-inline constexpr int64_t kMaxDraftLag = 256;
+inline constexpr int64_t kMaxDraftLag = 1024;
 
 // INVALID_ARGUMENT with the reason when drafts of one cannot be tokens of the other.
 absl::Status CheckDraftFits(const ModelConfig& target, const std::string& target_folder,
@@ -67,13 +68,12 @@ class SpeculativeDecoder {
   absl::Status Draft(StepId step, std::span<BatchRow> rows, std::span<const SlotState> slots);
   Sampler::Drafts drafts() const;
 
-  // Once the step has ended: the tokens that one output gained; num_drafts were proposed for it.
-  // What was predicted of them, where a policy asked.
+  // Once the step has ended: the tokens that one output gained; num_drafts were verified for it,
+  // and num_dropped more drawn. What was predicted of the verified ones, where a policy asked.
   std::vector<float> Accept(StepId step, int32_t slot, std::span<const int32_t> tokens,
-                            int num_drafts);
-  // And what a step of decode rows only took.
-  void Measure(StepId step, double draft_seconds, int64_t num_rows, double verify_seconds,
-               int64_t num_tokens);
+                            int num_drafts, int num_dropped);
+  // And what a step of decode rows only took, without its passes.
+  void Measure(StepId step, int64_t num_sequences, SpeculationCosts::Step taken);
 
   void ForgetCosts() { costs_ = {}; }  // of steps that were like no later one
 
@@ -102,6 +102,8 @@ class SpeculativeDecoder {
     int32_t draft_row = -1;  // in the last step that it had drafts in
     AcceptanceClass acceptance_class = AcceptanceClass::kGreedy;
     DraftPolicy policy = DraftPolicy::kFixed;
+    float temperature = 0;
+    SequenceHistory history;
   };
   // A row that reads, and proposes if `draft_row` says which row with drafts it is.
   struct Reader {
@@ -110,6 +112,8 @@ class SpeculativeDecoder {
     std::span<const int32_t> token_ids;
     int32_t draft_row = -1;
     bool is_prefill = false;
+    bool stopped = false;    // by its policy
+    bool overruled = false;  // its policy would have stopped: once a step
   };
   // Host arrays of one forward pass.
   struct Arrays {
@@ -130,14 +134,18 @@ class SpeculativeDecoder {
   bool ReadsPrompt(const BatchRow& row, const SlotDraft& slot, int64_t tokens_left) const;
   bool CanDraft(const BatchRow& row, const SlotDraft& slot, int64_t tokens_left) const;
   void OrderReaders();
-  bool Explores(std::span<BatchRow> rows);
-  DraftCandidate Candidate(const Reader& reader) const;
+  bool WarmsUp(std::span<BatchRow> rows, int64_t num_sequences);
+  DraftDecider::Load Load(double reluctance) const;
+  DraftCandidate Candidate(const Reader& reader, int32_t place) const;
   void DecideFirst();
+  bool IsUndecided(const Reader& reader, int32_t index) const;
   void Decide(StepId step, int32_t index);
-  double Survival(StepId step, const Reader& reader, int32_t num_passes, int32_t num_drafts) const;
-  // Of draft `index` of a row, once its pass has run and ReadMargins has.
-  // num_passes: of the row.
+  void Overrule(Reader& reader, DraftCandidate& candidate);
+  void Stop(Reader& reader, int num_kept, int num_drawn);
+  // Of draft `index` of a row, once num_passes passes of the step have run and ReadMargins has.
   DraftSigns Signs(StepId step, const SlotDraft& slot, int32_t index, int32_t num_passes) const;
+  std::vector<float> Learn(StepId step, SlotDraft& slot, int num_drafts, int num_accepted,
+                           int num_passes);
   absl::Status ReadMargins(StepId step, int32_t index);
   void AddRead(const Reader& reader);
   void AddDraft(const Reader& reader, int32_t index);
@@ -173,13 +181,16 @@ class SpeculativeDecoder {
   std::map<int64_t, SlotDraft> host_slots_;  // of swapped and stored states, by host id
 
   AcceptanceScore score_;
-  SpeculationCosts costs_;
+  CostsByLoad costs_;
+  DraftDecider decider_;
   int64_t num_passes_[kMaxStepsInFlight] = {};  // with drafts, of a step
   bool learns_[kMaxStepsInFlight] = {};         // a step's margins are read back
-  int64_t num_decisions_ = 0, num_explored_ = 0;
-  bool warms_up_ = false;  // some row's estimates are not worth following, in the step being run
-  int64_t num_rows_ = 0;   // of the target, so far
-  bool adapts_ = false;    // some row's policy is another than kFixed, in the step being run
+  int64_t num_warm_ups_ = 0;
+  std::minstd_rand random_;                   // which stops are overruled
+  bool was_off_ = false;                      // the last step that could choose drew no draft
+  bool overrules_ = false;                    // the step being run
+  int64_t num_sequences_ = 0, num_rows_ = 0;  // of the target, so far
+  bool adapts_ = false;  // some row's policy is another than kFixed, in the step being run
 
   // Of the step being run.
   std::vector<DraftCandidate> candidates_;

@@ -313,6 +313,7 @@ struct VerifyRow {
   int32_t num_drafts = 0;
   int32_t first_draft = 0;  // index into drafts; kStandard: also the row of probabilities
   AcceptRule rule = AcceptRule::kMatch;
+  int32_t num_dropped = 0;  // drafts after these: their counts are taken back, nothing else
 };
 
 // counts hold each draft of a row on top of what stands, as drawing it left them; they are left

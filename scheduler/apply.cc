@@ -60,6 +60,7 @@ void Scheduler::Impl::Apply(StepPlan plan, StepResult result, TimeNs now) {
   GODWIT_CHECK(result.rows.size() == plan.rows.size());
   ++num_steps_;
   const StepPlan::Record& record = *plan.record;
+  CountDrafts(plan, result);
   for (size_t row = 0; row < plan.rows.size(); ++row) {
     const StepPlan::Record::Row& planned = record.rows[row];
     RowResult& computed = result.rows[row];
@@ -75,11 +76,6 @@ void Scheduler::Impl::Apply(StepPlan plan, StepResult result, TimeNs now) {
     }
     if (planned.num_prompt_tokens > 0) {
       ApplyPrompt(group, planned.num_prompt_tokens, std::move(computed.scores), now);
-    }
-    if (computed.num_drafts > 0) {
-      const int64_t num_accepted = std::ssize(computed.outputs[0]) - 1;
-      group.speculation.AddRound(computed.num_drafts, num_accepted);
-      speculation_.AddRound(computed.num_drafts, num_accepted);
     }
     for (size_t output = 0; output < planned.num_outputs; ++output) {
       Sequence& sequence = *record.drawers[planned.first_output + output];
@@ -108,6 +104,32 @@ void Scheduler::Impl::RecordDropped(const StepPlan::Record& record,
     if (!sequence.kept) continue;
     for (const SampledToken& token : computed.outputs[output]) {
       if (token.token_id >= 0) sequence.dropped_tokens.push_back(token.token_id);
+    }
+  }
+}
+
+// Into the statistics of the rows' requests, and of all.
+void Scheduler::Impl::CountDrafts(const StepPlan& plan, const StepResult& result) {
+  double num_drawn = 0;
+  for (const RowResult& row : result.rows) num_drawn += row.num_drafts + row.num_dropped;
+  const double verify_seconds = result.forward_seconds - result.draft_seconds;
+  for (size_t index = 0; index < plan.rows.size(); ++index) {
+    const StepPlan::Record::Row& planned = plan.record->rows[index];
+    const RowResult& row = result.rows[index];
+    RequestGroup& group = *planned.sequence->group;
+    if (planned.num_prompt_tokens > 0 || !group.speculates() || !row.status.ok()) continue;
+    // A row that could not ask for drafts was limited by the plan.
+    const DraftStop stop = row.draft_stop.value_or(plan.rows[index].draft_limit);
+    for (SpeculationStats* stats : {&group.speculation, &speculation_}) {
+      stats->AddRow(row, stop);
+      if (num_drawn > 0) {
+        stats->draft_seconds +=
+            result.draft_seconds * (row.num_drafts + row.num_dropped) / num_drawn;
+      }
+      if (result.num_tokens > 0) {
+        stats->verify_seconds +=
+            verify_seconds * (1 + row.num_drafts) / static_cast<double>(result.num_tokens);
+      }
     }
   }
 }

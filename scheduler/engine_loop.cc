@@ -278,7 +278,7 @@ void EngineLoop::Impl::FinishOldestStep() {
                     .num_rows = std::ssize(step.plan.rows),
                     .forward_ns = static_cast<TimeNs>(result->forward_seconds * 1e9),
                     .draft_ns = static_cast<TimeNs>(result->draft_seconds * 1e9)};
-  for (const RowResult& row : result->rows) report.num_drafts += row.num_drafts;
+  for (const RowResult& row : result->rows) report.num_drafts += row.num_drafts + row.num_dropped;
   scheduler.Apply(std::move(step.plan), *std::move(result), Now());
   const TimeNs end = Now();
   report.step_ns = end - std::max(step.planned, last_step_end);

@@ -50,12 +50,29 @@ struct RequestTimings {  // all TimeNs; kNever when it did not happen
 
 // Drafts and what became of them.
 struct SpeculationStats {
-  int64_t num_rounds = 0;  // steps of a sequence that verified drafts
-  int64_t num_drafts = 0, num_accepted = 0;
+  static constexpr int kNumDeciles = 10;
+  // Drafts that were judged (all before them in their round accepted), by the probability of
+  // acceptance that their policy saw.
+  struct Decile {
+    int64_t num_drafts = 0, num_accepted = 0;
+    double predicted = 0;  // sum
+  };
+
+  int64_t num_rounds = 0;                    // steps of a sequence that verified drafts
+  int64_t num_drafts = 0, num_accepted = 0;  // verified drafts, and of these
+  int64_t num_dropped = 0;                   // drawn, but not verified
   // By place in the round, from 0: how often there was a draft, and how often it was accepted.
   std::array<int64_t, kMaxDraftTokens> drafted_at{}, accepted_at{};
+  // Steps of sequences that may speculate, by number of verified drafts and by what ended them.
+  std::array<int64_t, kMaxDraftTokens + 1> rounds_of_length{};
+  std::array<int64_t, kNumDraftStops> stops{};
+  std::array<Decile, kNumDeciles> deciles{};
+  // The part of the steps' time that fell to these sequences: by drafts, and by rows of the model.
+  double draft_seconds = 0, verify_seconds = 0;
 
-  void AddRound(int64_t num_drafts, int64_t num_accepted);
+  int64_t num_wasted() const { return num_drafts - num_accepted + num_dropped; }
+  // A decode row of a sequence that may speculate.
+  void AddRow(const RowResult& row, DraftStop stop);
 };
 
 // What the engine thread tells the request's owner. Pushed in order; never blocks.

@@ -24,13 +24,26 @@ void StepPlan::Record::Clear() {
   num_tokens = 0;
 }
 
-void SpeculationStats::AddRound(int64_t num_drafts, int64_t num_accepted) {
-  ++num_rounds;
-  this->num_drafts += num_drafts;
-  this->num_accepted += num_accepted;
-  for (int64_t place = 0; place < num_drafts; ++place) {
-    ++drafted_at[static_cast<size_t>(place)];
-    accepted_at[static_cast<size_t>(place)] += place < num_accepted;
+void SpeculationStats::AddRow(const RowResult& row, DraftStop stop) {
+  const auto drafts = static_cast<size_t>(row.num_drafts);
+  const size_t accepted = row.outputs[0].size() - 1;
+  ++rounds_of_length[drafts];
+  ++stops[static_cast<size_t>(stop)];
+  num_rounds += drafts > 0;
+  num_drafts += row.num_drafts;
+  num_accepted += static_cast<int64_t>(accepted);
+  num_dropped += row.num_dropped;
+  for (size_t place = 0; place < drafts; ++place) {
+    ++drafted_at[place];
+    accepted_at[place] += place < accepted;
+  }
+  for (size_t place = 0; place < row.predicted.size() && place <= accepted; ++place) {
+    const double predicted = static_cast<double>(row.predicted[place]);
+    const int decile = std::clamp(static_cast<int>(predicted * kNumDeciles), 0, kNumDeciles - 1);
+    Decile& of = deciles[static_cast<size_t>(decile)];
+    ++of.num_drafts;
+    of.num_accepted += place < accepted;
+    of.predicted += predicted;
   }
 }
 
@@ -192,17 +205,25 @@ void Scheduler::Impl::AddPromptRow(RequestGroup& group, int64_t num_tokens, Step
 }
 
 void Scheduler::Impl::AddDecodeRow(Sequence& sequence, int64_t max_drafts, StepPlan& plan) {
-  // The last token of an output needs no draft: the target draws it after the drafts.
   const GenerateRequest& request = sequence.group->request;
-  const int64_t num_drafts = std::min(
-      {int64_t{request.max_draft_tokens}, max_drafts, request.max_tokens - sequence.num_drawn - 1});
+  int64_t num_drafts = request.max_draft_tokens;
+  DraftStop limit = DraftStop::kMaxDraftTokens;
+  const auto lower = [&](int64_t most, DraftStop by) {
+    if (num_drafts <= most) return;
+    num_drafts = most;
+    limit = by;
+  };
+  lower(max_drafts, DraftStop::kBudget);
+  // The last token of an output needs no draft: the target draws it after the drafts.
+  lower(request.max_tokens - sequence.num_drawn - 1, DraftStop::kMaxTokens);
   plan.rows.push_back({.confirmed_position = sequence.confirmed_position,
                        .prompt_length = sequence.group->prompt_length,
                        .rope = sequence.group->request.rope.get(),
                        .lease = &sequence.lease,
                        .max_draft_tokens = static_cast<int>(num_drafts),
                        .draft_policy = request.draft_policy,
-                       .draft_threshold = request.draft_threshold});
+                       .draft_threshold = request.draft_threshold,
+                       .draft_limit = limit});
   plan.record->rows.push_back({.sequence = &sequence, .first_output = plan.record->outputs.size()});
   plan.record->num_tokens += 1 + num_drafts;
   ++sequence.steps_in_flight;

@@ -72,6 +72,7 @@ struct Scheduler::Impl {
                    TimeNs now);
   void RecordDropped(const StepPlan::Record& record, const StepPlan::Record::Row& planned,
                      const RowResult& computed);
+  void CountDrafts(const StepPlan& plan, const StepResult& result);
   void ApplyDraws(Sequence& sequence, std::vector<SampledToken> tokens, TimeNs now);
   void Land(StepPlan& plan);  // the rows are no longer in flight
   void Recycle(StepPlan plan);

@@ -4,6 +4,7 @@
 #include <string>
 #include <utility>
 
+#include "engine/draft_policy.h"
 #include "kernels/base/check.h"
 #include "server/clock.h"
 #include "server/status_mapping.h"
@@ -187,6 +188,31 @@ v1::SpeculationStats EncodeSpeculation(const SpeculationStats& stats) {
     encoded.add_draft_tokens_at(stats.drafted_at[place]);
     encoded.add_accepted_tokens_at(stats.accepted_at[place]);
   }
+  encoded.set_wasted_tokens(stats.num_wasted());
+  encoded.set_dropped_tokens(stats.num_dropped);
+  size_t num_lengths = stats.rounds_of_length.size();
+  while (num_lengths > 0 && stats.rounds_of_length[num_lengths - 1] == 0) --num_lengths;
+  for (size_t length = 0; length < num_lengths; ++length) {
+    encoded.add_steps_of_length(stats.rounds_of_length[length]);
+  }
+  for (size_t stop = 0; stop < stats.stops.size(); ++stop) {
+    if (stats.stops[stop] == 0) continue;
+    const std::string reason(DraftStopName(static_cast<DraftStop>(stop)));
+    (*encoded.mutable_stops())[reason] = stats.stops[stop];
+  }
+  const bool predicts = std::any_of(stats.deciles.begin(), stats.deciles.end(),
+                                    [](const auto& decile) { return decile.num_drafts > 0; });
+  for (size_t index = 0; predicts && index < stats.deciles.size(); ++index) {
+    const SpeculationStats::Decile& decile = stats.deciles[index];
+    v1::AcceptanceDecile& to = *encoded.add_predicted();
+    to.set_draft_tokens(decile.num_drafts);
+    to.set_accepted_tokens(decile.num_accepted);
+    if (decile.num_drafts > 0) {
+      to.set_predicted(decile.predicted / static_cast<double>(decile.num_drafts));
+    }
+  }
+  encoded.set_draft_ms(1e3 * stats.draft_seconds);
+  encoded.set_verify_ms(1e3 * stats.verify_seconds);
   return encoded;
 }
 

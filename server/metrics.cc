@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "engine/draft_policy.h"
 #include "server/clock.h"
 #include "server/session_registry.h"
 #include "server/status_mapping.h"
@@ -164,6 +165,27 @@ class LoopCollector final : public prometheus::Collectable {
                 stats.speculation.drafted_at),
         ByPlace("spec_decode_num_accepted_tokens_per_pos_total",
                 "Drafted tokens that were accepted, by place.", stats.speculation.accepted_at),
+        Counter("spec_decode_num_wasted_tokens_total",
+                "Drafted tokens that were rejected or dropped before verification.",
+                stats.speculation.num_wasted()),
+        Counter("spec_decode_num_dropped_tokens_total",
+                "Drafted tokens that were dropped before verification.",
+                stats.speculation.num_dropped),
+        ByLabel("spec_decode_steps_total", "Decode steps of sequences, by number of drafts.",
+                "num_drafts", stats.speculation.rounds_of_length,
+                [](size_t i) { return absl::StrCat(i); }),
+        ByLabel("spec_decode_stops_total", "The same by what ended their drafts.", "reason",
+                stats.speculation.stops,
+                [](size_t i) { return std::string(DraftStopName(static_cast<DraftStop>(i))); }),
+        ByDecile("spec_decode_judged_tokens_total",
+                 "Judged drafts by tenths of the probability that was predicted.",
+                 stats.speculation,
+                 [](const auto& decile) { return static_cast<double>(decile.num_drafts); }),
+        ByDecile("spec_decode_judged_accepted_tokens_total", "Of these, accepted.",
+                 stats.speculation,
+                 [](const auto& decile) { return static_cast<double>(decile.num_accepted); }),
+        ByDecile("spec_decode_judged_predicted_total", "Of these, the sum of what was predicted.",
+                 stats.speculation, [](const auto& decile) { return decile.predicted; }),
     };
   }
 
@@ -195,18 +217,32 @@ class LoopCollector final : public prometheus::Collectable {
     return family;
   }
 
-  template <size_t kPlaces>
-  MetricFamily ByPlace(const char* name, const char* help,
-                       const std::array<int64_t, kPlaces>& values) const {
+  // A counter for each value of one more label.
+  template <typename Values, typename Name>
+  MetricFamily ByLabel(const char* name, const char* help, const char* label, const Values& values,
+                       const Name& value_name) const {
     MetricFamily family = Family(name, help, MetricType::Counter);
     family.metric.clear();
-    for (size_t place = 0; place < kPlaces; ++place) {
+    for (size_t index = 0; index < values.size(); ++index) {
       ClientMetric& metric = family.metric.emplace_back();
       metric.label = labels_;
-      metric.label.push_back({"position", absl::StrCat(place)});
-      metric.counter.value = static_cast<double>(values[place]);
+      metric.label.push_back({label, value_name(index)});
+      metric.counter.value = static_cast<double>(values[index]);
     }
     return family;
+  }
+  template <typename Values>
+  MetricFamily ByPlace(const char* name, const char* help, const Values& values) const {
+    return ByLabel(name, help, "position", values,
+                   [](size_t place) { return absl::StrCat(place); });
+  }
+  template <typename Value>
+  MetricFamily ByDecile(const char* name, const char* help, const SpeculationStats& stats,
+                        const Value& value) const {
+    std::array<double, SpeculationStats::kNumDeciles> values;
+    std::transform(stats.deciles.begin(), stats.deciles.end(), values.begin(), value);
+    return ByLabel(name, help, "decile", values,
+                   [](size_t decile) { return absl::StrCat(decile); });
   }
 
   const CacheGeometry geometry_;

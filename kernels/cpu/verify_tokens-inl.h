@@ -53,10 +53,11 @@ class VerifyTask {
   }
 
   void TakeBackDrafts() {
-    for (int32_t position = verify_.num_drafts - 1; position >= 0; --position) {
+    const int32_t num_drawn = verify_.num_drafts + verify_.num_dropped;
+    for (int32_t position = num_drawn - 1; position >= 0; --position) {
       const int32_t draft = Draft(position);
       if (draft < 0) {
-        num_drafts_ = position;
+        num_drafts_ = std::min(num_drafts_, position);
         continue;
       }
       GODWIT_CHECK(draft < vocab_ && counts_[draft] > 0);

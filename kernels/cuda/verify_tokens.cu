@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   int32_t num_drafts = 0;  // up to the first that failed
   while (num_drafts < verify.num_drafts && draft_at(num_drafts) >= 0) ++num_drafts;
   if (ops.writes()) {
-    for (int32_t index = 0; index < verify.num_drafts; ++index) {
+    for (int32_t index = 0; index < verify.num_drafts + verify.num_dropped; ++index) {
       if (draft_at(index) >= 0) --counts[draft_at(index)];
     }
   }

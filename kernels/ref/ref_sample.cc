@@ -240,7 +240,7 @@ void RefVerifyTokens(const VerifyTokensArgs& args) {
     const int32_t* const drafts = args.drafts.row<const int32_t>(verify.first_draft);
     int32_t num_drafts = 0;
     while (num_drafts < verify.num_drafts && drafts[num_drafts] >= 0) ++num_drafts;
-    for (int32_t i = 0; i < verify.num_drafts; ++i) {
+    for (int32_t i = 0; i < verify.num_drafts + verify.num_dropped; ++i) {
       if (drafts[i] >= 0) --counts[drafts[i]];
     }
     VerifiedToken verified = {.accepted = true};

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "gtest/gtest.h"
@@ -21,9 +22,9 @@ TEST(DraftPolicyTest, NamesAreReadAsTheyAreWritten) {
 TEST(SpeculationCostsTest, TellsWhatPassesAndRowsCost) {
   SpeculationCosts costs;
   EXPECT_FALSE(costs.known());
-  for (int step = 0; step < 200; ++step) {
+  for (int step = 0; step < 400; ++step) {
     const int drafts = step % 5;
-    costs.Observe(drafts, 0.2 * drafts, 1 + drafts, 1 + 0.1 * drafts, 1 + drafts / 2);
+    costs.Observe({drafts, 0.2 * drafts, 1 + drafts, 1 + 0.1 * drafts, 1 + drafts / 2});
   }
   ASSERT_TRUE(costs.known());
   EXPECT_NEAR(costs.seconds_per_pass(), 0.2, 1e-9);
@@ -37,7 +38,7 @@ TEST(SpeculationCostsTest, KnowsWhereAStepsTimeJumps) {
   for (int step = 0; step < 300; ++step) {
     const int rows = 1 + step % 8;
     if (rows == 3) continue;
-    costs.Observe(rows - 1, 0.1 * (rows - 1), rows, rows <= 4 ? 1 : 2, 1);
+    costs.Observe({rows - 1, 0.1 * (rows - 1), rows, rows <= 4 ? 1.0 : 2.0, 1});
   }
   EXPECT_NEAR(costs.SecondsOfRows(1, 1), 0, 1e-9);
   EXPECT_NEAR(costs.SecondsOfRows(2, 1), 0, 1e-9) << "between two that were seen";
@@ -45,74 +46,193 @@ TEST(SpeculationCostsTest, KnowsWhereAStepsTimeJumps) {
   EXPECT_NEAR(costs.SecondsOfRows(5, 3), 0, 1e-9);
 }
 
-TEST(DecideDraftsTest, FixedGoesOnAndMarginStopsAtItsThreshold) {
-  std::vector<DraftCandidate> candidates = {
-      {.policy = DraftPolicy::kFixed, .survival = 0},
-      {.policy = DraftPolicy::kMargin, .threshold = 0.5f, .survival = 0.51},
-      {.policy = DraftPolicy::kMargin, .threshold = 0.5f, .survival = 0.49}};
-  DecideDrafts(SpeculationCosts(), 3, candidates);
-  EXPECT_TRUE(candidates[0].goes_on);
-  EXPECT_TRUE(candidates[1].goes_on);
-  EXPECT_FALSE(candidates[2].goes_on);
+TEST(SpeculationCostsTest, ManyRowsAreKeptByEighthsOfADoubling) {
+  SpeculationCosts costs;
+  for (int step = 0; step < 300; ++step) {
+    const int rows = 64 + 32 * (step % 8);
+    costs.Observe({1, 0.1, rows, 1 + 0.01 * rows, 1});
+  }
+  EXPECT_NEAR(costs.SecondsAt(128), 2.28, 1e-6);
+  EXPECT_NEAR(costs.SecondsOfRows(100, 50), 0.5, 0.05);
 }
 
-TEST(DecideDraftsTest, RowsShareThePassThatOneAloneCannotPay) {
-  // A pass takes 0.3 s, a row 0.1 s; of 1.45 s for a step, 1.45 tokens on average.
+TEST(SpeculationCostsTest, AStepThatWasHeldUpTellsLittle) {
   SpeculationCosts costs;
-  for (int step = 0; step < 2000; ++step) {
-    const int extra = step % 2;
-    costs.Observe(1, 0.3, 2 + extra, 1.1 + 0.1 * extra, 1 + (step % 20 < 9));
+  for (int step = 0; step < 200; ++step) {
+    const bool held_up = step % 50 == 49;
+    costs.Observe({1, held_up ? 30 : 0.1, 2, held_up ? 50.0 : 1.0, 1});
   }
-  ASSERT_NEAR(costs.tokens_per_second(), 1.0, 0.06);
+  EXPECT_NEAR(costs.SecondsAt(2), 1, 0.1);
+  EXPECT_NEAR(costs.seconds_per_pass(), 0.1, 0.02);
+}
+
+TEST(SpeculationCostsTest, TheRateToBeatIsNoLessThanWithoutDrafts) {
+  SpeculationCosts costs;
+  for (int step = 0; step < 40; ++step) costs.Observe({0, 0, 4, 2.0, 4});
+  for (int step = 0; step < 400; ++step) costs.Observe({1, 1.0, 8, 4.0, 5});
+  EXPECT_LT(costs.tokens_per_second(), 1.5);
+  EXPECT_NEAR(RateToBeat(costs, 4), 2, 1e-9);
+}
+
+TEST(CostsByLoadTest, LoadsAreApart) {
+  CostsByLoad costs;
+  for (int step = 0; step < 100; ++step) {
+    costs.at(1).Observe({1, 0.1, 2, 1.0, 2});
+    costs.at(64).Observe({1, 0.1, 128, 5.0, 80});
+  }
+  EXPECT_NEAR(costs.at(1).SecondsAt(2), 1, 1e-9);
+  EXPECT_NEAR(costs.at(48).SecondsAt(128), 5, 1e-9);
+  EXPECT_FALSE(costs.at(8).known());
+}
+
+// A pass takes 0.3 s, a row 0.1 s; a token a second.
+class DraftDeciderTest : public testing::Test {
+ protected:
+  DraftDeciderTest() : score_(false) {
+    for (int step = 0; step < 4000; ++step) {
+      const int extra = step % 5;
+      costs_.Observe({1, 0.3, 2 + extra, 1.1 + 0.1 * extra, 1 + (step % 20 < 12)});
+    }
+  }
+  void Decide(int64_t num_rows, bool can_drop = false) {
+    decider_.Decide({.costs = costs_,
+                     .score = score_,
+                     .num_sequences = 1,
+                     .num_rows = num_rows,
+                     .can_drop = can_drop},
+                    candidates_);
+  }
+
+  SpeculationCosts costs_;
+  AcceptanceScore score_;
+  DraftDecider decider_;
+  std::vector<DraftCandidate> candidates_;
+};
+
+TEST_F(DraftDeciderTest, FixedGoesOnAndThresholdsStop) {
+  candidates_ = {{.policy = DraftPolicy::kFixed, .survival = 0},
+                 {.policy = DraftPolicy::kMargin, .threshold = 0.5f, .survival = 0.51},
+                 {.policy = DraftPolicy::kMargin, .threshold = 0.5f, .survival = 0.49},
+                 {.policy = DraftPolicy::kSpecDecPP, .threshold = 0.5f, .survival = 0.49},
+                 {.policy = DraftPolicy::kMargin,
+                  .threshold = 0.5f,
+                  .survival = 0.9,
+                  .acceptance = 0.5,
+                  .num_unknown = 1}};
+  Decide(3);
+  EXPECT_TRUE(candidates_[0].goes_on);
+  EXPECT_TRUE(candidates_[1].goes_on);
+  EXPECT_FALSE(candidates_[2].goes_on);
+  EXPECT_FALSE(candidates_[3].goes_on);
+  EXPECT_FALSE(candidates_[4].goes_on);
+  for (const DraftCandidate& candidate : candidates_) EXPECT_TRUE(candidate.keeps);
+}
+
+TEST_F(DraftDeciderTest, RowsShareThePassThatOneAloneCannotPay) {
+  ASSERT_NEAR(RateToBeat(costs_, 1), 1.0, 0.06);
   const DraftCandidate one = {
       .policy = DraftPolicy::kThroughput, .survival = 0.5, .acceptance = 0.6};
-  std::vector<DraftCandidate> candidates = {one};
-  DecideDrafts(costs, 2, candidates);
-  EXPECT_FALSE(candidates[0].goes_on) << "0.3 tokens for 0.4 s";
-  candidates = {one, one, one};
-  candidates.push_back({.policy = DraftPolicy::kThroughput, .survival = 0.1, .acceptance = 0.6});
-  DecideDrafts(costs, 2, candidates);
-  EXPECT_TRUE(candidates[0].goes_on && candidates[1].goes_on && candidates[2].goes_on)
+  candidates_ = {one};
+  Decide(2);
+  EXPECT_FALSE(candidates_[0].goes_on) << "0.3 tokens for 0.4 s";
+  candidates_ = {one, one, one};
+  candidates_.push_back({.policy = DraftPolicy::kThroughput, .survival = 0.1, .acceptance = 0.6});
+  Decide(2);
+  EXPECT_TRUE(candidates_[0].goes_on && candidates_[1].goes_on && candidates_[2].goes_on)
       << "0.9 tokens for 0.6 s";
-  EXPECT_FALSE(candidates[3].goes_on) << "0.06 tokens for a row of 0.1 s";
-  candidates = {one, {.policy = DraftPolicy::kFixed}};
-  DecideDrafts(costs, 2, candidates);
-  EXPECT_TRUE(candidates[0].goes_on) << "another row pays for the pass";
+  EXPECT_FALSE(candidates_[3].goes_on) << "0.06 tokens for a row of 0.1 s";
+  candidates_ = {one, {.policy = DraftPolicy::kFixed}};
+  Decide(2);
+  EXPECT_TRUE(candidates_[0].goes_on) << "another row pays for the pass";
+}
+
+TEST_F(DraftDeciderTest, AnOpenDraftIsDroppedWhereItsRowDoesNotPay) {
+  const DraftCandidate open = {
+      .policy = DraftPolicy::kThroughput, .acceptance = 0.1, .has_open = true, .can_go_on = false};
+  candidates_ = {open, open};
+  candidates_[0].survival = 0.3;
+  candidates_[1].survival = 0.05;
+  Decide(4);
+  EXPECT_TRUE(candidates_[0].keeps);
+  EXPECT_FALSE(candidates_[1].keeps) << "0.05 tokens for a row of 0.1 s";
+  EXPECT_FALSE(candidates_[1].goes_on);
+}
+
+TEST_F(DraftDeciderTest, ADraftThatCanBeDroppedIsWorthMore) {
+  for (int draft = 0; draft < 100; ++draft) {
+    score_.Saw(AcceptanceClass::kGreedy, draft % 2 == 0 ? 0.9 : 0.01);
+  }
+  candidates_ = {{.policy = DraftPolicy::kThroughput, .survival = 0.8, .acceptance = 0.455}};
+  Decide(2, false);
+  EXPECT_FALSE(candidates_[0].goes_on) << "0.364 tokens for 0.4 s";
+  candidates_[0].survival = 1;
+  candidates_[0].acceptance = 0.38;
+  Decide(2, false);
+  EXPECT_FALSE(candidates_[0].goes_on) << "0.38 tokens for 0.4 s";
+  Decide(2, true);
+  EXPECT_TRUE(candidates_[0].goes_on) << "half of the time 0.8 for 0.3 s";
 }
 
 // One sequence whose drafts are accepted with a known, varying probability: what the rule reaches
-// beside the best fixed number of drafts, where costs are measured as it goes.
-TEST(DecideDraftsTest, ThroughputBeatsTheBestFixedNumberWhereAcceptanceVaries) {
-  constexpr double kPass = 0.2, kRow = 0.05;
+// beside the best fixed number of drafts, where costs are measured as it goes. The first 30 rounds
+// are of all lengths, as an engine's are.
+double SimulatedRate(int fixed, bool drops, double pass, double row) {
   constexpr int kRounds = 20'000;
-  const auto run = [](int fixed) {
-    std::mt19937 random(5);
-    std::uniform_real_distribution<double> uniform;
-    SpeculationCosts costs;
-    double tokens = 0, seconds = 0;
-    for (int round = 0; round < kRounds; ++round) {
-      double p[kMaxDraftTokens + 1];
-      for (double& value : p) value = uniform(random) < 0.6 ? 0.97 : 0.4;
-      int drafts = 0;
-      double survival = 1;
-      while (drafts < kMaxDraftTokens) {
-        std::vector<DraftCandidate> candidates = {
-            {.policy = DraftPolicy::kThroughput, .survival = survival, .acceptance = 0.74}};
-        DecideDrafts(costs, 1 + drafts, candidates);
-        if (fixed >= 0 ? drafts == fixed : !candidates[0].goes_on) break;
-        survival *= p[drafts++];
-      }
-      int accepted = 0;
-      while (accepted < drafts && uniform(random) < p[accepted]) ++accepted;
-      costs.Observe(drafts, kPass * drafts, 1 + drafts, 1 + kRow * drafts, 1 + accepted);
-      tokens += 1 + accepted;
-      seconds += 1 + (kPass + kRow) * drafts;
+  std::mt19937 random(5);
+  std::uniform_real_distribution<double> uniform;
+  SpeculationCosts costs;
+  AcceptanceScore score(false);
+  DraftDecider decider;
+  double tokens = 0, seconds = 0;
+  for (int round = 0; round < kRounds; ++round) {
+    double p[kMaxDraftTokens + 1];
+    for (double& value : p) value = uniform(random) < 0.6 ? 0.97 : 0.2;
+    const int forced = fixed >= 0 ? fixed : round < 40 ? round % 8 : -1;
+    int drawn = 0, kept = 0;
+    double survival = 1;
+    bool goes_on = true;
+    while (goes_on && drawn < kMaxDraftTokens && (forced < 0 || drawn < forced)) {
+      const bool open = drops && drawn > 0;
+      std::vector<DraftCandidate> candidates = {{.policy = DraftPolicy::kThroughput,
+                                                 .survival = survival,
+                                                 .acceptance = 0.66,
+                                                 .has_open = open}};
+      decider.Decide({.costs = costs,
+                      .score = score,
+                      .num_sequences = 1,
+                      .num_rows = 1 + drawn,
+                      .can_drop = drops},
+                     candidates);
+      if (!candidates[0].keeps && forced < 0) break;
+      kept = drawn;
+      goes_on = forced >= 0 || candidates[0].goes_on;
+      if (!goes_on) break;
+      survival *= p[drawn];
+      score.Saw(AcceptanceClass::kGreedy, p[drawn++]);
+      if (!drops || forced >= 0) kept = drawn;
     }
-    return tokens / seconds;
-  };
-  double best_fixed = 0;
-  for (int drafts = 0; drafts <= 12; ++drafts) best_fixed = std::max(best_fixed, run(drafts));
-  EXPECT_GT(run(-1), 1.02 * best_fixed);
+    if (forced >= 0) kept = drawn;
+    int accepted = 0;
+    while (accepted < kept && uniform(random) < p[accepted]) ++accepted;
+    const double draft_seconds = pass * drawn, verify_seconds = 1 + row * kept;
+    costs.Observe({drawn, draft_seconds, 1 + kept, verify_seconds, 1 + accepted});
+    tokens += 1 + accepted;
+    seconds += draft_seconds + verify_seconds;
+  }
+  return tokens / seconds;
+}
+
+TEST(ThroughputPolicyTest, BeatsTheBestFixedNumberWhereAcceptanceVaries) {
+  for (const auto& [pass, row] : {std::pair(0.2, 0.05), std::pair(0.09, 0.25)}) {
+    double best_fixed = 0;
+    for (int drafts = 0; drafts <= 12; ++drafts) {
+      best_fixed = std::max(best_fixed, SimulatedRate(drafts, false, pass, row));
+    }
+    EXPECT_GT(SimulatedRate(-1, false, pass, row), 1.01 * best_fixed) << pass;
+    EXPECT_GT(SimulatedRate(-1, true, pass, row), 1.02 * best_fixed) << pass;
+  }
+  EXPECT_GT(SimulatedRate(-1, true, 0.09, 0.25), 1.02 * SimulatedRate(-1, false, 0.09, 0.25))
+      << "rows that do not pay are dropped";
 }
 
 }  // namespace

@@ -263,6 +263,7 @@ class Driver {
         sequence.draws_submitted[to] += num_accepted;
         sequence.outputs[to].num_drafts += result.rows[row].num_drafts;
         sequence.outputs[to].num_accepted += num_accepted;
+        sequence.outputs[to].num_dropped += result.rows[row].num_dropped;
         EXPECT_LE(num_accepted, result.rows[row].num_drafts);
         for (const SampledToken& token : result.rows[row].outputs[output]) {
           sequence.outputs[to].tokens.push_back(token);

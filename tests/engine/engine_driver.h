@@ -40,7 +40,7 @@ struct DriverRequest {
 struct DriverOutput {
   std::vector<SampledToken> tokens;
   std::vector<float> probe;  // logits of three fixed tokens computed after the last one
-  int64_t num_drafts = 0, num_accepted = 0;
+  int64_t num_drafts = 0, num_accepted = 0, num_dropped = 0;
 
   std::vector<int32_t> ids() const;
   bool SameBits(const DriverOutput& other) const;

@@ -154,6 +154,24 @@ TEST_P(SpeculationTest, PoliciesThatHaveLearntEqualNone) {
   ExpectSame(Drive(*engine, 1, requests), expected);
 }
 
+// One text cut after every number of tokens, so that every round is the last of some; by a draft that
+// is hardly ever accepted, rounds that reject all are among them. What the state answers is that of
+// decoding one by one.
+TEST_P(SpeculationTest, StateAfterEveryRoundEqualsReplay) {
+  const auto engine = Make(true);
+  for (const DraftPolicy policy : {DraftPolicy::kFixed, DraftPolicy::kThroughput}) {
+    std::vector<DriverRequest> requests;
+    for (int64_t length = 2; length < 26; ++length) {
+      requests.push_back(Request(702, 30, length));
+      requests.back().sampling.end_token_ids.clear();
+      requests.back().sampling.min_tokens = 0;
+      requests.back().draft_tokens = {5};
+      requests.back().draft_policy = policy;
+    }
+    ExpectSame(Drive(*engine, 1, requests), Plain(requests));
+  }
+}
+
 // A pause leaves the draft behind, once too far to catch up.
 TEST_P(SpeculationTest, PausesAndSwapsEqualNone) {
   const auto engine = Make(true);
@@ -293,7 +311,7 @@ TEST(StandardRuleTest, TextsOfAnEngineFollowItsModel) {
   }
 
   std::vector<int64_t> counts(probabilities.size());
-  int64_t num_drafts = 0, num_accepted = 0;
+  int64_t num_drafts = 0, num_accepted = 0, num_dropped = 0;
   for (uint64_t run = 0; run < 60; ++run) {
     std::vector<DriverRequest> requests(256, {.prompt = prompt, .seed = run, .max_tokens = 5});
     for (size_t index = 0; index < requests.size(); ++index) {
@@ -309,8 +327,10 @@ TEST(StandardRuleTest, TextsOfAnEngineFollowItsModel) {
       ++counts[static_cast<size_t>((ids[0] * kVocab + ids[1]) * kVocab + ids[2])];
       num_drafts += output.num_drafts;
       num_accepted += output.num_accepted;
+      num_dropped += output.num_dropped;
     }
   }
+  EXPECT_GT(num_dropped, 0) << "some are drawn and not verified";
   EXPECT_GT(ChiSquarePValue(counts, probabilities), 1e-6);
   EXPECT_GT(num_accepted, num_drafts / 10) << "something is accepted";
   EXPECT_LT(num_accepted, num_drafts * 9 / 10) << "and something rejected";

@@ -936,6 +936,13 @@ TEST_P(ConformanceTest, VerifyTokens) {
       q[static_cast<size_t>(peak)] += 0.5f;
       probabilities.insert(probabilities.end(), q.begin(), q.end());
     }
+    // Some of a third kind: dropped, one of which failed.
+    verify.num_dropped = sequence % 4 == 3 ? 2 : 0;
+    for (int i = 0; i < verify.num_dropped; ++i) {
+      drafts.push_back(sequence == 23 && i == 1 ? -1 : any_id(random));
+      if (drafts.back() >= 0) ++count[drafts.back()];
+      probabilities.resize(drafts.size() * static_cast<size_t>(vocab));
+    }
     verify_rows.push_back(verify);
   }
   const auto num_rows = static_cast<int64_t>(rows.size());

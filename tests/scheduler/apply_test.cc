@@ -149,6 +149,14 @@ TEST_P(FinishTest, DraftsAreCountedAndEndWithTheOutput) {
   EXPECT_EQ(drafts, stats.num_drafts);
   EXPECT_EQ(accepted, stats.num_accepted);
   EXPECT_LE(stats.drafted_at[0], stats.num_rounds);
+  int64_t rows = 0, ended = 0;
+  for (const int64_t count : stats.rounds_of_length) rows += count;
+  for (const int64_t count : stats.stops) ended += count;
+  EXPECT_EQ(rows, ended);
+  EXPECT_EQ(rows - stats.rounds_of_length[0], stats.num_rounds);
+  EXPECT_EQ(stats.stops[static_cast<size_t>(DraftStop::kMaxTokens)] > 0,
+            request.max_draft_tokens > 0);
+  EXPECT_EQ(stats.num_wasted(), stats.num_drafts - stats.num_accepted);
   harness.ExpectClean();
 }
 

@@ -254,6 +254,15 @@ TEST_P(TinyServerTest, SpeculationGivesTheSameTokensAndSaysWhatItDid) {
   EXPECT_GT(stats.accepted_tokens(), stats.draft_tokens() / 2);
   EXPECT_EQ(stats.draft_tokens_at_size(), 5);
   EXPECT_EQ(stats.draft_tokens_at(0), stats.num_rounds());
+  int64_t steps = 0, stops = 0;
+  for (const int64_t count : stats.steps_of_length()) steps += count;
+  for (const auto& [reason, count] : stats.stops()) stops += count;
+  EXPECT_EQ(steps, stops);
+  EXPECT_GT(stats.stops().at("max_draft_tokens"), 0);
+  EXPECT_EQ(stats.wasted_tokens(), stats.draft_tokens() - stats.accepted_tokens());
+  EXPECT_EQ(stats.predicted_size(), 0) << "a fixed number predicts nothing";
+  EXPECT_GT(stats.draft_ms(), 0);
+  EXPECT_GT(stats.verify_ms(), 0);
   // Each output: the prompt's token, one of each round or plain step, and those accepted.
   EXPECT_LE(2 + stats.num_rounds() + stats.accepted_tokens(), 120);
 
@@ -273,6 +282,14 @@ TEST_P(TinyServerTest, SpeculationGivesTheSameTokensAndSaysWhatItDid) {
     request.mutable_speculation()->set_policy(policy);
     ASSERT_TRUE(server.Generate(request, &response).ok());
     expect_same(response);
+    ASSERT_EQ(response.summary().speculation().predicted_size(), 10);
+    int64_t judged = 0, accepted = 0;
+    for (const v1::AcceptanceDecile& decile : response.summary().speculation().predicted()) {
+      judged += decile.draft_tokens();
+      accepted += decile.accepted_tokens();
+    }
+    EXPECT_GT(judged, 0);
+    EXPECT_EQ(accepted, response.summary().speculation().accepted_tokens());
   }
   request.mutable_speculation()->set_threshold(0.5f);
   EXPECT_EQ(server.Generate(request, &response).error_code(), grpc::StatusCode::INVALID_ARGUMENT);

@@ -2,6 +2,7 @@
 // the ops that the engine runs, and counted against their exact probabilities. And the test can
 // see: each of six mistakes that implementations have made is planted, and found.
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <vector>
@@ -81,8 +82,15 @@ std::vector<double> TextProbabilities(const Logits& target) {
   return probabilities;
 }
 
-// What may be done wrong outside of the rule.
-enum class Mistake { kNone, kRetrospectiveTrim, kUntemperedDraft, kBonusAfterReject };
+// What may be done outside of the rule: to drop a draft for the distribution that it was drawn from
+// is right, the others are wrong.
+enum class Mistake {
+  kNone,
+  kDropByDistribution,
+  kRetrospectiveTrim,
+  kUntemperedDraft,
+  kBonusAfterReject
+};
 
 // Many sequences side by side, each in a slot of its own.
 class Toy {
@@ -118,6 +126,7 @@ class Toy {
     return counts;
   }
 
+  int64_t num_dropped() const { return num_dropped_; }
   double PValue(const std::vector<int64_t>& counts) const {
     return ChiSquarePValue(counts, TextProbabilities(target_));
   }
@@ -183,18 +192,18 @@ class Toy {
     }
   }
 
-  // Drafts up to the first that its own draft model found unlikely.
+  // Drafts up to the first that its own draft model found unlikely; or, as is right, up to the first
+  // that was drawn where no token was likely.
   int NumLikely(size_t sequence) {
-    int num_likely = 0;
-    for (; num_likely < kDrafts; ++num_likely) {
-      const size_t draft = sequence * kDrafts + static_cast<size_t>(num_likely);
-      if (probabilities_[draft * kVocab + static_cast<size_t>(drafts_[draft])] < 0.4f) break;
+    for (int index = 0; index < kDrafts; ++index) {
+      const size_t draft = sequence * kDrafts + static_cast<size_t>(index);
+      const float* const q = &probabilities_[draft * kVocab];
+      if (mistake_ == Mistake::kRetrospectiveTrim && q[drafts_[draft]] < 0.4f) return index;
+      if (mistake_ == Mistake::kDropByDistribution && *std::max_element(q, q + kVocab) < 0.6f) {
+        return index;
+      }
     }
-    for (int index = num_likely; index < kDrafts; ++index) {
-      --counts_[sequence * kVocab +
-                static_cast<size_t>(drafts_[sequence * kDrafts + static_cast<size_t>(index)])];
-    }
-    return num_likely;
+    return kDrafts;
   }
 
   template <typename Rule>
@@ -206,7 +215,9 @@ class Toy {
     for (size_t sequence = 0; sequence < tokens_.size(); ++sequence) {
       VerifyRow& verify = verify_rows.emplace_back();
       verify.first_row = static_cast<int32_t>(rows.size());
-      verify.num_drafts = mistake_ == Mistake::kRetrospectiveTrim ? NumLikely(sequence) : kDrafts;
+      verify.num_drafts = NumLikely(sequence);
+      verify.num_dropped = kDrafts - verify.num_drafts;
+      num_dropped_ += verify.num_dropped;
       verify.first_draft = static_cast<int32_t>(sequence) * kDrafts;
       verify.rule = accept_rule_;
       for (int index = 0; index < kRows; ++index) {
@@ -257,6 +268,7 @@ class Toy {
     }
   }
 
+  int64_t num_dropped_ = 0;
   const Logits target_, draft_;
   const uint64_t seed_;
   const int num_sequences_;
@@ -288,6 +300,18 @@ TEST(LosslessTest, PValuesAreUniformOverSeedsAndModels) {
     for (uint32_t seed = 1; seed <= 200; ++seed) {
       Toy toy(seed, 1000 + seed, 3000, rule, Mistake::kNone);
       p_values.push_back(toy.PValue(toy.CountTexts<StandardRule>()));
+    }
+    EXPECT_GT(UniformPValue(p_values), 1e-3) << static_cast<int>(rule);
+  }
+}
+
+TEST(LosslessTest, DropsByTheDistributionAlone) {
+  for (const AcceptRule rule : {AcceptRule::kStandard, AcceptRule::kMatch}) {
+    std::vector<double> p_values;
+    for (uint32_t seed = 1; seed <= 100; ++seed) {
+      Toy toy(seed, 5000 + seed, 3000, rule, Mistake::kDropByDistribution);
+      p_values.push_back(toy.PValue(toy.CountTexts<StandardRule>()));
+      EXPECT_GT(toy.num_dropped(), 3000);
     }
     EXPECT_GT(UniformPValue(p_values), 1e-3) << static_cast<int>(rule);
   }
