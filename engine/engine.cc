@@ -33,7 +33,11 @@ constexpr int64_t kMaxTokensPerStep = 1 << 20;
 // both are as large as what they hold stays small beside the weights.
 constexpr int64_t kSequences = 64, kGpuSequences = 256;
 constexpr int64_t kTokensPerStep = 2048, kGpuTokensPerStep = 8192;
+constexpr uint64_t kVerifyKey = uint64_t{1} << 62;  // of Backend::BeginReplay, steps with drafts
 constexpr int kRunsToRecord = 2;  // of a step's ops, until a back end replays them
+
+// Of rounds of 1 to `most` drafts, each as often as recording it takes.
+int64_t RoundTokens(int64_t most) { return kRunsToRecord * (most * (most + 1) / 2 + most); }
 
 constexpr int64_t kMaxContext = (int64_t{1} << 31) - 1;  // of a model without a limit of its own
 
@@ -103,17 +107,6 @@ int64_t NumSnapshots(int64_t prefix_cache_bytes, const DeviceInfo& device, int64
 int64_t ContextLength(const EngineOptions& options, const ModelConfig& config) {
   if (options.context_length > 0) return options.context_length;
   return config.context_length > 0 ? std::min(config.context_length, kMaxContext) : kMaxContext;
-}
-
-// Decode steps are padded to few numbers of rows, so that few recordings serve all. At most an
-// eighth of the rows is padding beyond 32 rows.
-int64_t PaddedRows(int64_t num_rows, int64_t most) {
-  const int64_t step = num_rows <= 4     ? 1
-                       : num_rows <= 16  ? 4
-                       : num_rows <= 64  ? 8
-                       : num_rows <= 256 ? 16
-                                         : 64;
-  return std::min((num_rows + step - 1) / step * step, most);
 }
 
 // Entries of the block tables of the largest step: every block once, unless sequences share some.
@@ -196,7 +189,8 @@ struct Engine::Impl {
     int64_t num_tokens = 0;
     std::vector<bool> asked;                    // per row: for drafts
     std::vector<std::vector<float>> predicted;  // per row, of its drafts
-    bool replayable = false;  // every row decodes one token, on a back end that records
+    bool replayable = false;                    // every row decodes, on a back end that records
+    bool verifies = false;                      // some row has drafts
   };
 
   absl::Status Init(EngineOptions options);
@@ -221,8 +215,8 @@ struct Engine::Impl {
   absl::Status Fork(std::span<const BatchRow> rows, const StepArrays& arrays);
   absl::Status ForwardAndDraw(std::span<const BatchRow> rows, const StepArrays& arrays,
                               const ForwardPlan& plan);
-  absl::Status Replay(std::span<const BatchRow> rows, const StepArrays& arrays,
-                      const ForwardPlan& plan);
+  absl::Status Replay(const Step& step, const StepArrays& arrays, const ForwardPlan& plan);
+  void Pad(const StepArrays& arrays, Step& step);
   absl::Status RunPlanned(const StepArrays& arrays, Step& step);
   absl::Status Run(Step& step);
   void Commit(const StepArrays& arrays, Step& step);
@@ -487,7 +481,10 @@ absl::Status Engine::WarmUp() {
   int64_t room = std::min(card.max_tokens_per_step, card.context_length);
   if (card.geometry.has_paged()) room = std::min(room, card.geometry.num_blocks * kPagedBlock);
   const auto num_drafts = static_cast<int>(std::clamp<int64_t>(room - 2, 0, card.max_draft_tokens));
-  const int64_t length = num_drafts == 0 ? room : room - 1 - num_drafts;
+  // Rounds of every number of drafts, where there is room.
+  const int64_t all = RoundTokens(num_drafts);
+  const bool has_room = all < room / 2;
+  const int64_t length = num_drafts == 0 ? room : room - 1 - (has_room ? all : num_drafts);
   {
     const std::vector<int32_t> prompt(static_cast<size_t>(length), 0);
     const SamplingParams sampling = {.temperature = 0};
@@ -500,8 +497,9 @@ absl::Status Engine::WarmUp() {
                     .max_draft_tokens = num_drafts};
     ASSIGN_OR_RETURN(StepId id, Submit(std::span(&row, 1)));
     RETURN_IF_ERROR(Collect(id).status());
-    if (num_drafts > 0) {
-      row.token_ids = {};
+    row.token_ids = {};
+    for (int round = 0; round < (has_room ? kRunsToRecord * num_drafts : num_drafts > 0); ++round) {
+      row.max_draft_tokens = num_drafts - round / kRunsToRecord;
       row.confirmed_position = lease.position();
       ASSIGN_OR_RETURN(id, Submit(std::span(&row, 1)));
       RETURN_IF_ERROR(Collect(id).status());
@@ -518,7 +516,7 @@ absl::Status Engine::WarmUp() {
 
 absl::Status Engine::Impl::RunPadding(int64_t num_rows) {
   const StepArrays& arrays = planner->Plan({}, slots);
-  planner->Pad(num_rows);
+  planner->Pad(num_rows, num_rows);
   Step step = {.id = next_step, .replayable = true};
   RETURN_IF_ERROR(RunPlanned(arrays, step));
   return ToStatus(backend->Synchronize());
@@ -568,7 +566,10 @@ absl::StatusOr<ForwardPlan> Engine::Impl::Upload(const StepArrays& arrays, Step&
   plan.num_rows = static_cast<int32_t>(arrays.rows.size());
   plan.num_decode_rows = arrays.num_decode_rows;
   const std::span<const RowOutputs> row_outputs =
-      sampler->Plan(step.rows, arrays, step.replayable ? plan.num_rows : 0, *arena);
+      sampler->Plan(step.rows, arrays,
+                    {.num_draws = step.replayable ? plan.num_tokens : 0,
+                     .num_verify = step.replayable && step.verifies ? plan.num_rows : 0},
+                    *arena);
   step.outputs.assign(row_outputs.begin(), row_outputs.end());
   plan.block_tables = arena->Push(arrays.block_tables);
   sampler->PushBiases(*arena);
@@ -625,23 +626,41 @@ absl::Status Engine::Impl::ForwardAndDraw(std::span<const BatchRow> rows, const 
   return sampler->Score(hidden, *outputs);
 }
 
-// A step of decode rows is a function of its numbers of rows and tokens: everything else is in the
-// arena.
-absl::Status Engine::Impl::Replay(std::span<const BatchRow> rows, const StepArrays& arrays,
+// A step of decode rows is a function of its numbers of rows and tokens, and of whether there are
+// drafts: everything else is in the arena.
+absl::Status Engine::Impl::Replay(const Step& step, const StepArrays& arrays,
                                   const ForwardPlan& plan) {
   bool replayed = false;
-  const uint64_t key =
-      static_cast<uint64_t>(plan.num_rows) << 32 | static_cast<uint64_t>(plan.num_tokens);
+  const uint64_t key = (step.verifies ? kVerifyKey : 0) |
+                       static_cast<uint64_t>(plan.num_rows) << 32 |
+                       static_cast<uint64_t>(plan.num_tokens);
   absl::Status status = ToStatus(backend->BeginReplay(key, &replayed));
-  if (status.ok() && !replayed) status = ForwardAndDraw(rows, arrays, plan);
+  if (status.ok() && !replayed) status = ForwardAndDraw(step.rows, arrays, plan);
   const absl::Status ended = ToStatus(backend->EndReplay());
   return status.ok() ? ended : status;
+}
+
+// A step of decode rows, unless it has more draws than there are rows of logits.
+void Engine::Impl::Pad(const StepArrays& arrays, Step& step) {
+  const int64_t num_rows = std::ssize(arrays.rows);
+  const int64_t padded_rows = PaddedRows(num_rows, card.geometry.num_slots);
+  step.verifies = arrays.num_draft_rows > 0;
+  if (!step.verifies) {
+    planner->Pad(padded_rows, padded_rows);
+    step.replayable = true;
+    return;
+  }
+  // A row of padding has a draw of padding.
+  const int64_t num_tokens = step.num_tokens + (padded_rows > num_rows ? 1 : 0);
+  const int64_t most = std::min(sampler->max_logits(), card.max_tokens_per_step);
+  step.replayable = num_tokens <= most;
+  if (step.replayable) planner->Pad(padded_rows, PaddedTokens(num_tokens, most));
 }
 
 // The step of the target.
 absl::Status Engine::Impl::RunPlanned(const StepArrays& arrays, Step& step) {
   ASSIGN_OR_RETURN(const ForwardPlan plan, Upload(arrays, step));
-  RETURN_IF_ERROR(step.replayable ? Replay(step.rows, arrays, plan)
+  RETURN_IF_ERROR(step.replayable ? Replay(step, arrays, plan)
                                   : ForwardAndDraw(step.rows, arrays, plan));
   return sampler->ReadBack(step.id, *outputs);
 }
@@ -656,9 +675,7 @@ absl::Status Engine::Impl::Run(Step& step) {
   RETURN_IF_ERROR(backend->SetMark(DraftMark(step.id)));
   const StepArrays& arrays = planner->Plan(step.rows, slots);
   step.num_tokens = std::ssize(arrays.token_ids);
-  step.replayable =
-      replays && arrays.num_decode_rows == step.num_tokens && arrays.num_draft_rows == 0;
-  if (step.replayable) planner->Pad(PaddedRows(step.num_tokens, card.geometry.num_slots));
+  if (replays && arrays.num_decode_rows == std::ssize(arrays.rows)) Pad(arrays, step);
   RETURN_IF_ERROR(RunPlanned(arrays, step));
   RETURN_IF_ERROR(backend->SetMark(EndMark(step.id)));
   Commit(arrays, step);

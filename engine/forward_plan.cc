@@ -54,6 +54,22 @@ void AppendBlocks(const CacheLease& lease, int64_t end, std::vector<int32_t>& bl
   block_tables.insert(block_tables.end(), blocks.begin(), blocks.begin() + num_blocks);
 }
 
+// At most an eighth of the rows is padding beyond 32 rows.
+int64_t PaddedRows(int64_t num_rows, int64_t most) {
+  const int64_t step = num_rows <= 4     ? 1
+                       : num_rows <= 16  ? 4
+                       : num_rows <= 64  ? 8
+                       : num_rows <= 256 ? 16
+                                         : 64;
+  return std::min((num_rows + step - 1) / step * step, most);
+}
+
+// Finer than rows below 16: these are the drafts of one sequence, whose product a row more or less
+// may change.
+int64_t PaddedTokens(int64_t num_tokens, int64_t most) {
+  return num_tokens <= 16 ? std::min(num_tokens, most) : PaddedRows(num_tokens, most);
+}
+
 StepPlanner::StepPlanner(const StepLimits& limits)
     : limits_(limits), last_use_(static_cast<size_t>(limits.num_slots), 0) {
   arrays_.token_ids.reserve(static_cast<size_t>(limits.max_tokens));
@@ -180,15 +196,16 @@ const StepArrays& StepPlanner::Plan(std::span<const BatchRow> rows,
   return arrays_;
 }
 
-void StepPlanner::Pad(int64_t num_rows) {
-  const auto size = static_cast<size_t>(num_rows);
-  GODWIT_CHECK(arrays_.num_decode_rows == std::ssize(arrays_.token_ids));
-  GODWIT_CHECK(size >= arrays_.rows.size() && num_rows <= limits_.max_tokens);
+void StepPlanner::Pad(int64_t num_rows, int64_t num_tokens) {
+  GODWIT_CHECK(arrays_.num_decode_tokens == std::ssize(arrays_.token_ids));
+  GODWIT_CHECK(num_rows >= std::ssize(arrays_.rows));
+  GODWIT_CHECK(num_tokens >= std::ssize(arrays_.token_ids) && num_tokens <= limits_.max_tokens);
+  const auto size = static_cast<size_t>(num_tokens);
   arrays_.token_ids.resize(size, 0);
   arrays_.positions.resize(size, 0);
   arrays_.rope_table_ids.resize(size, 0);
-  arrays_.rows.resize(size);  // of no tokens
-  arrays_.num_decode_tokens = num_rows;
+  arrays_.rows.resize(static_cast<size_t>(num_rows));  // of no tokens
+  arrays_.num_decode_tokens = num_tokens;
   arrays_.num_decode_rows = static_cast<int32_t>(num_rows);
 }
 

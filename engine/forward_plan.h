@@ -83,8 +83,8 @@ class StepPlanner {
   // until the next call.
   const StepArrays& Plan(std::span<const BatchRow> rows, std::span<const SlotState> slots);
 
-  // Fills the planned step, all of whose rows decode one token, with padding up to num_rows rows.
-  void Pad(int64_t num_rows);
+  // Fills the planned step, all of whose rows decode, with padding.
+  void Pad(int64_t num_rows, int64_t num_tokens);
 
  private:
   void CheckLease(const CacheLease* lease);
@@ -104,6 +104,11 @@ SlotState StartState(const CacheLease& lease, std::span<const SlotState> slots);
 // What a step does to a slot's position and base; computes StepRow's fields from the state and the
 // batch row.
 StepRow MakeStepRow(const BatchRow& row, const SlotState& state);
+
+// Decode steps are padded to few numbers of rows, and those with drafts to few numbers of tokens,
+// so that few recordings serve all.
+int64_t PaddedRows(int64_t num_rows, int64_t most);
+int64_t PaddedTokens(int64_t num_tokens, int64_t most);
 
 // Appends the blocks of the lease that hold positions below `end`.
 void AppendBlocks(const CacheLease& lease, int64_t end, std::vector<int32_t>& block_tables);

@@ -11,8 +11,10 @@ namespace {
 
 // Rows of logits that are held at once: the head's weights are read once for so many draws.
 constexpr int64_t kMostLogitRows = 1024;
+constexpr int64_t kVerifiedTokens = 4;  // of a row, at batch sizes where drafts still pay
 int64_t LogitRows(const SamplerOptions& options) {
-  return std::clamp(options.num_slots, kLogitRows, kMostLogitRows);
+  const int64_t tokens = options.max_drafts == 0 ? 1 : kVerifiedTokens;
+  return std::clamp(options.num_slots * tokens, kLogitRows, kMostLogitRows);
 }
 
 }  // namespace
@@ -86,35 +88,43 @@ void Sampler::PlanDraws(const BatchRow& row, const StepRow& step_row) {
 }
 
 // A draw after each of the row's tokens; indices are relative to the block.
-void Sampler::PlanVerify(const BatchRow& row, const StepRow& step_row, int32_t verify) {
+void Sampler::PlanVerify(const BatchRow& row, const StepRow& step_row, int32_t first_draft) {
   DrawBlock& block = BlockFor(step_row.num_tokens);
-  if (block.num_verify == 0) block.verify_begin = verify;
+  if (block.num_verify == 0) block.verify_begin = std::ssize(verify_rows_);
   ++block.num_verify;
   verify_rows_.push_back(
       {.first_row = static_cast<int32_t>(block.num_draws),
        .num_drafts = step_row.num_tokens - 1,
-       .first_draft = static_cast<int32_t>(verify * options_.max_drafts),
+       .first_draft = first_draft,
        .rule = IsCoupled(row.outputs[0]) ? AcceptRule::kMatch : AcceptRule::kStandard,
        .num_dropped = row.num_dropped});
   for (int32_t token = 0; token < step_row.num_tokens; ++token) {
     SampleRow& draw = AddDraw(row.outputs[0], step_row.position + token + 1, row.prompt_length);
     draw.logit_row = static_cast<int32_t>(std::ssize(logit_tokens_) - block.logit_begin);
-    if (options_.recorder != nullptr) {
-      draw.probability_row = options_.recorder->TargetRow(verify, token);
+    if (options_.recorder != nullptr && HasDrafts(row)) {
+      draw.probability_row =
+          options_.recorder->TargetRow(first_draft / options_.max_drafts, token);
     }
     logit_tokens_.push_back(step_row.first_token + token);
     ++block.num_draws;
   }
 }
 
-void Sampler::PadDraws(int64_t num_draws) {
-  while (draws_.size() < num_draws) {
+void Sampler::Pad(const Padding& padding) {
+  while (draws_.size() < padding.num_draws) {
     DrawBlock& block = BlockFor(1);
     logit_tokens_.push_back(0);
     draws_.AddPadding();
     ++block.num_draws;
   }
+  while (std::ssize(verify_rows_) < padding.num_verify) {
+    DrawBlock& block = draw_blocks_.back();
+    verify_rows_.push_back({.first_row = static_cast<int32_t>(block.num_draws - 1)});
+    ++block.num_verify;
+  }
 }
+
+int64_t Sampler::max_logits() const { return LogitRows(options_); }
 
 void Sampler::Push(StepArena& arena) {
   device_logit_tokens_ = arena.Push(logit_tokens_);
@@ -143,7 +153,7 @@ void Sampler::PlanScores(const BatchRow& row, const StepRow& step_row, int32_t n
 }
 
 std::span<const RowOutputs> Sampler::Plan(std::span<const BatchRow> rows, const StepArrays& arrays,
-                                          int64_t num_draws, StepArena& arena) {
+                                          const Padding& padding, StepArena& arena) {
   row_outputs_.clear();
   logit_tokens_.clear();
   draws_.Clear();
@@ -156,7 +166,7 @@ std::span<const RowOutputs> Sampler::Plan(std::span<const BatchRow> rows, const 
   for (size_t batch_row = 0; batch_row < rows.size(); ++batch_row) {
     const StepRow& step_row = arrays.rows[static_cast<size_t>(arrays.row_of_batch[batch_row])];
     RowOutputs& outputs = row_outputs_.emplace_back();
-    if (!HasDrafts(rows[batch_row])) {
+    if (!HasDrafts(rows[batch_row]) && padding.num_verify == 0) {
       outputs.draw_begin = draws_.size();
       PlanDraws(rows[batch_row], step_row);
       outputs.draw_end = draws_.size();
@@ -169,19 +179,20 @@ std::span<const RowOutputs> Sampler::Plan(std::span<const BatchRow> rows, const 
     PlanScores(rows[batch_row], step_row, outputs.num_score_top);
     outputs.score_end = std::ssize(score_tokens_);
   }
-  PlanVerifies(rows, arrays);
+  PlanVerifies(rows, arrays, padding.num_verify > 0);
   wanted_.num_draws = draws_.size();
   wanted_.num_scores = std::ssize(score_tokens_);
-  PadDraws(num_draws);
+  Pad(padding);
   Push(arena);
   return row_outputs_;
 }
 
 // After all plain rows, so that a block of logits has only one kind.
-void Sampler::PlanVerifies(std::span<const BatchRow> rows, const StepArrays& arrays) {
+void Sampler::PlanVerifies(std::span<const BatchRow> rows, const StepArrays& arrays, bool all) {
   const size_t num_plain = draw_blocks_.size();
+  int64_t num_draft_rows = 0;
   for (size_t batch_row = 0; batch_row < rows.size(); ++batch_row) {
-    if (!HasDrafts(rows[batch_row])) continue;
+    if (!HasDrafts(rows[batch_row]) && !all) continue;
     const StepRow& step_row = arrays.rows[static_cast<size_t>(arrays.row_of_batch[batch_row])];
     RowOutputs& outputs = row_outputs_[batch_row];
     outputs.verify = static_cast<int32_t>(verify_rows_.size());
@@ -190,7 +201,9 @@ void Sampler::PlanVerifies(std::span<const BatchRow> rows, const StepArrays& arr
       draw_blocks_.push_back(
           {.logit_begin = std::ssize(logit_tokens_), .draw_begin = draws_.size()});
     }
-    PlanVerify(rows[batch_row], step_row, outputs.verify);
+    const int64_t first_draft =
+        HasDrafts(rows[batch_row]) ? num_draft_rows++ * options_.max_drafts : 0;
+    PlanVerify(rows[batch_row], step_row, static_cast<int32_t>(first_draft));
     outputs.draw_end = draws_.size();
   }
 }

@@ -24,7 +24,7 @@ namespace godwit {
 // Which draws and scores of a step belong to a batch row: half-open ranges.
 struct RowOutputs {
   int64_t draw_begin = 0, draw_end = 0;
-  int32_t verify = -1;  // index among the step's rows with drafts, whose draws are its positions
+  int32_t verify = -1;  // index among the rows that are verified, whose draws are its positions
   int64_t score_begin = 0, score_end = 0;
   int32_t num_score_top = 0;  // BatchRow's, or the vocabulary's size when that is smaller
 };
@@ -51,11 +51,20 @@ class Sampler {
     return options.num_slots * (options.max_drafts + 1);
   }
 
+  // What a step that is replayed is filled up to; 0: nothing.
+  struct Padding {
+    int64_t num_draws = 0;
+    // Of a step with drafts: all its rows are verified then, those without drafts too, so that its
+    // ops depend on no more than these two numbers. num_draws exceeds its draws where this exceeds
+    // its rows, and is at most max_logits().
+    int64_t num_verify = 0;
+  };
   // Step 1, before the arena is uploaded: which rows need logits and how each token is drawn; then
-  // padding up to num_draws draws. Pushes what keeps its size from step to step (StepArena). The
-  // span is as long as `rows` and valid until the next call.
+  // padding. Pushes what keeps its size from step to step (StepArena). The span is as long as
+  // `rows` and valid until the next call.
   std::span<const RowOutputs> Plan(std::span<const BatchRow> rows, const StepArrays& arrays,
-                                   int64_t num_draws, StepArena& arena);
+                                   const Padding& padding, StepArena& arena);
+  int64_t max_logits() const;  // rows that are held at once
   // Pushes what does not, after everything whose address a replay knows.
   void PushBiases(StepArena& arena) { draws_.PushBiases(arena); }
 
@@ -100,9 +109,9 @@ class Sampler {
   DrawBlock& BlockFor(int64_t num_logits);
   SampleRow& AddDraw(const RowOutput& output, int64_t position, int64_t prompt_length);
   void PlanDraws(const BatchRow& row, const StepRow& step_row);
-  void PlanVerifies(std::span<const BatchRow> rows, const StepArrays& arrays);
-  void PlanVerify(const BatchRow& row, const StepRow& step_row, int32_t verify);
-  void PadDraws(int64_t num_draws);
+  void PlanVerifies(std::span<const BatchRow> rows, const StepArrays& arrays, bool all);
+  void PlanVerify(const BatchRow& row, const StepRow& step_row, int32_t first_draft);
+  void Pad(const Padding& padding);
   void PlanScores(const BatchRow& row, const StepRow& step_row, int32_t num_top);
   void Push(StepArena& arena);
   absl::StatusOr<TensorView> Logits(const TensorView& hidden, int32_t* tokens, int64_t count);

@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -43,11 +44,25 @@ int64_t PassBytes(int64_t tokens, int64_t rows, int64_t num_table_entries) {
          StepArena::Footprint(rows * int64_t{sizeof(SampleRow)});
 }
 
-int64_t ArenaBytes(const SpeculativeDecoderOptions& options) {
+// Where the arrays of a pass lie; of max_drafts: their end.
+int64_t PassOffset(const SpeculativeDecoderOptions& options, int64_t index) {
   const int64_t slots = options.num_slots;
+  if (index == 0) return 0;
   return PassBytes(options.max_tokens_per_step, slots, options.num_table_entries) +
-         (options.max_drafts - 1) * PassBytes(slots, slots, options.num_table_entries) +
-         DrawList::ArenaBytes(0, slots);
+         (index - 1) * PassBytes(slots, slots, options.num_table_entries);
+}
+
+// A pass of decode rows is a function of these numbers: everything else is in the arena. Bit 63
+// tells it from the target's steps.
+uint64_t PassKey(int32_t index, bool shows_signs, int64_t num_tokens, int64_t num_rows,
+                 int64_t num_draws) {
+  uint64_t key = uint64_t{1} << 5 | static_cast<uint64_t>(index) << 1 | (shows_signs ? 1 : 0);
+  static_assert(kMaxDraftTokens <= 16);
+  for (const auto& [count, bits] : {std::pair(num_tokens, 24), {num_rows, 17}, {num_draws, 17}}) {
+    GODWIT_CHECK(count < int64_t{1} << bits);
+    key = key << bits | static_cast<uint64_t>(count);
+  }
+  return key;
 }
 
 // "" where there is none.
@@ -95,7 +110,8 @@ int64_t SpeculativeDecoder::DeviceBytes(const ModelConfig& draft,
   const int64_t rope_bytes = draft.rope ? RopeStore::DeviceBytes(draft.rope->rotary_dim, 0) +
                                               options.max_tokens_per_step * DTypeBytes(DType::kI32)
                                         : 0;
-  return ArenaBytes(options) + rope_bytes +
+  return PassOffset(options, options.max_drafts) + DrawList::ArenaBytes(0, options.num_slots) +
+         rope_bytes +
          (options.head == nullptr ? 0 : options.head->WorkspaceBytes(options.num_slots)) +
          row_bytes * (draft.d_model + 2 * options.max_drafts + 2 +
                       draft.vocab_size * (1 + options.max_drafts));
@@ -123,8 +139,12 @@ absl::StatusOr<std::unique_ptr<SpeculativeDecoder>> SpeculativeDecoder::Create(
       new SpeculativeDecoder(backend, draft, pool, counts, drawn, options));
   const int64_t row_bytes = options.num_slots * DTypeBytes(DType::kF32);
   const int64_t d_model = draft.config().d_model, vocab_size = draft.config().vocab_size;
-  ASSIGN_OR_RETURN(StepArena arena, StepArena::Create(backend, ArenaBytes(options)));
+  ASSIGN_OR_RETURN(StepArena arena,
+                   StepArena::Create(backend, PassOffset(options, options.max_drafts)));
   decoder->arena_ = std::make_unique<StepArena>(std::move(arena));
+  ASSIGN_OR_RETURN(StepArena biases,
+                   StepArena::Create(backend, DrawList::ArenaBytes(0, options.num_slots)));
+  decoder->biases_ = std::make_unique<StepArena>(std::move(biases));
   ASSIGN_OR_RETURN(decoder->gathered_, DeviceBuffer::Allocate(backend, row_bytes * d_model));
   ASSIGN_OR_RETURN(decoder->logits_, DeviceBuffer::Allocate(backend, row_bytes * vocab_size));
   ASSIGN_OR_RETURN(decoder->probabilities_,
@@ -138,7 +158,8 @@ absl::StatusOr<std::unique_ptr<SpeculativeDecoder>> SpeculativeDecoder::Create(
   if (options.head != nullptr) RETURN_IF_ERROR(options.head->MakeWorkspace(options.num_slots));
   // Where ops run behind the host, a decision takes what the pass before the last one said: the
   // device has the last one to do meanwhile, and a pass at most is for nothing.
-  decoder->lag_ = backend.Info().replays ? 1 : 0;
+  decoder->replays_ = backend.Info().replays;
+  decoder->lag_ = decoder->replays_ ? 1 : 0;
   RETURN_IF_ERROR(decoder->MakeRope());
   return decoder;
 }
@@ -301,7 +322,9 @@ void SpeculativeDecoder::AddDraft(const Reader& reader, int32_t index) {
 }
 
 // One draw for each drafter, padding for those that have their drafts: outputs have a fixed place.
-void SpeculativeDecoder::AddDraws(int32_t index) {
+// Returns how many.
+int64_t SpeculativeDecoder::AddDraws(int32_t index, bool padded) {
+  const int64_t first = draws_.size();
   int32_t logit_row = 0;
   logit_rows_.assign(drafters_.size(), -1);
   for (const Reader& reader : readers_) {
@@ -323,10 +346,15 @@ void SpeculativeDecoder::AddDraws(int32_t index) {
     draw.position = NoisePosition(round_position, StandardRule::DraftStream(index));
     draw.probability_row = static_cast<int32_t>(reader->draft_row * options_.max_drafts + index);
   }
+  const int64_t num_drafters = std::ssize(drafters_);
+  const int64_t num_draws = padded ? PaddedRows(num_drafters, options_.num_slots) : num_drafters;
+  while (draws_.size() < first + num_draws) draws_.AddPadding();
+  return num_draws;
 }
 
 absl::Status SpeculativeDecoder::DrawDrafts(const TensorView& hidden, int32_t index,
-                                            int32_t* logit_tokens, const SampleRow* rows) {
+                                            int32_t* logit_tokens, const SampleRow* rows,
+                                            int64_t num_draws) {
   const ModelConfig& config = draft_->config();
   const int64_t num_logits = std::ssize(arrays_.logit_tokens);
   const TensorView gathered = MakeView(gathered_.bytes(), DType::kF32, num_logits, config.d_model);
@@ -334,7 +362,6 @@ absl::Status SpeculativeDecoder::DrawDrafts(const TensorView& hidden, int32_t in
   RETURN_IF_ERROR(backend_->GatherRows(
       {.x = hidden, .rows = MakeView(logit_tokens, DType::kI32, num_logits), .y = gathered}));
   RETURN_IF_ERROR(draft_->Logits(gathered, logits));
-  const int64_t num_draws = std::ssize(drafters_);
   TensorView tokens = RowRange(drawn_, options_.first_draft + index, num_draws);
   tokens.row_stride = options_.max_drafts;
   SampleArgs args = {.logits = logits,
@@ -348,7 +375,7 @@ absl::Status SpeculativeDecoder::DrawDrafts(const TensorView& hidden, int32_t in
     args.certainties = MakeView(certainties_.bytes(), DType::kF32, num_draws, 2);
   }
   RETURN_IF_ERROR(backend_->Sample(args));
-  return ShowsSigns() ? Judge(gathered, index, rows) : absl::OkStatus();
+  return ShowsSigns() ? Judge(gathered, index, rows, num_draws) : absl::OkStatus();
 }
 
 TensorView SpeculativeDecoder::SignsOf(int32_t index, int64_t kind, int64_t count) const {
@@ -357,8 +384,7 @@ TensorView SpeculativeDecoder::SignsOf(int32_t index, int64_t kind, int64_t coun
 
 // The head's logits, and the recorder's part.
 absl::Status SpeculativeDecoder::Judge(const TensorView& hidden, int32_t index,
-                                       const SampleRow* rows) {
-  const int64_t num_draws = std::ssize(drafters_);
+                                       const SampleRow* rows, int64_t num_draws) {
   const TensorView margins = SignsOf(index, kMargins, num_draws);
   const TensorView certainties = MakeView(certainties_.bytes(), DType::kF32, num_draws, 2);
   if (options_.head != nullptr) {
@@ -382,8 +408,26 @@ absl::Status SpeculativeDecoder::Judge(const TensorView& hidden, int32_t index,
                                      .certainties = certainties});
 }
 
+// Up to numbers that few recordings serve.
+void SpeculativeDecoder::Arrays::Pad(int64_t most_rows, int64_t most_tokens) {
+  GODWIT_CHECK(logit_tokens.size() == rows.size());
+  const int64_t num_rows = PaddedRows(std::ssize(rows), most_rows);
+  const int64_t num_tokens = std::max(num_rows, PaddedRows(std::ssize(token_ids), most_tokens));
+  token_ids.resize(static_cast<size_t>(num_tokens), 0);
+  positions.resize(static_cast<size_t>(num_tokens), 0);
+  rows.resize(static_cast<size_t>(num_rows));  // of no tokens
+  logit_tokens.resize(static_cast<size_t>(num_rows), 0);
+  num_decode_tokens = num_tokens;
+  num_decode_rows = static_cast<int32_t>(num_rows);
+}
+
 // One forward pass, and with drafters the draft `index` of each.
 absl::Status SpeculativeDecoder::RunPass(int32_t index) {
+  // Of decode rows only, each of which draws.
+  const bool recorded = replays_ && options_.recorder == nullptr &&
+                        arrays_.num_decode_rows == std::ssize(arrays_.rows);
+  if (recorded) arrays_.Pad(options_.num_slots, options_.max_tokens_per_step);
+  arena_->Seek(PassOffset(options_, index));
   ForwardPlan plan;
   plan.num_tokens = std::ssize(arrays_.token_ids);
   plan.num_decode_tokens = arrays_.num_decode_tokens;
@@ -398,15 +442,25 @@ absl::Status SpeculativeDecoder::RunPass(int32_t index) {
   plan.rows = arena_->Push(arrays_.rows);
   plan.num_rows = static_cast<int32_t>(arrays_.rows.size());
   plan.num_decode_rows = arrays_.num_decode_rows;
-  plan.block_tables = arena_->Push(arrays_.block_tables);
   int32_t* const logit_tokens = arena_->Push(arrays_.logit_tokens);
-  AddDraws(index);
+  const int64_t num_draws = AddDraws(index, recorded);
   const SampleRow* const draws = draws_.PushRows(*arena_);
-  draws_.PushBiases(*arena_);
+  plan.block_tables = arena_->Push(arrays_.block_tables);  // last: its size is no part of a key
+  draws_.PushBiases(*biases_);
+  RETURN_IF_ERROR(biases_->Upload());
   RETURN_IF_ERROR(arena_->Upload());
-  ASSIGN_OR_RETURN(const TensorView hidden, draft_->Forward(plan, *pool_));
-  if (arrays_.logit_tokens.empty()) return absl::OkStatus();
-  return DrawDrafts(hidden, index, logit_tokens, draws);
+  const auto forward_and_draw = [&]() -> absl::Status {
+    ASSIGN_OR_RETURN(const TensorView hidden, draft_->Forward(plan, *pool_));
+    if (arrays_.logit_tokens.empty()) return absl::OkStatus();
+    return DrawDrafts(hidden, index, logit_tokens, draws, num_draws);
+  };
+  if (!recorded) return forward_and_draw();
+  bool replayed = false;
+  absl::Status status = ToStatus(backend_->BeginReplay(
+      PassKey(index, ShowsSigns(), plan.num_tokens, plan.num_rows, num_draws), &replayed));
+  if (status.ok() && !replayed) status = forward_and_draw();
+  const absl::Status ended = ToStatus(backend_->EndReplay());
+  return status.ok() ? ended : status;
 }
 
 // --- How far
@@ -593,6 +647,7 @@ absl::Status SpeculativeDecoder::Draft(StepId step, std::span<BatchRow> rows,
   OrderReaders();
   if (readers_.empty()) return absl::OkStatus();
   arena_->Begin(step);
+  biases_->Begin(step);
   draws_.Clear();
   arrays_.Clear();
   for (const Reader& reader : readers_) AddRead(reader);

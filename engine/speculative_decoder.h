@@ -125,6 +125,7 @@ class SpeculativeDecoder {
     int64_t num_decode_tokens = 0;
     int32_t num_decode_rows = 0;
     void Clear();
+    void Pad(int64_t most_rows, int64_t most_tokens);  // decode rows, each of which draws
   };
 
   SpeculativeDecoder(Backend& backend, Model& draft, CachePool& pool, const TensorView& counts,
@@ -150,27 +151,29 @@ class SpeculativeDecoder {
   void AddRead(const Reader& reader);
   void AddDraft(const Reader& reader, int32_t index);
   void AddRow(const Reader& reader, StepRow row);
-  void AddDraws(int32_t index);
+  int64_t AddDraws(int32_t index, bool padded);
   absl::Status RunPass(int32_t index);
   bool ShowsSigns() const { return adapts_ || options_.recorder != nullptr; }
   TensorView SignsOf(int32_t index, int64_t kind, int64_t count) const;
-  absl::Status Judge(const TensorView& hidden, int32_t index, const SampleRow* rows);
+  absl::Status Judge(const TensorView& hidden, int32_t index, const SampleRow* rows,
+                     int64_t num_draws);
   absl::Status DrawDrafts(const TensorView& hidden, int32_t index, int32_t* logit_tokens,
-                          const SampleRow* rows);
+                          const SampleRow* rows, int64_t num_draws);
 
   Backend* backend_;
   Model* draft_;
   CachePool* pool_;
   TensorView counts_, drawn_;
   SpeculativeDecoderOptions options_;
-  std::unique_ptr<StepArena> arena_;
-  DeviceBuffer gathered_;       // [num_slots, d_model] f32
-  DeviceBuffer logits_;         // [num_slots, vocab] f32
-  DeviceBuffer probabilities_;  // [num_slots * max_drafts, vocab] f32
+  std::unique_ptr<StepArena> arena_, biases_;  // of the passes, each in its place; of all draws
+  DeviceBuffer gathered_;                      // [num_slots, d_model] f32
+  DeviceBuffer logits_;                        // [num_slots, vocab] f32
+  DeviceBuffer probabilities_;                 // [num_slots * max_drafts, vocab] f32
   // What each pass shows of its draft: margins, then the head's logits. [max_drafts, 2, num_slots].
   DeviceBuffer signs_;
   HostBuffer host_signs_[kMaxStepsInFlight];  // the same, of a step
   DeviceBuffer certainties_;                  // [num_slots, 2] f32, of a pass
+  bool replays_ = false;                      // passes of decode rows are recorded
   int32_t lag_ = 0;                           // passes whose margins the host does not wait for
   // Of a draft with RoPE. It rotates with its own table, whatever a request's target does: a draft
   // may be worse for that, a token never is.

@@ -45,6 +45,13 @@ class StepArena {
     host_ = hosts_[static_cast<size_t>(step % kMaxStepsInFlight)].bytes();
   }
 
+  // Where the next Push goes: ops that are replayed find the arrays of a pass at one place,
+  // whatever the passes before it took.
+  void Seek(int64_t offset) {
+    GODWIT_CHECK(uploaded_ == size_ && offset >= size_ && offset <= capacity_);
+    size_ = uploaded_ = offset;
+  }
+
   // Room for `count` values, to be written before Upload; *device is where they will lie.
   template <typename T>
   std::span<T> Reserve(int64_t count, T** device) {

@@ -307,7 +307,8 @@ struct AcceptanceHeadArgs {
 //              whatever q. u and draws are keyed as kernels/base/accept_rule.h says.
 enum class AcceptRule : int32_t { kMatch = 0, kStandard = 1 };
 
-// The drafts of one sequence.
+// The drafts of one sequence. Without any, the row draws one token. Padding: the SampleRow at
+// first_row has slot -1; nothing is written for it.
 struct VerifyRow {
   int32_t first_row = 0;  // of its num_drafts + 1 SampleRows, one per position in order
   int32_t num_drafts = 0;

@@ -30,6 +30,17 @@ class Corpus:
         return inputs, self.tokens[position].long(), weight, position
 
 
+class InventedCorpus(Corpus):
+    """Two works of random tokens, with the shapes of a real one."""
+
+    def __init__(self, vocab_size, device):
+        num_tokens = 1 << 18
+        self.tokens = torch.randint(3, vocab_size, (2 * num_tokens + 1,), device=device).to(torch.int16)
+        self.works = {split: [dict(split=split, begin=1 + i * num_tokens, end=1 + (i + 1) * num_tokens,
+                                   num_bytes=3 * num_tokens)] for i, split in enumerate(("train", "valid"))}
+        self.num_train_tokens, self.device = num_tokens, device
+
+
 class Lanes:
     """B lanes, each reading whole works segment by segment; a free lane takes the next work.
 

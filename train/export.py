@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes a TransNormerLLM checkpoint as a Hugging Face folder with the published tensor names, in bf16.
 
-    export.py folder RUN/model.pt --tokenizer tokenizer.model --out FOLDER [--shard-bytes 15000000]
+    export.py folder RUN/model.pt --tokenizer tokenizer.model --out FOLDER [--shard-bytes 15000000] [--bos 2]
     export.py merge  FOLDER            one model.safetensors out of the shards
     export.py golden FOLDER --out FOLDER/golden.json
 """
@@ -35,14 +35,14 @@ def published_names(net):
     return tensors
 
 
-def hf_config(cfg):
+def hf_config(cfg, bos):
     return {
         "architectures": ["TransnormerForCausalLM"], "model_type": "transnormer",
         "vocab_size": cfg.vocab_size, "decoder_embed_dim": cfg.dim, "decoder_layers": cfg.layers,
         "decoder_attention_heads": cfg.heads, "hidden_dim": cfg.dim, "glu_dim": cfg.glu,
         "linear_use_lrpe_list": [1] + [0] * (cfg.layers - 1), "linear_act_fun": "swish",
         "norm_type": "simplermsnorm", "no_scale_embedding": False, "add_bos_token": False, "bias": False,
-        "init_std": 0.02, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": True,
+        "init_std": 0.02, "pad_token_id": 0, "bos_token_id": bos, "eos_token_id": 2, "use_cache": True,
         "torch_dtype": "bfloat16", "tie_word_embeddings": True}
 
 
@@ -69,7 +69,7 @@ def read_safetensors(path):
             for name, item in header.items()}
 
 
-def write_folder(net, tokenizer, out, shard_bytes):
+def write_folder(net, tokenizer, out, shard_bytes, bos):
     out.mkdir(parents=True, exist_ok=True)
     shards, size = [{}], 0
     for name, tensor in published_names(net).items():
@@ -89,7 +89,7 @@ def write_folder(net, tokenizer, out, shard_bytes):
         (out / "model.safetensors.index.json").write_text(json.dumps(dict(
             metadata=dict(total_size=total),
             weight_map={key: name for name, shard in zip(names, shards) for key in shard}), indent=1))
-    (out / "config.json").write_text(json.dumps(hf_config(net.cfg), indent=1) + "\n")
+    (out / "config.json").write_text(json.dumps(hf_config(net.cfg, bos), indent=1) + "\n")
     (out / "tokenizer_config.json").write_text(json.dumps(dict(
         tokenizer_class="LlamaTokenizer", add_bos_token=False, add_eos_token=False, bos_token="<s>",
         eos_token="</s>", unk_token="<unk>", legacy=False), indent=1) + "\n")
@@ -160,9 +160,10 @@ if __name__ == "__main__":
     parser.add_argument("--tokenizer")
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--shard-bytes", type=int, default=10 ** 12)
+    parser.add_argument("--bos", type=int, default=1, help="2: the end mark, behind which every work began in training")
     args = parser.parse_args()
     if args.command == "folder":
-        write_folder(M.load_checkpoint(args.source), args.tokenizer, args.out, args.shard_bytes)
+        write_folder(M.load_checkpoint(args.source), args.tokenizer, args.out, args.shard_bytes, args.bos)
     elif args.command == "merge":
         merge(args.source)
     else:

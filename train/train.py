@@ -4,6 +4,7 @@
     train.py target --data DATA --out RUN --seconds 600 [--teacher TWIN/model.pt]
     train.py twin   --data DATA --out RUN --seconds 250
     train.py draft  --data DATA --out RUN --seconds 60  [--teacher TARGET/model.pt --distill 0.9]
+    train.py pair-target | pair-draft ...                the larger pair (pair.sh)
 
 Writes RUN/model.pt (float32 weights) and RUN/log.jsonl. The schedule follows the clock (--seconds), so
 that a run fits a lease whatever the GPU's speed; the log says how many steps and tokens that were.
@@ -15,23 +16,29 @@ import pathlib
 import sys
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import model as M
-from data import Corpus, Lanes
+from data import Corpus, InventedCorpus, Lanes
 
 PRESETS = {
     "target": dict(family="transnormer", dim=384, layers=12, heads=6, glu=1024),
     "twin": dict(family="llama", dim=384, layers=12, heads=6, glu=1152),
     "draft": dict(family="transnormer", dim=192, layers=3, heads=3, glu=384),
+    "pair-target": dict(family="transnormer", dim=640, layers=24, heads=10, glu=1600),
+    "pair-draft": dict(family="transnormer", dim=512, layers=3, heads=8, glu=1280),
 }
 # 32 of the 4,096 probabilities hold most of the teacher's mass; the rest is one bucket.
 SOFT_LABELS = 32
 
 
-def head_loss(hidden, embed, targets, weights, ids, probs, distill):
-    """Mean cross-entropy and the loss to minimise; hidden [B, T, d], ids and probs [B, T, K] or None."""
+def head_loss(hidden, embed, targets, weights, ids, probs, distill, distance):
+    """Mean cross-entropy and the loss to minimise; hidden [B, T, d], ids and probs [B, T, K] or None.
+
+    distance (a tensor): weight of the total variation to the teacher, 1 - what speculation accepts.
+    """
     logits = F.linear(hidden, embed.to(hidden.dtype)).float()
     log_z = torch.logsumexp(logits, -1)
     total = weights.sum()
@@ -43,6 +50,7 @@ def head_loss(hidden, embed, targets, weights, ids, probs, distill):
     tail_q = (1 - log_q.exp().sum(-1)).clamp(min=1e-4)
     tail_p = (1 - probs.sum(-1)).clamp(min=0)
     soft = -((probs * log_q).sum(-1) + tail_p * tail_q.log())
+    soft = soft + distance * 0.5 * ((probs - log_q.exp()).abs().sum(-1) + (tail_p - tail_q).abs())
     soft = (soft * weights).sum() / total
     return cross_entropy, (1 - distill) * cross_entropy + distill * soft
 
@@ -107,9 +115,22 @@ def quick_valid(net, corpus, length):
     return loss / count * tokens_per_byte
 
 
+def share_of(works, num_tokens, seed):
+    """Works of about num_tokens together, drawn at random; all of them for 0."""
+    if num_tokens == 0:
+        return works
+    share, total = [], 0
+    for index in np.random.default_rng(seed).permutation(len(works)):
+        share.append(works[index])
+        total += works[index]["end"] - works[index]["begin"]
+        if total >= num_tokens:
+            break
+    return share
+
+
 @torch.no_grad()
-def soft_labels(teacher, corpus, length, lanes):
-    """The teacher's largest SOFT_LABELS probabilities for every training token: ids int16, probs half."""
+def soft_labels(teacher, corpus, works, length, lanes):
+    """The teacher's largest SOFT_LABELS probabilities for every token of the works: ids int16, probs half."""
     num = len(corpus.tokens)
     ids = torch.zeros(num, SOFT_LABELS, dtype=torch.int16, device=corpus.device)
     probs = torch.zeros(num, SOFT_LABELS, dtype=torch.float16, device=corpus.device)
@@ -122,7 +143,7 @@ def soft_labels(teacher, corpus, length, lanes):
         probs[position[chosen]] = top[chosen].exp().half()
 
     if teacher.cfg.family == "transnormer":
-        reader, state = Lanes(corpus.works["train"], lanes, length, 0, forever=False), None
+        reader, state = Lanes(works, lanes, length, 0, forever=False), None
         state = teacher.initial_state(lanes, corpus.device)
         while (item := reader.next()) is not None:
             firsts, ends, keep = item
@@ -134,7 +155,7 @@ def soft_labels(teacher, corpus, length, lanes):
     # The twin has no state: windows that overlap by a quarter, scored behind the overlap.
     overlap = length // 4
     windows = []  # (first target, end of the work, targets to skip)
-    for work in corpus.works["train"]:
+    for work in works:
         for first in range(work["begin"], work["end"], length - overlap):
             windows.append((first, work["end"], overlap if first > work["begin"] else 0))
     for i in range(0, len(windows), lanes):
@@ -160,12 +181,19 @@ def parse_args(argv):
     p.add_argument("--dropout", type=float, default=0.1)
     p.add_argument("--reset-rate", type=float, default=0.04)
     p.add_argument("--stable", type=float, default=0.35, help="share of the run at the full rate")
-    p.add_argument("--teacher", help="checkpoint whose probabilities are mixed into the targets")
+    p.add_argument("--teacher", help="checkpoint whose probabilities are mixed into the targets;\n"
+                   "its preset with --compile-only")
     p.add_argument("--distill", type=float, default=0.5)
+    p.add_argument("--distance", type=float, default=0.0,
+                   help="weight of the total variation to the teacher at the end of training; it grows from 0")
+    p.add_argument("--label-tokens", type=int, default=0,
+                   help="the teacher labels works of so many tokens and training reads only these; 0: all")
     p.add_argument("--evals", type=int, default=14)
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="override the preset")
     p.add_argument("--no-compile", action="store_true")
+    p.add_argument("--compile-only", action="store_true",
+                   help="fills the compiler's cache and ends: for another process meanwhile, with invented data")
     return p.parse_args(argv)
 
 
@@ -176,7 +204,7 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high")
     overrides = {k: int(v) for k, v in (item.split("=") for item in args.set)}
     cfg = M.Config(**{**PRESETS[args.preset], **overrides})
-    corpus = Corpus(args.data, device)
+    corpus = InventedCorpus(cfg.vocab_size, device) if args.compile_only else Corpus(args.data, device)
     net = M.Model(cfg).to(device)
     args.out.mkdir(parents=True, exist_ok=True)
     log = (args.out / "log.jsonl").open("w")
@@ -190,13 +218,20 @@ def main(argv=None):
     report(config=dataclasses.asdict(cfg), parameters=net.num_parameters(),
            arguments={k: str(v) for k, v in vars(args).items()}, train_tokens=corpus.num_train_tokens,
            device=torch.cuda.get_device_name() if device == "cuda" else "cpu", torch=torch.__version__)
-    labels = None
+    labels, train_works = None, corpus.works["train"]
     if args.teacher:
         began = time.time()
-        teacher = M.load_checkpoint(args.teacher, device)
-        labels = soft_labels(teacher, corpus, args.length, args.lanes)
-        mass = float(labels[1][1:corpus.num_train_tokens:997].float().sum(-1).mean())
-        report(soft_labels=SOFT_LABELS, mass=mass, seconds=time.time() - began)
+        if args.compile_only:
+            teacher = M.Model(M.Config(**{**PRESETS[args.teacher], **overrides})).to(device).eval()
+        else:
+            teacher = M.load_checkpoint(args.teacher, device)
+        if not args.no_compile:
+            teacher.layer = torch.compile(teacher.layer, dynamic=False)
+        train_works = share_of(train_works, args.label_tokens, args.seed)
+        labels = soft_labels(teacher, corpus, train_works, args.length, args.lanes)
+        labelled = labels[1][train_works[0]["begin"]:train_works[0]["end"]]
+        report(soft_labels=SOFT_LABELS, mass=float(labelled.float().sum(-1).mean()),
+               tokens=sum(w["end"] - w["begin"] for w in train_works), seconds=time.time() - began)
         del teacher
 
     loss_function, eager_layer = head_loss, net.layer
@@ -211,13 +246,17 @@ def main(argv=None):
         + [dict(params=[p], lr=args.embed_lr / 10, weight_decay=0.0) for p in small if p is not net.embed],
         betas=(0.9, 0.95))
     base_lr = [group["lr"] for group in adam.param_groups]
-    lanes = Lanes(corpus.works["train"], args.lanes, args.length, args.seed, args.reset_rate)
+    lanes = Lanes(train_works, args.lanes, args.length, args.seed, args.reset_rate)
     state = net.initial_state(args.lanes, device)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
     began, compile_began, step, tokens, evals_done = None, time.time(), 0, 0, 0
     recent, recent_count = torch.zeros((), device=device), 0
+    distance = torch.zeros((), device=device)
     while True:
+        if step == 2 and args.compile_only:
+            report(compile_seconds=time.time() - compile_began)
+            return
         if step == 5:  # the first steps compile
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -236,7 +275,8 @@ def main(argv=None):
             soft = labels[0][position].long(), labels[1][position].float()
         net.layer = eager_layer if args.no_compile else compiled_layer
         hidden, state = net(inputs, state, dtype, args.dropout)
-        cross_entropy, loss = loss_function(hidden, net.embed, targets, weights, *soft, args.distill)
+        cross_entropy, loss = loss_function(hidden, net.embed, targets, weights, *soft, args.distill,
+                                            distance.fill_(args.distance * progress))
         loss.backward()
         muon.step(scale)
         for group, lr in zip(adam.param_groups, base_lr):

@@ -18,6 +18,7 @@ OpStatus CpuVerifyTokens(CpuContext& context, const VerifyTokensArgs& args) {
   auto body = [&](int thread) {
     for (int32_t row = next.fetch_add(1, std::memory_order_relaxed); row < args.num_verify_rows;
          row = next.fetch_add(1, std::memory_order_relaxed)) {
+      if (args.rows[args.verify_rows[row].first_row].slot < 0) continue;
       VerifyTask<StandardRule>(context.isa, args, row, scratch + thread * elements).Run();
     }
   };

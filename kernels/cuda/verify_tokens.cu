@@ -61,6 +61,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   const int64_t sequence = blockIdx.x / kCluster;
   const VerifyRow verify = args.verify_rows[sequence];
   const SampleRow* const rows = args.rows + verify.first_row;
+  if (rows[0].slot < 0) return;  // padding: all blocks of the cluster leave
   uint32_t* const counts = Row<uint32_t>(args.counts, rows[0].slot);
   const int64_t vocab_size = args.logits.shape[1];
   RowOps<kCluster> ops(shared, PartOfBlock<kCluster>(layout, vocab_size, values, scratch));

@@ -236,6 +236,7 @@ void RefVerifyTokens(const VerifyTokensArgs& args) {
   for (int32_t v = 0; v < args.num_verify_rows; ++v) {
     const VerifyRow& verify = args.verify_rows[v];
     const SampleRow& first = args.rows[verify.first_row];
+    if (first.slot < 0) continue;
     uint32_t* const counts = args.counts.row<uint32_t>(first.slot);
     const int32_t* const drafts = args.drafts.row<const int32_t>(verify.first_draft);
     int32_t num_drafts = 0;

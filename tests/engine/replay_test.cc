@@ -146,6 +146,69 @@ TEST_P(ReplayTest, SpeculationBetweenReplayedStepsEqualsNone) {
   }
 }
 
+// The passes of the draft model and the steps that judge them are recorded too. Padding and
+// recording change neither what is proposed nor what stands.
+TEST_P(ReplayTest, ReplayedRoundsEqualUnrecordedOnes) {
+  const TinyModel draft({.family = std::get<0>(GetParam()), .num_layers = 2});
+  std::vector<DriverRequest> requests = Requests();
+  for (size_t index = 0; index < requests.size(); ++index) {
+    const int drafts = static_cast<int>(index % 5);
+    if (index != 3) requests[index].draft_tokens = {drafts, 1, 0, 7};
+    requests[index].draft_policy = DraftPolicy::kFixed;
+  }
+  EngineOptions options = Options(false);
+  options.draft_folder = draft.folder();
+  const auto unrecorded =
+      MakeEngine(model_, options, BackendPointer(new WrappedBackend(Device(), {})));
+  const std::vector<DriverOutput> expected = Drive(*unrecorded, 2, requests);
+  WrappedBackend* backend = nullptr;
+  const auto engine = Recording(true, &backend, draft.folder());
+  int64_t num_accepted = 0;
+  for (int run = 0; run < 3; ++run) {
+    SCOPED_TRACE(run);
+    const std::vector<DriverOutput> outputs = Drive(*engine, 2, requests);
+    ASSERT_EQ(outputs.size(), expected.size());
+    for (size_t index = 0; index < outputs.size(); ++index) {
+      EXPECT_TRUE(outputs[index].SameBits(expected[index])) << "output " << index;
+      EXPECT_EQ(outputs[index].num_drafts, expected[index].num_drafts) << "output " << index;
+      EXPECT_EQ(outputs[index].num_accepted, expected[index].num_accepted) << "output " << index;
+      num_accepted += outputs[index].num_accepted;
+    }
+  }
+  EXPECT_GT(num_accepted, 0);
+}
+
+// Three passes and the step that judges them: nothing is left between the recordings, whichever way
+// the last round ended.
+TEST_P(ReplayTest, ARoundOfOneSequenceIsReplayedWhole) {
+  WrappedBackend* backend = nullptr;
+  const auto engine = Recording(true, &backend, model_.folder());
+  if (backend == nullptr) GTEST_SKIP() << "a GPU keeps no count";
+  const SamplingParams sampling = {.temperature = 0};
+  const std::vector<int32_t> prompt = {5, 6, 7};
+  CacheLease lease = *engine->caches().Reserve(200);
+  const RowOutput output = {.lease = &lease, .sampling = &sampling};
+  BatchRow row = {.token_ids = prompt,
+                  .prompt_length = 3,
+                  .lease = &lease,
+                  .outputs = {&output, 1},
+                  .max_draft_tokens = 3};
+  ASSERT_TRUE(engine->Collect(*engine->Submit({&row, 1})).ok());
+  row.token_ids = {};
+  int64_t num_ops = 0, num_replays = 0;
+  for (int round = 0; round < 20; ++round) {
+    row.max_draft_tokens = 3;
+    row.confirmed_position = lease.position();
+    num_ops = backend->num_unrecorded_ops();
+    num_replays = backend->num_replays();
+    ASSERT_TRUE(engine->Collect(*engine->Submit({&row, 1})).ok());
+    if (round >= 16) {
+      EXPECT_EQ(backend->num_replays() - num_replays, 4) << round;
+      EXPECT_EQ(backend->num_unrecorded_ops() - num_ops, 0) << round;
+    }
+  }
+}
+
 TEST_P(ReplayTest, WarmUpRecordsEveryNumberOfRows) {
   WrappedBackend* backend = nullptr;
   const auto engine = Recording(true, &backend);

@@ -30,6 +30,7 @@ class WrappedBackend final : public Backend {
       : inner_(std::move(inner)), options_(std::move(options)) {}
 
   int64_t num_replays() const { return num_replays_; }
+  int64_t num_unrecorded_ops() const { return num_unrecorded_ops_; }  // since the beginning
   int64_t num_recordings() const { return static_cast<int64_t>(recordings_.size()); }
   int64_t num_allocations() const { return num_allocations_; }
   int64_t num_host_copies() const { return num_host_copies_; }  // in either direction
@@ -158,7 +159,10 @@ class WrappedBackend final : public Backend {
       const OpStatus status = options_.fault ? options_.fault(name) : OpStatus();
       return status.ok() ? (inner_.get()->*op)(args) : status;
     };
-    if (!recording_) return run();
+    if (!recording_) {
+      num_unrecorded_ops_ += open_ == nullptr;
+      return run();
+    }
     open_->ops.push_back(run);
     return {};
   }
@@ -175,7 +179,7 @@ class WrappedBackend final : public Backend {
   std::map<uint64_t, Recording> recordings_;
   Recording* open_ = nullptr;  // between BeginReplay and EndReplay
   bool recording_ = false;
-  int64_t num_replays_ = 0, num_host_copies_ = 0, num_allocations_ = 0;
+  int64_t num_unrecorded_ops_ = 0, num_replays_ = 0, num_host_copies_ = 0, num_allocations_ = 0;
 };
 
 }  // namespace godwit

@@ -944,8 +944,14 @@ TEST_P(ConformanceTest, VerifyTokens) {
       probabilities.resize(drafts.size() * static_cast<size_t>(vocab));
     }
     verify_rows.push_back(verify);
+    if (sequence == 21) {  // padding between them
+      verify_rows.push_back({.first_row = static_cast<int32_t>(rows.size())});
+      rows.push_back({.slot = -1});
+      logits.resize(logits.size() + static_cast<size_t>(vocab));
+    }
   }
   const auto num_rows = static_cast<int64_t>(rows.size());
+  const auto num_verify_rows = static_cast<int64_t>(verify_rows.size());
   struct Result {
     std::vector<float> num_tokens, tokens, counts, logprobs, top_ids;
   };
@@ -956,13 +962,13 @@ TEST_P(ConformanceTest, VerifyTokens) {
     args.rows = arena.UploadArray(rows);
     args.num_rows = static_cast<int32_t>(num_rows);
     args.verify_rows = arena.UploadArray(verify_rows);
-    args.num_verify_rows = num_sequences;
+    args.num_verify_rows = static_cast<int32_t>(num_verify_rows);
     args.counts = arena.Upload<uint32_t>(DType::kU32, {num_sequences, vocab}, counts);
     const auto num_drafts = static_cast<int64_t>(drafts.size());
     args.drafts = arena.Upload<int32_t>(DType::kI32, {num_drafts}, drafts);
     args.probabilities = arena.Floats(DType::kF32, {num_drafts, vocab}, probabilities);
-    args.num_tokens = arena.Upload<int32_t>(DType::kI32, {num_sequences},
-                                            std::vector<int32_t>(num_sequences, -7));
+    args.num_tokens = arena.Upload<int32_t>(DType::kI32, {num_verify_rows},
+                                            std::vector<int32_t>(verify_rows.size(), -7));
     args.tokens =
         arena.Upload<int32_t>(DType::kI32, {num_rows}, std::vector<int32_t>(rows.size(), -7));
     args.logprobs = arena.Output(DType::kF32, {num_rows});
