@@ -56,6 +56,7 @@ absl::Status CheckOptions(const EngineOptions& options) {
   RETURN_IF_ERROR(
       CheckRange("store_bytes", options.store_bytes, 0, std::numeric_limits<int64_t>::max()));
   RETURN_IF_ERROR(CheckRange("context_length", options.context_length, 0, kMaxContext));
+  RETURN_IF_ERROR(CheckRange("unlimited_output", options.unlimited_output, 0, kMaxContext / 2));
   RETURN_IF_ERROR(
       CheckRange("max_steps_in_flight", options.max_steps_in_flight, 0, kMaxStepsInFlight));
   if (options.dtype != DType::kBF16 && options.dtype != DType::kF32) {
@@ -87,6 +88,44 @@ int64_t ContextLength(const EngineOptions& options, const ModelConfig& config) {
   return config.context_length > 0 ? std::min(config.context_length, kMaxContext) : kMaxContext;
 }
 
+// Tokens that a bounded sequence holds at most: the first block, the window, and the block that
+// fills up until the next drop.
+int64_t BoundTokens(int64_t window) {
+  return kPagedBlock + (window + kPagedBlock - 1) / kPagedBlock * kPagedBlock + kPagedBlock;
+}
+
+absl::Status CheckUnlimitedOutput(const EngineOptions& options, const ModelConfig& config) {
+  if (options.unlimited_output == 0) return absl::OkStatus();
+  const auto refuse = [&](auto... why) {
+    return absl::InvalidArgumentError(absl::StrCat("unlimited output of a window of ",
+                                                   options.unlimited_output, " tokens: ", why...));
+  };
+  if (!config.rope) {
+    return refuse("model type '", config.family,
+                  "' has no softmax attention; the state of lightning attention has one size at "
+                  "every length, so its output is limited by the context length alone");
+  }
+  if (config.decay_rule != DecayRule::kNone) {
+    return refuse(
+        "model type '", config.family,
+        "' has lightning attention beside softmax attention: its state cannot drop tokens");
+  }
+  if (DependsOnLength(*config.rope)) {
+    return refuse("RoPE type '", config.rope->type,
+                  "' depends on the length of the request, which has none");
+  }
+  if (!options.draft_folder.empty()) {
+    return refuse("not with a draft model: drafts that are taken back would need dropped tokens");
+  }
+  const int64_t context = ContextLength(options, config);
+  if (BoundTokens(options.unlimited_output) > context) {
+    return refuse("with the first and the last block that is ",
+                  BoundTokens(options.unlimited_output), ", beyond the context of ", context,
+                  ": positions within the window would be none that the model knows");
+  }
+  return absl::OkStatus();
+}
+
 // Decode steps are padded to few numbers of rows, so that few recordings serve all. At most an
 // eighth of the rows is padding beyond 32 rows.
 int64_t PaddedRows(int64_t num_rows, int64_t most) {
@@ -98,8 +137,8 @@ int64_t PaddedRows(int64_t num_rows, int64_t most) {
   return std::min((num_rows + step - 1) / step * step, most);
 }
 
-// Token ids, positions, rope tables, rows and block tables of the largest step, besides what the
-// sampler uploads.
+// Token ids, positions, rope tables, rows, block tables and turns of the largest step, besides what
+// the sampler uploads.
 int64_t ArenaBytes(const EngineOptions& options, const SamplerOptions& sampler,
                    int64_t num_blocks) {
   const int64_t tokens = options.max_tokens_per_step;
@@ -107,7 +146,9 @@ int64_t ArenaBytes(const EngineOptions& options, const SamplerOptions& sampler,
          StepArena::Footprint(tokens * DTypeBytes(DType::kI64)) +
          StepArena::Footprint(tokens * DTypeBytes(DType::kI32)) +
          StepArena::Footprint(options.max_sequences * int64_t{sizeof(StepRow)}) +
-         StepArena::Footprint(num_blocks * DTypeBytes(DType::kI32)) + Sampler::ArenaBytes(sampler);
+         StepArena::Footprint(num_blocks * DTypeBytes(DType::kI32)) +
+         StepArena::Footprint(options.max_sequences * int64_t{sizeof(BlockTurn)}) +
+         Sampler::ArenaBytes(sampler);
 }
 
 BackendLimits Limits(const EngineOptions& options, const ModelConfig& config, int64_t num_blocks) {
@@ -274,6 +315,10 @@ CacheGeometry Engine::Impl::MakeGeometry(const EngineOptions& options) const {
                             .num_slots = options.max_sequences,
                             .swap_bytes = options.swap_bytes,
                             .store_bytes = options.store_bytes};
+  if (options.unlimited_output > 0) {
+    geometry.bound_tokens = BoundTokens(options.unlimited_output);
+    geometry.bound_beyond = card.context_length;
+  }
   geometry.components.push_back(
       {.name = "penalties", .base_bytes = model->config().vocab_size * DTypeBytes(DType::kU32)});
   if (draft == nullptr) return geometry;
@@ -337,7 +382,7 @@ absl::Status Engine::Impl::MakeModel(const EngineOptions& options) {
   card.max_tokens_per_step = options.max_tokens_per_step;
   card.max_steps_in_flight = options.max_steps_in_flight;
   card.context_length = ContextLength(options, card.config);
-  return absl::OkStatus();
+  return CheckUnlimitedOutput(options, card.config);
 }
 
 absl::Status Engine::Impl::LoadDraft(const EngineOptions& options) {
@@ -380,6 +425,7 @@ absl::Status Engine::Impl::MakeStepBuffers(const EngineOptions& options) {
                                                .window_rows = card.geometry.window_rows,
                                                .vocab_size = card.config.vocab_size,
                                                .first_draft = Sampler::MaxDraws(sampler_options),
+                                               .bound_tokens = card.geometry.bound_tokens,
                                                .max_drafts = card.max_draft_tokens});
   RETURN_IF_ERROR(MakeSpeculator(options, MakeView(sampler_options.counts, DType::kU32,
                                                    options.max_sequences, card.config.vocab_size)));
@@ -506,6 +552,8 @@ absl::StatusOr<ForwardPlan> Engine::Impl::Upload(const StepArrays& arrays, Step&
       sampler->Plan(step.rows, arrays, step.replayable ? plan.num_rows : 0, *arena);
   step.outputs.assign(row_outputs.begin(), row_outputs.end());
   plan.block_tables = arena->Push(arrays.block_tables);
+  plan.turns = arena->Push(arrays.turns);
+  plan.num_turns = static_cast<int32_t>(arrays.turns.size());
   sampler->PushBiases(*arena);
   RETURN_IF_ERROR(arena->Upload());
   return plan;
@@ -576,6 +624,7 @@ absl::Status Engine::Impl::Replay(std::span<const BatchRow> rows, const StepArra
 // The step of the target.
 absl::Status Engine::Impl::RunPlanned(const StepArrays& arrays, Step& step) {
   ASSIGN_OR_RETURN(const ForwardPlan plan, Upload(arrays, step));
+  if (plan.num_turns > 0) RETURN_IF_ERROR(model->TurnKeys(plan, *pool));
   RETURN_IF_ERROR(step.replayable ? Replay(step.rows, arrays, plan)
                                   : ForwardAndDraw(step.rows, arrays, plan));
   return sampler->ReadBack(step.id, *outputs);
@@ -605,9 +654,9 @@ void Engine::Impl::Commit(const StepArrays& arrays, Step& step) {
     const StepRow& step_row = arrays.rows[static_cast<size_t>(arrays.row_of_batch[batch_row])];
     const bool has_drafts = HasDrafts(row);
     const int64_t num_tokens = has_drafts ? 0 : step_row.num_tokens;
-    const SlotState after = {.position = step_row.position + num_tokens,
-                             .base = step_row.base_after,
-                             .unresolved = has_drafts};
+    const int64_t position = arrays.positions[static_cast<size_t>(step_row.first_token)];
+    const SlotState after = {
+        .position = position + num_tokens, .base = step_row.base_after, .unresolved = has_drafts};
     step.positions_after.push_back(after.position);
     slot(row.lease->slot()) = after;
     row.lease->clear_fresh();

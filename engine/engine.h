@@ -30,6 +30,9 @@ struct EngineOptions {
   int64_t swap_bytes = 0;       // host memory for preempted sequences
   int64_t store_bytes = 0;      // host memory for stored states: sessions, prefixes
   int64_t context_length = 0;   // limit of prompt + output; 0: the model's (recurrent: 2^31 - 1)
+  // Unlimited output: requests beyond the context are served too, their sequences holding the first
+  // block and at least so many of the latest tokens. 0: refused. Softmax models without a draft.
+  int64_t unlimited_output = 0;
   int max_steps_in_flight = 0;  // 1, or 2: plan a step while one runs; 0: 2 on a GPU
   bool deterministic = false;   // BackendLimits; the CPU always is
   bool warm_up = true;          // where steps are recorded: before Create returns, not in requests
