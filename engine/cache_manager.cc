@@ -79,6 +79,15 @@ int64_t CacheGeometry::blocks_for(int64_t num_tokens) const {
   return num_tokens / kPagedBlock + (num_tokens % kPagedBlock != 0);
 }
 
+int64_t CacheGeometry::BoundFor(int64_t window) {
+  return (window + kPagedBlock - 1) / kPagedBlock * kPagedBlock + 2 * kPagedBlock;
+}
+
+int64_t CacheGeometry::dropped_after(int64_t num_tokens) const {
+  const int64_t beyond = std::max<int64_t>(num_tokens - bound_tokens, 0);
+  return (beyond + kPagedBlock - 1) / kPagedBlock * kPagedBlock;
+}
+
 int64_t CacheGeometry::bytes_per_sequence(int64_t num_tokens) const {
   return slot_bytes() + blocks_for(num_tokens) * block_bytes();
 }

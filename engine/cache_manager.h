@@ -35,6 +35,11 @@ struct CacheGeometry {
   int64_t block_bytes() const;       // one block id, over all paged components
   int64_t kv_bytes_per_token() const;
   bool bounds(int64_t num_tokens) const { return bound_tokens > 0 && num_tokens > bound_beyond; }
+  // The bound for a window of so many latest tokens: the first block, the window, and the block that fills up until the
+  // next drop.
+  static int64_t BoundFor(int64_t window);
+  // Tokens that a bounded sequence has dropped once `num_tokens` went through it.
+  int64_t dropped_after(int64_t num_tokens) const;
   // That a sequence of num_tokens needs at most; 0 without paged components.
   int64_t blocks_for(int64_t num_tokens) const;
   int64_t bytes_per_sequence(int64_t num_tokens) const;

@@ -88,12 +88,6 @@ int64_t ContextLength(const EngineOptions& options, const ModelConfig& config) {
   return config.context_length > 0 ? std::min(config.context_length, kMaxContext) : kMaxContext;
 }
 
-// Tokens that a bounded sequence holds at most: the first block, the window, and the block that
-// fills up until the next drop.
-int64_t BoundTokens(int64_t window) {
-  return kPagedBlock + (window + kPagedBlock - 1) / kPagedBlock * kPagedBlock + kPagedBlock;
-}
-
 absl::Status CheckUnlimitedOutput(const EngineOptions& options, const ModelConfig& config) {
   if (options.unlimited_output == 0) return absl::OkStatus();
   const auto refuse = [&](auto... why) {
@@ -118,10 +112,10 @@ absl::Status CheckUnlimitedOutput(const EngineOptions& options, const ModelConfi
     return refuse("not with a draft model: drafts that are taken back would need dropped tokens");
   }
   const int64_t context = ContextLength(options, config);
-  if (BoundTokens(options.unlimited_output) > context) {
+  if (CacheGeometry::BoundFor(options.unlimited_output) > context) {
     return refuse("with the first and the last block that is ",
-                  BoundTokens(options.unlimited_output), ", beyond the context of ", context,
-                  ": positions within the window would be none that the model knows");
+                  CacheGeometry::BoundFor(options.unlimited_output), ", beyond the context of ",
+                  context, ": positions within the window would be none that the model knows");
   }
   return absl::OkStatus();
 }
@@ -316,7 +310,7 @@ CacheGeometry Engine::Impl::MakeGeometry(const EngineOptions& options) const {
                             .swap_bytes = options.swap_bytes,
                             .store_bytes = options.store_bytes};
   if (options.unlimited_output > 0) {
-    geometry.bound_tokens = BoundTokens(options.unlimited_output);
+    geometry.bound_tokens = CacheGeometry::BoundFor(options.unlimited_output);
     geometry.bound_beyond = card.context_length;
   }
   geometry.components.push_back(

@@ -13,6 +13,8 @@
 namespace godwit {
 namespace {
 
+constexpr int64_t kMaxOutput = int64_t{1} << 40;
+
 absl::Status InvalidField(absl::string_view field, int64_t value, absl::string_view limit) {
   return absl::InvalidArgumentError(absl::StrCat(field, " ", value, " ", limit));
 }
@@ -60,15 +62,24 @@ absl::Status ValidateRequest(const GenerateRequest& request, const SchedulerOpti
                              const CacheManager& caches) {
   RETURN_IF_ERROR(ValidateFields(request));
   const int64_t num_prompt = std::ssize(request.token_ids);
-  if (num_prompt > options.context_length ||
-      request.max_tokens > options.context_length - num_prompt) {
+  const CacheGeometry& geometry = caches.geometry();
+  if (geometry.bound_tokens > 0 && request.max_tokens > geometry.bound_beyond - num_prompt) {
+    if (request.max_tokens > kMaxOutput) {
+      return InvalidField("max_tokens", request.max_tokens, absl::StrCat("not <= ", kMaxOutput));
+    }
+    if (num_prompt > geometry.bound_tokens) {
+      return absl::InvalidArgumentError(absl::StrCat("prompt of ", num_prompt,
+                                                     " tokens exceeds the ", geometry.bound_tokens,
+                                                     " that a sequence of unlimited output holds"));
+    }
+  } else if (num_prompt > options.context_length ||
+             request.max_tokens > options.context_length - num_prompt) {
     return absl::InvalidArgumentError(
         absl::StrCat("prompt of ", num_prompt, " tokens and max_tokens ", request.max_tokens,
                      " exceed the context of ", options.context_length));
   }
   const int64_t num_tokens = num_prompt + request.max_tokens;
   if (!caches.FitsEver(num_tokens, request.num_outputs)) {
-    const CacheGeometry& geometry = caches.geometry();
     return absl::InvalidArgumentError(absl::StrCat(
         request.num_outputs, " sequence(s) of ", num_tokens,
         " tokens (prompt and max_tokens) need ", request.num_outputs, " state slots and ",

@@ -52,10 +52,17 @@ void Scheduler::Impl::ReapGroup(RequestGroup& group, TimeNs now) {
   }
 }
 
+// By what was confirmed: a step in flight may have dropped more.
+void Scheduler::Impl::End(Sequence& sequence) {
+  sequence.finished = true;
+  if (!sequence.lease.bounded()) return;
+  sequence.group->num_dropped += caches_.geometry().dropped_after(sequence.confirmed_position);
+}
+
 void Scheduler::Impl::FinishOutput(Sequence& sequence, FinishInfo finish, TimeNs now) {
   GODWIT_CHECK(!sequence.finished);
   RequestGroup& group = *sequence.group;
-  sequence.finished = true;
+  End(sequence);
   group.events.push_back({.kind = TokenEvent::Kind::kFinished,
                           .output_index = sequence.output_index,
                           .finish = finish});
@@ -70,13 +77,17 @@ void Scheduler::Impl::EndGroup(RequestGroup& group, absl::Status status, TimeNs 
     if (group.phase == Phase::kWaiting) num_waiting_tokens_ -= group.prompt_length;
   }
   group.timings.finished = now;
+  for (Sequence& sequence : group.sequences) {
+    if (!sequence.finished) End(sequence);
+  }
+  num_dropped_ += group.num_dropped;
   group.events.push_back({.kind = TokenEvent::Kind::kDone,
                           .status = std::move(status),
                           .phase = group.phase,
                           .timings = group.timings,
-                          .speculation = group.speculation});
+                          .speculation = group.speculation,
+                          .num_dropped = group.num_dropped});
   group.phase = Phase::kFinished;
-  for (Sequence& sequence : group.sequences) sequence.finished = true;
 }
 
 // Releases and pushes for all groups that ended, those outside a step too, which Land does not see.

@@ -77,6 +77,8 @@ struct TokenEvent {
   Phase phase = Phase::kWaiting;  // kDone with an error: where it happened
   RequestTimings timings;         // kDone
   SpeculationStats speculation;   // kDone
+  // kDone: tokens that the outputs' states dropped (unlimited output), all together.
+  int64_t num_dropped = 0;
 };
 
 // The consumer side of a request. Push runs on the engine thread; Drain and Cancel on any thread.

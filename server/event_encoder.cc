@@ -155,6 +155,7 @@ void EventEncoder::EncodeSummary(const TokenEvent& event,
   usage.set_prompt_tokens(std::ssize(prompt_));
   usage.set_completion_tokens(num_tokens);
   usage.set_total_tokens(std::ssize(prompt_) + num_tokens);
+  usage.set_dropped_tokens(event.num_dropped);
   *summary.mutable_timings() = EncodeTimings(event.timings, num_tokens / std::ssize(writers_));
   if (event.speculation.num_rounds > 0) {
     *summary.mutable_speculation() = EncodeSpeculation(event.speculation);

@@ -107,6 +107,9 @@ class LoopCollector final : public prometheus::Collectable {
         Counter("num_preemptions_total", "Preemptions to host memory.", stats.num_preemptions),
         Counter("prompt_tokens_total", "Prompt tokens computed.", stats.prompt_tokens),
         Counter("generation_tokens_total", "Tokens generated.", stats.generation_tokens),
+        Counter("dropped_tokens_total",
+                "Tokens that unlimited output dropped from the KV cache, of ended requests.",
+                stats.num_dropped),
         Counter("engine_steps_total", "Steps of the engine.", stats.num_steps),
         // The names of vLLM.
         Counter("spec_decode_num_drafts_total", "Rounds of drafts.", stats.speculation.num_rounds),

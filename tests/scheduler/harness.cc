@@ -42,6 +42,7 @@ void Client::ReadOne(TokenEvent event) {
       phase = event.phase;
       timings = event.timings;
       speculation = event.speculation;
+      num_dropped = event.num_dropped;
       break;
   }
 }

@@ -35,6 +35,7 @@ struct Client {
   Phase phase = Phase::kWaiting;
   RequestTimings timings;
   SpeculationStats speculation;
+  int64_t num_dropped = 0;
   std::vector<std::string> errors;
 
  private:
