@@ -471,16 +471,17 @@ def plot(args):
     groups = [("without tuning", lambda r: r["weights"] == "base"),
               (f"tuned at {TUNED} with the same table",
                lambda r: any(r["weights"] == n and r["rope"] == t for n, t, _ in PLAN)),
-              ("tuned with linear 4 and 16: other scales", lambda r: r["weights"] in ("linear4", "linear16"))]
+              ("tuned at scale 4, read at other scales", lambda r: r["weights"] in ("linear4", "ntk4", "yarn4"))]
     for panel, (title, chosen) in zip(axes, groups):
+        panel.set_prop_cycle(color=plt.cm.tab20.colors)
         for row in filter(chosen, results["rows"]):
-            prefix = f"{row['weights']}, eval " if panel is axes[2] else ""
-            panel.plot(results["lengths"], row["accuracy"], "-o", ms=3, label=prefix + label(row))
+            panel.plot(results["lengths"], row["accuracy"], "-o", ms=3, label=label(row))
         panel.set(xscale="log", xticks=results["lengths"], xticklabels=results["lengths"], title=title,
                   xlabel="tokens")
+        panel.minorticks_off()
         panel.axvline(results["trained"], color="grey", lw=0.5)
         panel.axvline(results["tuned"], color="grey", lw=0.5, ls="--")
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, loc="lower left")
     axes[0].set_ylabel("lines retrieved")
     figure.tight_layout()
     figure.savefig(args.out, dpi=110)
