@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < kPagedBlock * args.num_freqs; i += kThreads) {
     const int pair = i % args.num_freqs;
     const int64_t first = key + i / args.num_freqs * args.head_dim + step * pair;
-    const float a = Load(from[first]), b = Load(from[first + other]);
+    const float a = Load(from + first), b = Load(from + first + other);
     Store(to + first, a * cosines[pair] - b * sines[pair]);
     Store(to + first + other, b * cosines[pair] + a * sines[pair]);
   }
