@@ -62,6 +62,7 @@ nlohmann::ordered_json ToJson(const Tokenizer* tokenizer, const std::vector<int3
           {"finish_reason", result.ended_by_eos ? "eos" : "length"},
           {"prompt_token_ids", prompt},
           {"seed", seed},
+          {"dropped_tokens", result.num_dropped},
           {"num_drafts", result.num_drafts},
           {"num_accepted", result.num_accepted},
           {"prefill_seconds", result.prefill_seconds},
@@ -127,6 +128,7 @@ void AddGenerateCommand(CLI::App& app, int& exit_code) {
   CLI::App* command = app.add_subcommand("generate", "A completion without a server (offline)");
   AddModelFlags(*command, flags->model);
   AddDraftModelFlag(*command, flags->model);
+  AddUnlimitedOutputFlag(*command, flags->model.unlimited_output);
   command
       ->add_option("--max-draft-tokens", flags->max_draft_tokens,
                    "proposed in a step, with --draft-model")

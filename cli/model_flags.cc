@@ -59,6 +59,15 @@ void AddModelFlags(CLI::App& command, ModelFlags& flags) {
   AddComputeFlags(command, flags);
 }
 
+CLI::Option* AddUnlimitedOutputFlag(CLI::App& command, int64_t& window) {
+  return command
+      .add_option("--unlimited-output", window,
+                  "softmax models: output beyond the context, attending to the first 16 tokens and "
+                  "at least so many of the latest; no longer context. 0: refused")
+      ->type_name("TOKENS")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 30));
+}
+
 CLI::Option* AddDraftModelFlag(CLI::App& command, ModelFlags& flags) {
   return command
       .add_option("--draft-model", flags.draft_model,
@@ -88,6 +97,10 @@ EngineOptions OfflineOptions(const ModelFlags& flags) {
   options.dtype = ParseDType(flags.dtype);
   // Whoever runs a model offline decides how far: the checkpoint's length is a limit for serving.
   options.context_length = std::numeric_limits<int32_t>::max();
+  if (flags.unlimited_output > 0) {
+    options.unlimited_output = flags.unlimited_output;
+    options.context_length = CacheGeometry::BoundFor(flags.unlimited_output);
+  }
   options.deterministic = flags.deterministic;
   return options;
 }

@@ -19,6 +19,7 @@ struct ModelFlags {
   std::string rope;
   std::string draft_model;
   int threads = 0;
+  int64_t unlimited_output = 0;  // EngineOptions's
   bool deterministic = false;
 };
 
@@ -26,6 +27,7 @@ void AddModelOrShape(CLI::App& command, ModelFlags& flags);  // --model or --sha
 void AddBackendFlags(CLI::App& command, ModelFlags& flags);  // --backend, --threads
 void AddComputeFlags(CLI::App& command, ModelFlags& flags);  // all but --model and --draft-model
 void AddModelFlags(CLI::App& command, ModelFlags& flags);    // those and --model, required
+CLI::Option* AddUnlimitedOutputFlag(CLI::App& command, int64_t& window);
 CLI::Option* AddDraftModelFlag(CLI::App& command, ModelFlags& flags);
 
 // config.json of --shape; "" without it.

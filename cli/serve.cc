@@ -195,6 +195,7 @@ void AddCapacityFlags(CLI::App& command, ServeFlags& flags) {
       .add_option("--context-length", engine.context_length,
                   "limit of prompt + output in tokens; 0: the model's")
       ->check(CLI::Range(int64_t{0}, (int64_t{1} << 31) - 1));
+  AddUnlimitedOutputFlag(command, engine.unlimited_output);
   command
       .add_option(
           "--kv-memory", flags.kv_gib,

@@ -27,6 +27,15 @@ bool ProductFits(int64_t count, int64_t each, int64_t limit) {
   return each == 0 || count <= limit / each;
 }
 
+// The blocks that hold something, in the order in which they are copied.
+std::vector<int32_t> BlocksInUse(const CacheLease& lease, const CacheGeometry& geometry) {
+  const int64_t held = lease.position() - lease.dropped();
+  const auto table = static_cast<std::ptrdiff_t>(geometry.blocks_for(held));
+  std::vector<int32_t> blocks(lease.blocks().begin(), lease.blocks().begin() + table);
+  if (lease.dropped() > 0) blocks.push_back(lease.blocks().back());
+  return blocks;
+}
+
 std::vector<int32_t> FirstBlocks(const std::vector<int32_t>& blocks, int64_t count) {
   GODWIT_CHECK(count <= static_cast<int64_t>(blocks.size()));
   return {blocks.begin(), blocks.begin() + count};
@@ -66,7 +75,17 @@ int64_t CacheGeometry::block_bytes() const { return kPagedBlock * kv_bytes_per_t
 
 int64_t CacheGeometry::blocks_for(int64_t num_tokens) const {
   if (!has_paged()) return 0;
+  if (bounds(num_tokens)) return bound_tokens / kPagedBlock + 1;
   return num_tokens / kPagedBlock + (num_tokens % kPagedBlock != 0);
+}
+
+int64_t CacheGeometry::BoundFor(int64_t window) {
+  return (window + kPagedBlock - 1) / kPagedBlock * kPagedBlock + 2 * kPagedBlock;
+}
+
+int64_t CacheGeometry::dropped_after(int64_t num_tokens) const {
+  const int64_t beyond = std::max<int64_t>(num_tokens - bound_tokens, 0);
+  return (beyond + kPagedBlock - 1) / kPagedBlock * kPagedBlock;
 }
 
 int64_t CacheGeometry::bytes_per_sequence(int64_t num_tokens) const {
@@ -84,6 +103,8 @@ CacheLease& CacheLease::operator=(CacheLease&& other) noexcept {
   blocks_ = std::exchange(other.blocks_, {});
   reserved_tokens_ = std::exchange(other.reserved_tokens_, 0);
   position_ = std::exchange(other.position_, 0);
+  bound_tokens_ = std::exchange(other.bound_tokens_, 0);
+  dropped_ = std::exchange(other.dropped_, 0);
   host_id_ = std::exchange(other.host_id_, -1);
   host_bytes_ = std::exchange(other.host_bytes_, 0);
   return *this;
@@ -96,6 +117,17 @@ void CacheLease::Release() {
   fresh_ = false;
   reserved_tokens_ = 0;
   position_ = 0;
+  bound_tokens_ = dropped_ = 0;
+}
+
+std::optional<SinkTurn> CacheLease::MakeRoom(int64_t position) {
+  GODWIT_CHECK(bounded() && resident());
+  if (position - dropped_ < bound_tokens_) return std::nullopt;
+  if (dropped_ == 0) std::swap(blocks_.front(), blocks_.back());
+  std::rotate(blocks_.begin() + 1, blocks_.begin() + 2, blocks_.end() - 1);
+  dropped_ += kPagedBlock;
+  GODWIT_CHECK(position - dropped_ < bound_tokens_);
+  return SinkTurn{.from_block = blocks_.back(), .to_block = blocks_.front(), .delta = dropped_};
 }
 
 StoredState::StoredState(StoredState&& other) noexcept { *this = std::move(other); }
@@ -144,6 +176,14 @@ absl::StatusOr<std::unique_ptr<CacheManager>> CacheManager::Create(CacheGeometry
   }
   if (geometry.has_paged() && geometry.num_blocks == 0) {
     return absl::InvalidArgumentError("a model with a KV cache needs at least 1 KV block, found 0");
+  }
+  if (geometry.bound_tokens != 0 &&
+      (geometry.bound_tokens % kPagedBlock != 0 || geometry.bound_tokens < 3 * kPagedBlock ||
+       geometry.bound_tokens > geometry.bound_beyond || !geometry.has_paged())) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("bound of ", geometry.bound_tokens, " tokens beyond ", geometry.bound_beyond,
+                     ": not a multiple of ", kPagedBlock, " in [", 3 * kPagedBlock, ", ",
+                     geometry.bound_beyond, "], or no KV cache"));
   }
   if (geometry.swap_bytes < 0) {
     return absl::InvalidArgumentError(
@@ -231,6 +271,7 @@ absl::StatusOr<CacheLease> CacheManager::Reserve(int64_t num_tokens) {
   lease.manager_ = this;
   lease.fresh_ = true;
   lease.reserved_tokens_ = num_tokens;
+  lease.bound_tokens_ = geometry_.bounds(num_tokens) ? geometry_.bound_tokens : 0;
   return lease;
 }
 
@@ -240,6 +281,7 @@ absl::StatusOr<CacheManager::Snapshot> CacheManager::TakeSnapshot(const CacheLea
   GODWIT_CHECK(lease.resident());
   GODWIT_CHECK(position > 0 && position % kPagedBlock == 0);
   GODWIT_CHECK(position >= lease.position_ && position <= lease.reserved_tokens_);
+  GODWIT_CHECK(!lease.bounded());
   if (free_snapshots_.empty()) {
     return absl::ResourceExhaustedError(
         absl::StrCat("all ", geometry_.num_snapshots, " snapshots are in use"));
@@ -262,7 +304,7 @@ absl::StatusOr<CacheManager::Snapshot> CacheManager::TakeSnapshot(const CacheLea
 absl::StatusOr<CacheManager::Started> CacheManager::ReserveFrom(const CacheSnapshot& snapshot,
                                                                 int64_t num_tokens) {
   GODWIT_CHECK(snapshot.manager_ == this);
-  GODWIT_CHECK(num_tokens > snapshot.position_);
+  GODWIT_CHECK(num_tokens > snapshot.position_ && !geometry_.bounds(num_tokens));
   Started started;
   const int64_t num_own = geometry_.blocks_for(num_tokens) - std::ssize(snapshot.blocks_);
   RETURN_IF_ERROR(Take(snapshot.blocks_, num_own, started.lease));
@@ -277,7 +319,16 @@ absl::StatusOr<CacheManager::Started> CacheManager::ReserveFrom(const CacheSnaps
 }
 
 int64_t CacheManager::StateBytes(int64_t position) const {
-  int64_t bytes = geometry_.blocks_for(position) * geometry_.block_bytes();
+  return StateBytes(geometry_.blocks_for(position), position);
+}
+
+int64_t CacheManager::SwapBytes(const CacheLease& lease) const {
+  const int64_t held = lease.position() - lease.dropped();
+  return StateBytes(geometry_.blocks_for(held) + (lease.dropped() > 0), lease.position());
+}
+
+int64_t CacheManager::StateBytes(int64_t num_blocks, int64_t position) const {
+  int64_t bytes = num_blocks * geometry_.block_bytes();
   const int64_t live_rows = std::min(position, geometry_.window_rows);
   for (const StateComponent& component : geometry_.components) {
     bytes += component.base_bytes;
@@ -297,7 +348,7 @@ absl::StatusOr<CacheCopy> CacheManager::SwapOut(CacheLease& lease) {
   }
   CacheCopy copy{.kind = CacheCopy::Kind::kSwapOut,
                  .from_slot = lease.slot_,
-                 .from_blocks = FirstBlocks(lease.blocks_, geometry_.blocks_for(lease.position_)),
+                 .from_blocks = BlocksInUse(lease, geometry_),
                  .host_id = next_host_id_++,
                  .position = lease.position_};
   ReturnDeviceIds(lease);
@@ -313,7 +364,7 @@ absl::StatusOr<CacheCopy> CacheManager::SwapIn(CacheLease& lease) {
   RETURN_IF_ERROR(Take({}, geometry_.blocks_for(lease.reserved_tokens_), lease));
   CacheCopy copy{.kind = CacheCopy::Kind::kSwapIn,
                  .to_slot = lease.slot_,
-                 .to_blocks = FirstBlocks(lease.blocks_, geometry_.blocks_for(lease.position_)),
+                 .to_blocks = BlocksInUse(lease, geometry_),
                  .host_id = std::exchange(lease.host_id_, -1),
                  .position = lease.position_};
   used_swap_bytes_ -= std::exchange(lease.host_bytes_, 0);
@@ -341,6 +392,11 @@ absl::StatusOr<CacheManager::Saved> CacheManager::Save(const CacheLease& lease, 
   GODWIT_CHECK(lease.manager_ == this);
   GODWIT_CHECK(lease.resident());
   GODWIT_CHECK(position <= lease.reserved_tokens_);
+  if (lease.dropped_ > 0) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "the sequence has dropped ", lease.dropped_,
+        " tokens (unlimited output): its state is not that of its text and is not saved"));
+  }
   ASSIGN_OR_RETURN(StoredState state, Store(position));
   CacheCopy copy = SaveTo(state, lease);
   return Saved{std::move(state), std::move(copy)};
@@ -348,6 +404,7 @@ absl::StatusOr<CacheManager::Saved> CacheManager::Save(const CacheLease& lease, 
 
 CacheCopy CacheManager::SaveTo(const StoredState& state, const CacheLease& lease) {
   GODWIT_CHECK(state.manager_ == this && lease.manager_ == this);
+  GODWIT_CHECK(lease.dropped_ == 0);
   GODWIT_CHECK(lease.resident());
   return {.kind = CacheCopy::Kind::kSave,
           .from_slot = lease.slot_,
@@ -359,6 +416,7 @@ CacheCopy CacheManager::SaveTo(const StoredState& state, const CacheLease& lease
 CacheCopy CacheManager::Fork(const CacheLease& from, CacheLease& lease) {
   GODWIT_CHECK(from.manager_ == this && lease.manager_ == this);
   GODWIT_CHECK(from.resident() && lease.resident() && lease.fresh_);
+  GODWIT_CHECK(!from.bounded() && !lease.bounded());
   GODWIT_CHECK(from.position_ >= 1 && from.position_ <= lease.reserved_tokens_);
   lease.fresh_ = false;
   lease.position_ = from.position_;
@@ -373,7 +431,7 @@ CacheCopy CacheManager::Fork(const CacheLease& from, CacheLease& lease) {
 
 CacheCopy CacheManager::Trim(CacheLease& lease, int64_t position, int32_t next_token,
                              std::vector<int32_t> dropped_tokens) {
-  GODWIT_CHECK(lease.manager_ == this && lease.resident());
+  GODWIT_CHECK(lease.manager_ == this && lease.resident() && !lease.bounded());
   GODWIT_CHECK(position >= 1 && position <= lease.reserved_tokens_);
   const auto num_blocks = static_cast<size_t>(geometry_.blocks_for(position));
   ReturnBlocksAfter(num_blocks, lease);
@@ -390,6 +448,7 @@ CacheCopy CacheManager::Load(const StoredState& state, CacheLease& lease) {
   GODWIT_CHECK(state.manager_ == this && lease.manager_ == this);
   GODWIT_CHECK(lease.resident() && lease.fresh_);
   GODWIT_CHECK(state.position_ <= lease.reserved_tokens_);
+  GODWIT_CHECK(!lease.bounded() || state.position_ <= lease.bound_tokens_);
   lease.fresh_ = false;
   lease.position_ = state.position_;
   return {.kind = CacheCopy::Kind::kLoad,

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -28,16 +29,33 @@ struct CacheGeometry {
   // States kept for later sequences to start from, in slots num_slots, num_slots + 1, ... of the
   // pool. No row runs there.
   int64_t num_snapshots = 0;
+  // Unlimited output: a sequence of more than bound_beyond tokens is bounded. It holds at most bound_tokens, a multiple of
+  // kPagedBlock in [3 kPagedBlock, bound_beyond]: the first block and the latest tokens. 0: every sequence holds all.
+  int64_t bound_tokens = 0, bound_beyond = 0;
 
   bool has_paged() const;
   int64_t slot_bytes() const;        // bases and window rings of one sequence
   int64_t block_bytes() const;       // one block id, over all paged components
   int64_t kv_bytes_per_token() const;
-  int64_t blocks_for(int64_t num_tokens) const;  // 0 without paged components
+  bool bounds(int64_t num_tokens) const { return bound_tokens > 0 && num_tokens > bound_beyond; }
+  // The bound for a window of so many latest tokens: the first block, the window, and the block that fills up until the
+  // next drop.
+  static int64_t BoundFor(int64_t window);
+  // Tokens that a bounded sequence has dropped once `num_tokens` went through it.
+  int64_t dropped_after(int64_t num_tokens) const;
+  // That a sequence of num_tokens needs at most; 0 without paged components.
+  int64_t blocks_for(int64_t num_tokens) const;
   int64_t bytes_per_sequence(int64_t num_tokens) const;
 };
 
 class CacheManager;
+
+// The first block of a bounded sequence where its tokens stand after a drop (TurnKeysArgs).
+struct SinkTurn {
+  int32_t from_block = 0;  // as it was written
+  int32_t to_block = 0;    // what the block table begins with from now on
+  int64_t delta = 0;       // tokens dropped so far
+};
 
 // What one sequence holds: ids and positions, never bytes. Move-only; returns its ids when destroyed. Two states: resident
 // (slot and blocks) or swapped (host_id). Not thread-safe; owned by the engine thread.
@@ -56,7 +74,16 @@ class CacheLease {
   int64_t reserved_tokens() const { return reserved_tokens_; }
   int64_t host_id() const { return host_id_; }
 
-  // Number of tokens in the state (what the host has seen committed). Set by the engine at Collect.
+  // A bounded sequence (CacheGeometry) has one block more than its block table: the first block as it was written, behind
+  // the others; until tokens were dropped, room for its turned copy. Its other blocks are written again and again, so none
+  // may be shared. A state that has dropped tokens is none that its text would give: it is not saved, forked or published.
+  bool bounded() const { return bound_tokens_ > 0; }
+  int64_t dropped() const { return dropped_; }  // tokens, a multiple of kPagedBlock
+  // Room for the token of `position` in a bounded lease: where its block table is full, the oldest block behind the first
+  // is taken for it and the first is to be turned before the step. A function of the position alone.
+  std::optional<SinkTurn> MakeRoom(int64_t position);
+
+  // Number of tokens that went through the state (what the host has seen committed). Set by the engine at Collect.
   int64_t position() const { return position_; }
   void set_position(int64_t position) { position_ = position; }
 
@@ -74,6 +101,7 @@ class CacheLease {
   std::vector<int32_t> blocks_;
   int64_t reserved_tokens_ = 0;
   int64_t position_ = 0;
+  int64_t bound_tokens_ = 0, dropped_ = 0;
   int64_t host_id_ = -1;
   int64_t host_bytes_ = 0;
 };
@@ -198,13 +226,13 @@ class CacheManager {
   absl::StatusOr<CacheCopy> SwapOut(CacheLease& lease);
   absl::StatusOr<CacheCopy> SwapIn(CacheLease& lease);
   // Host bytes that SwapOut would take.
-  int64_t SwapBytes(const CacheLease& lease) const { return StateBytes(lease.position()); }
-  // Host bytes of a state of `position` tokens.
+  int64_t SwapBytes(const CacheLease& lease) const;
+  // Host bytes of a state of `position` tokens, none of which was dropped.
   int64_t StateBytes(int64_t position) const;
 
   // Copies the state of a resident lease to host memory; the lease keeps all it has. `position`, at least 1: where the state
-  // will stand once every submitted step has run, none of which may have drawn from it uncollected. RESOURCE_EXHAUSTED
-  // changes nothing; on OK the caller executes the copy before the lease's next step, or drops the state first.
+  // will stand once every submitted step has run, none of which may have drawn from it uncollected. RESOURCE_EXHAUSTED,
+  // and FAILED_PRECONDITION for a lease that has dropped tokens, change nothing; on OK the caller executes the copy before the lease's next step, or drops the state first.
   struct Saved {
     StoredState state;
     CacheCopy copy;
@@ -217,7 +245,7 @@ class CacheManager {
   // Cuts the state of a lease with no step in flight to `position`, at least 1, and what is reserved for it too. The state's
   // bases have not been folded beyond it: it is no less than any confirmed_position that a row of the lease named.
   CacheCopy Trim(CacheLease& lease, int64_t position, int32_t next_token, std::vector<int32_t> dropped_tokens);
-  // Fills a fresh lease with room for it from a stored state, which stays. The copy must be executed before the lease's
+  // Fills a fresh lease with room for it (a bounded one holds bound_tokens) from a stored state, which stays. The copy must be executed before the lease's
   // next step; the stored state may be dropped as soon as the copy is planned to run before any other.
   CacheCopy Load(const StoredState& state, CacheLease& lease);
   // Host memory for a state of `position` tokens that comes from elsewhere (StateFile). RESOURCE_EXHAUSTED changes nothing.
@@ -244,6 +272,7 @@ class CacheManager {
   void ReturnDeviceIds(CacheLease& lease);
   void AddUsers(int32_t block, BlockUsers change);
   const BlockUsers& users(int32_t block) const { return block_users_[static_cast<size_t>(block)]; }
+  int64_t StateBytes(int64_t num_blocks, int64_t position) const;
 
   CacheGeometry geometry_;
   std::vector<int32_t> free_slots_, free_blocks_, free_snapshots_;

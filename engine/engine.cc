@@ -64,6 +64,7 @@ absl::Status CheckOptions(const EngineOptions& options) {
   RETURN_IF_ERROR(CheckRange("prefix_cache_bytes", options.prefix_cache_bytes, kAutoPrefixCache,
                              std::numeric_limits<int64_t>::max()));
   RETURN_IF_ERROR(CheckRange("context_length", options.context_length, 0, kMaxContext));
+  RETURN_IF_ERROR(CheckRange("unlimited_output", options.unlimited_output, 0, kMaxContext / 2));
   RETURN_IF_ERROR(
       CheckRange("max_steps_in_flight", options.max_steps_in_flight, 0, kMaxStepsInFlight));
   if (options.records_rounds && options.draft_folder.empty()) {
@@ -109,14 +110,46 @@ int64_t ContextLength(const EngineOptions& options, const ModelConfig& config) {
   return config.context_length > 0 ? std::min(config.context_length, kMaxContext) : kMaxContext;
 }
 
+absl::Status CheckUnlimitedOutput(const EngineOptions& options, const ModelConfig& config) {
+  if (options.unlimited_output == 0) return absl::OkStatus();
+  const auto refuse = [&](auto... why) {
+    return absl::InvalidArgumentError(absl::StrCat("unlimited output of a window of ",
+                                                   options.unlimited_output, " tokens: ", why...));
+  };
+  if (!config.rope) {
+    return refuse("model type '", config.family,
+                  "' has no softmax attention; the state of lightning attention has one size at "
+                  "every length, so its output is limited by the context length alone");
+  }
+  if (config.decay_rule != DecayRule::kNone) {
+    return refuse(
+        "model type '", config.family,
+        "' has lightning attention beside softmax attention: its state cannot drop tokens");
+  }
+  if (DependsOnLength(*config.rope)) {
+    return refuse("RoPE type '", config.rope->type,
+                  "' depends on the length of the request, which has none");
+  }
+  if (!options.draft_folder.empty()) {
+    return refuse("not with a draft model: drafts that are taken back would need dropped tokens");
+  }
+  const int64_t context = ContextLength(options, config);
+  if (CacheGeometry::BoundFor(options.unlimited_output) > context) {
+    return refuse("with the first and the last block that is ",
+                  CacheGeometry::BoundFor(options.unlimited_output), ", beyond the context of ",
+                  context, ": positions within the window would be none that the model knows");
+  }
+  return absl::OkStatus();
+}
+
 // Entries of the block tables of the largest step: every block once, unless sequences share some.
 int64_t MaxTableEntries(const CacheGeometry& geometry, int64_t num_blocks, int64_t context_length) {
   if (!geometry.has_paged() || geometry.num_snapshots == 0) return num_blocks;
   return geometry.num_slots * std::min(num_blocks, geometry.blocks_for(context_length));
 }
 
-// Token ids, positions, rope tables, rows and block tables of the largest step, besides what the
-// sampler uploads.
+// Token ids, positions, rope tables, rows, block tables and turns of the largest step, besides what
+// the sampler uploads.
 int64_t ArenaBytes(const EngineOptions& options, const SamplerOptions& sampler,
                    int64_t num_table_entries) {
   const int64_t tokens = options.max_tokens_per_step;
@@ -125,6 +158,7 @@ int64_t ArenaBytes(const EngineOptions& options, const SamplerOptions& sampler,
          StepArena::Footprint(tokens * DTypeBytes(DType::kI32)) +
          StepArena::Footprint(options.max_sequences * int64_t{sizeof(StepRow)}) +
          StepArena::Footprint(num_table_entries * DTypeBytes(DType::kI32)) +
+         StepArena::Footprint(options.max_sequences * int64_t{sizeof(BlockTurn)}) +
          Sampler::ArenaBytes(sampler);
 }
 
@@ -313,6 +347,10 @@ CacheGeometry Engine::Impl::MakeGeometry(const EngineOptions& options) const {
                             .num_slots = options.max_sequences,
                             .swap_bytes = options.swap_bytes,
                             .store_bytes = options.store_bytes};
+  if (options.unlimited_output > 0) {
+    geometry.bound_tokens = CacheGeometry::BoundFor(options.unlimited_output);
+    geometry.bound_beyond = card.context_length;
+  }
   geometry.components.push_back(
       {.name = "penalties", .base_bytes = model->config().vocab_size * DTypeBytes(DType::kU32)});
   if (draft == nullptr) return geometry;
@@ -386,7 +424,7 @@ absl::Status Engine::Impl::MakeModel(const EngineOptions& options) {
   card.max_tokens_per_step = options.max_tokens_per_step;
   card.max_steps_in_flight = options.max_steps_in_flight;
   card.context_length = ContextLength(options, card.config);
-  return absl::OkStatus();
+  return CheckUnlimitedOutput(options, card.config);
 }
 
 absl::Status Engine::Impl::LoadDraft(const EngineOptions& options) {
@@ -437,6 +475,7 @@ absl::Status Engine::Impl::MakeStepBuffers(const EngineOptions& options) {
                                                .window_rows = card.geometry.window_rows,
                                                .vocab_size = card.config.vocab_size,
                                                .first_draft = Sampler::MaxDraws(sampler_options),
+                                               .bound_tokens = card.geometry.bound_tokens,
                                                .max_drafts = card.max_draft_tokens});
   RETURN_IF_ERROR(MakeSpeculator(options, MakeView(sampler_options.counts, DType::kU32,
                                                    options.max_sequences, card.config.vocab_size)));
@@ -572,6 +611,8 @@ absl::StatusOr<ForwardPlan> Engine::Impl::Upload(const StepArrays& arrays, Step&
                     *arena);
   step.outputs.assign(row_outputs.begin(), row_outputs.end());
   plan.block_tables = arena->Push(arrays.block_tables);
+  plan.turns = arena->Push(arrays.turns);
+  plan.num_turns = static_cast<int32_t>(arrays.turns.size());
   sampler->PushBiases(*arena);
   RETURN_IF_ERROR(arena->Upload());
   return plan;
@@ -660,6 +701,7 @@ void Engine::Impl::Pad(const StepArrays& arrays, Step& step) {
 // The step of the target.
 absl::Status Engine::Impl::RunPlanned(const StepArrays& arrays, Step& step) {
   ASSIGN_OR_RETURN(const ForwardPlan plan, Upload(arrays, step));
+  if (plan.num_turns > 0) RETURN_IF_ERROR(model->TurnKeys(plan, *pool));
   RETURN_IF_ERROR(step.replayable ? Replay(step, arrays, plan)
                                   : ForwardAndDraw(step.rows, arrays, plan));
   return sampler->ReadBack(step.id, *outputs);
@@ -688,9 +730,9 @@ void Engine::Impl::Commit(const StepArrays& arrays, Step& step) {
     const StepRow& step_row = arrays.rows[static_cast<size_t>(arrays.row_of_batch[batch_row])];
     const bool has_drafts = HasDrafts(row);
     const int64_t num_tokens = has_drafts ? 0 : step_row.num_tokens;
-    const SlotState after = {.position = step_row.position + num_tokens,
-                             .base = step_row.base_after,
-                             .unresolved = has_drafts};
+    const int64_t position = arrays.positions[static_cast<size_t>(step_row.first_token)];
+    const SlotState after = {
+        .position = position + num_tokens, .base = step_row.base_after, .unresolved = has_drafts};
     step.positions_after.push_back(after.position);
     slot(row.lease->slot()) = after;
     row.lease->clear_fresh();

@@ -37,6 +37,9 @@ struct EngineOptions {
   // the weights leave where the device's memory is ours.
   int64_t prefix_cache_bytes = 0;
   int64_t context_length = 0;   // limit of prompt + output; 0: the model's (recurrent: 2^31 - 1)
+  // Unlimited output: requests beyond the context are served too, their sequences holding the first
+  // block and at least so many of the latest tokens. 0: refused. Softmax models without a draft.
+  int64_t unlimited_output = 0;
   int max_steps_in_flight = 0;  // 1, or 2: plan a step while one runs; 0: 2 on a GPU
   bool deterministic = false;   // BackendLimits; the CPU always is
   bool records_rounds = false;  // Engine::recorded; one step in flight

@@ -1,6 +1,7 @@
 #include "engine/forward_plan.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "absl/strings/str_cat.h"
 #include "engine/rope_store.h"
@@ -31,7 +32,7 @@ StepRow MakeStepRow(const BatchRow& row, const SlotState& state) {
   StepRow step_row = {.num_tokens = static_cast<int32_t>(num_tokens),
                       .slot = row.lease->slot(),
                       .is_prefill = IsPrefill(row),
-                      .position = state.position,
+                      .position = state.position - row.lease->dropped(),
                       .base = state.base};
   if (!IsPrefill(row)) {
     // Rows after what the host has confirmed may still be taken back, so they stay in the window.
@@ -90,6 +91,8 @@ void StepPlanner::CheckLease(const CacheLease* lease) {
 void StepPlanner::CheckRow(const BatchRow& row, const SlotState& state) const {
   const int64_t end = state.position + NumTokens(row);
   GODWIT_CHECK(end <= row.lease->reserved_tokens());
+  GODWIT_CHECK(!row.lease->bounded() || (NumTokens(row) == 1 && !IsPrefill(row)) ||
+               (IsPrefill(row) && end <= limits_.bound_tokens));
   GODWIT_CHECK(row.max_draft_tokens >= 0);
   GODWIT_CHECK(!state.unresolved);
   GODWIT_CHECK(row.confirmed_position >= 0);
@@ -149,6 +152,12 @@ absl::Status StepPlanner::Check(std::span<const BatchRow> rows, std::span<const 
 }
 
 void StepPlanner::AddRow(const BatchRow& row, const SlotState& state) {
+  const int32_t table_id = row.rope == nullptr ? 0 : RopeStore::TableOf(row.lease->slot());
+  if (row.lease->bounded() && !IsPrefill(row)) {
+    if (const std::optional<SinkTurn> turn = row.lease->MakeRoom(state.position)) {
+      arrays_.turns.push_back({turn->from_block, turn->to_block, table_id, turn->delta});
+    }
+  }
   StepRow step_row = MakeStepRow(row, state);
   step_row.first_token = static_cast<int32_t>(arrays_.token_ids.size());
   step_row.block_table = std::ssize(arrays_.block_tables);
@@ -166,11 +175,10 @@ void StepPlanner::AddRow(const BatchRow& row, const SlotState& state) {
     arrays_.token_ids.insert(arrays_.token_ids.end(), row.token_ids.begin(), row.token_ids.end());
   }
   for (int64_t offset = 0; offset < step_row.num_tokens; ++offset) {
-    arrays_.positions.push_back(step_row.position + offset);
+    arrays_.positions.push_back(state.position + offset);
   }
   arrays_.rope_table_ids.insert(arrays_.rope_table_ids.end(),
-                                static_cast<size_t>(step_row.num_tokens),
-                                row.rope == nullptr ? 0 : RopeStore::TableOf(row.lease->slot()));
+                                static_cast<size_t>(step_row.num_tokens), table_id);
   AppendBlocks(*row.lease, step_row.position + step_row.num_tokens, arrays_.block_tables);
   arrays_.rows.push_back(step_row);
 }
@@ -183,6 +191,7 @@ const StepArrays& StepPlanner::Plan(std::span<const BatchRow> rows,
   arrays_.rows.clear();
   arrays_.row_of_batch.assign(rows.size(), 0);
   arrays_.block_tables.clear();
+  arrays_.turns.clear();
   arrays_.num_decode_tokens = 0;
   arrays_.num_decode_rows = 0;
   arrays_.num_draft_rows = 0;

@@ -28,6 +28,8 @@ struct ForwardPlan {     // device data
   int32_t num_rows = 0;
   int32_t num_decode_rows = 0;
   const int32_t* block_tables = nullptr;
+  const BlockTurn* turns = nullptr;  // before the rows: sequences that drop a block in this step
+  int32_t num_turns = 0;
   int64_t num_tokens = 0;  // T
   int64_t num_decode_tokens = 0;
 };
@@ -52,18 +54,20 @@ struct StepLimits {
   int64_t num_slots = 0;   // also the most rows, and the most draws
   int64_t window_rows = 0;
   int64_t vocab_size = 0;
-  int64_t first_draft = 0;  // where the drafts of a step's rows lie among ForwardPlan.drawn
-  int64_t max_drafts = 0;   // of a row: those of the r-th row with drafts begin at r * max_drafts
+  int64_t first_draft = 0;   // where the drafts of a step's rows lie among ForwardPlan.drawn
+  int64_t bound_tokens = 0;  // CacheGeometry's
+  int64_t max_drafts = 0;    // of a row: those of the r-th row with drafts begin at r * max_drafts
 };
 
 // Host arrays of one step; their memory is kept from step to step.
 struct StepArrays {
   std::vector<int32_t> token_ids;       // [T]; ~draw where only the last step's draw says
-  std::vector<int64_t> positions;       // [T]
+  std::vector<int64_t> positions;       // [T]; in the text, as RoPE and draws count them
   std::vector<int32_t> rope_table_ids;  // [T]; of RopeStore
   std::vector<StepRow> rows;  // decode rows, then prefill rows, each in the order of the batch
   std::vector<int32_t> row_of_batch;  // index into rows, by batch row
   std::vector<int32_t> block_tables;
+  std::vector<BlockTurn> turns;
   int64_t num_decode_tokens = 0;
   int32_t num_decode_rows = 0;
   int32_t num_draft_rows = 0;  // rows with drafts
@@ -79,8 +83,8 @@ class StepPlanner {
   // and ends the process: position, room, residence, a slot used twice, limits.
   absl::Status Check(std::span<const BatchRow> rows, std::span<const SlotState> slots);
 
-  // Of rows that passed Check, with max_draft_tokens lowered to the drafts that there are. Valid
-  // until the next call.
+  // Of rows that passed Check, with max_draft_tokens lowered to the drafts that there are. Makes
+  // room in bounded leases. Valid until the next call.
   const StepArrays& Plan(std::span<const BatchRow> rows, std::span<const SlotState> slots);
 
   // Fills the planned step, all of whose rows decode, with padding.
@@ -102,7 +106,7 @@ class StepPlanner {
 SlotState StartState(const CacheLease& lease, std::span<const SlotState> slots);
 
 // What a step does to a slot's position and base; computes StepRow's fields from the state and the
-// batch row.
+// batch row, whose lease has room.
 StepRow MakeStepRow(const BatchRow& row, const SlotState& state);
 
 // Decode steps are padded to few numbers of rows, and those with drafts to few numbers of tokens,
@@ -110,7 +114,7 @@ StepRow MakeStepRow(const BatchRow& row, const SlotState& state);
 int64_t PaddedRows(int64_t num_rows, int64_t most);
 int64_t PaddedTokens(int64_t num_tokens, int64_t most);
 
-// Appends the blocks of the lease that hold positions below `end`.
+// Appends the blocks of the lease that hold its first `end` tokens, dropped ones not counted.
 void AppendBlocks(const CacheLease& lease, int64_t end, std::vector<int32_t>& block_tables);
 
 }  // namespace godwit

@@ -49,6 +49,11 @@ class Model {
   // Of hidden rows, in front of the head.
   virtual const NormSpec& final_norm() const = 0;
 
+  // Before the step's Forward, where plan.turns says so. Nothing to do without softmax layers.
+  virtual absl::Status TurnKeys(const ForwardPlan& /*plan*/, CachePool& /*pool*/) {
+    return absl::OkStatus();
+  }
+
   // Final norm and head: hidden rows [R, d_model] f32 -> logits [R, vocab] f32. Path D for every
   // row: the logits of a position are the same bits however it was reached.
   virtual absl::Status Logits(const TensorView& hidden, const TensorView& logits) = 0;

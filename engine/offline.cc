@@ -23,7 +23,14 @@ absl::Status CheckTokens(const ModelCard& card, std::span<const int32_t> token_i
                          int64_t max_tokens) {
   if (token_ids.empty()) return absl::InvalidArgumentError("the prompt is empty");
   const int64_t num_tokens = std::ssize(token_ids);
-  if (max_tokens > card.context_length - num_tokens) {
+  const CacheGeometry& geometry = card.geometry;
+  if (geometry.bound_tokens > 0 && num_tokens + max_tokens > geometry.bound_beyond) {
+    if (num_tokens > geometry.bound_tokens) {
+      return absl::InvalidArgumentError(absl::StrCat("prompt of ", num_tokens,
+                                                     " tokens exceeds the ", geometry.bound_tokens,
+                                                     " that a sequence of unlimited output holds"));
+    }
+  } else if (max_tokens > card.context_length - num_tokens) {
     return absl::InvalidArgumentError(absl::StrCat("prompt of ", num_tokens,
                                                    " tokens and max_tokens ", max_tokens,
                                                    " exceed the context of ", card.context_length));
@@ -158,6 +165,7 @@ absl::StatusOr<OfflineGenerateResult> GenerateOffline(Engine& engine,
     ASSIGN_OR_RETURN(step, Decode(engine, options, row, result));
   }
   result.decode_seconds = SecondsSince(start);
+  result.num_dropped = lease.dropped();
   return result;
 }
 

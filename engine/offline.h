@@ -34,12 +34,14 @@ struct OfflineGenerateResult {
   std::vector<SampledToken> tokens;  // without the EOS that ended it
   bool ended_by_eos = false;
   double prefill_seconds = 0, decode_seconds = 0;
+  int64_t num_dropped = 0;  // tokens that the sequence no longer held at its end
   // Decode steps; of these with drafts; drafts, and those accepted; the device's part of the time.
   int64_t num_steps = 0, num_rounds = 0, num_drafts = 0, num_accepted = 0;
   double draft_seconds = 0, verify_seconds = 0;
 };
 
-// INVALID_ARGUMENT: empty prompt, id out of range, prompt + max_tokens over the context.
+// INVALID_ARGUMENT: empty prompt, id out of range, prompt + max_tokens over the context; with unlimited
+// output, a prompt over what a bounded sequence holds.
 absl::StatusOr<OfflineGenerateResult> GenerateOffline(Engine& engine,
                                                       std::span<const int32_t> prompt,
                                                       const OfflineGenerateOptions& options);

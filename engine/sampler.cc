@@ -75,12 +75,11 @@ SampleRow& Sampler::AddDraw(const RowOutput& output, int64_t position, int64_t p
   return draws_.Add(output, position, prompt_length);
 }
 
-void Sampler::PlanDraws(const BatchRow& row, const StepRow& step_row) {
+void Sampler::PlanDraws(const BatchRow& row, const StepRow& step_row, int64_t position) {
   if (row.outputs.empty()) return;
   DrawBlock& block = BlockFor(1);
   const int64_t logit_row = std::ssize(logit_tokens_) - block.logit_begin;
   logit_tokens_.push_back(step_row.first_token + step_row.num_tokens - 1);
-  const int64_t position = step_row.position + step_row.num_tokens;  // of the token that is drawn
   for (const RowOutput& output : row.outputs) {
     AddDraw(output, position, row.prompt_length).logit_row = static_cast<int32_t>(logit_row);
     ++block.num_draws;
@@ -168,7 +167,8 @@ std::span<const RowOutputs> Sampler::Plan(std::span<const BatchRow> rows, const 
     RowOutputs& outputs = row_outputs_.emplace_back();
     if (!HasDrafts(rows[batch_row]) && padding.num_verify == 0) {
       outputs.draw_begin = draws_.size();
-      PlanDraws(rows[batch_row], step_row);
+      const auto last_token = static_cast<size_t>(step_row.first_token + step_row.num_tokens - 1);
+      PlanDraws(rows[batch_row], step_row, arrays.positions[last_token] + 1);
       outputs.draw_end = draws_.size();
     }
     outputs.score_begin = std::ssize(score_tokens_);

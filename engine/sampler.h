@@ -108,7 +108,8 @@ class Sampler {
   Sampler(Backend& backend, Model& model, const SamplerOptions& options);
   DrawBlock& BlockFor(int64_t num_logits);
   SampleRow& AddDraw(const RowOutput& output, int64_t position, int64_t prompt_length);
-  void PlanDraws(const BatchRow& row, const StepRow& step_row);
+  // position: in the text, of the token that is drawn.
+  void PlanDraws(const BatchRow& row, const StepRow& step_row, int64_t position);
   void PlanVerifies(std::span<const BatchRow> rows, const StepArrays& arrays, bool all);
   void PlanVerify(const BatchRow& row, const StepRow& step_row, int32_t first_draft);
   void Pad(const Padding& padding);

@@ -97,6 +97,7 @@ class Backend {
   virtual OpStatus LightningAttention(const LightningAttentionArgs& args) = 0;
   virtual OpStatus Rope(const RopeArgs& args) = 0;
   virtual OpStatus PagedAttention(const PagedAttentionArgs& args) = 0;
+  virtual OpStatus TurnKeys(const TurnKeysArgs& args) = 0;
   virtual OpStatus CountTokens(const CountTokensArgs& args) = 0;
   virtual OpStatus Sample(const SampleArgs& args) = 0;
   virtual OpStatus AcceptanceHead(const AcceptanceHeadArgs& args) = 0;

@@ -98,7 +98,9 @@ struct StepRow {
   int32_t num_tokens = 0;   // 0: padding; nothing else of the row is read
   int32_t slot = 0;         // state slot
   int32_t is_prefill = 0;
-  int64_t position = 0;  // of the first token
+  // Of the first token, among those that the sequence's state holds: less than its position in the
+  // text where tokens were dropped (TurnKeys), which only sequences without a lightning state do.
+  int64_t position = 0;
   int64_t base =
       0;  // where the stored lightning base stands before the step, a multiple of W, <= position
   // Where the op leaves it: a multiple of W in [base, position + num_tokens]. Decode: W *
@@ -196,6 +198,30 @@ struct PagedAttentionArgs {
   int32_t num_decode_rows = 0;  // as in LightningAttentionArgs
   int64_t num_decode_tokens = 0;
   TensorView o;  // [T, num_heads * head_dim] f32 or act
+};
+
+// A block of cached keys at another position: the first tokens of a sequence, whose distance to the
+// rest shrinks when tokens between them are dropped.
+struct BlockTurn {
+  int32_t from_block = 0;  // keys as PagedAttention wrote them
+  int32_t to_block = 0;    // another one; no block is in two turns
+  int32_t table_id = 0;    // of the sequence
+  int64_t delta = 0;       // positions
+};
+
+// Per turn and kv head: each key of from_block, rotated by delta * inv_freq, is written to to_block,
+// and each value copied. Angles as in Rope, but without the table's attention factor, which stored
+// keys carry; products in f32, rounded once to act. Columns >= 2 num_freqs are copied.
+struct TurnKeysArgs {
+  TensorView blocks;  // as PagedAttentionArgs.blocks
+  PairLayout pair_layout = PairLayout::kHalfSplit;
+  int32_t num_kv_heads = 0;
+  int32_t head_dim = 0;
+  const double* tables = nullptr;  // RopeArgs.tables
+  int32_t num_tables = 0;
+  int32_t num_freqs = 0;
+  const BlockTurn* turns = nullptr;  // [num_turns], device
+  int32_t num_turns = 0;
 };
 
 // Token counts of a slot, for penalties: count[slot][id] = (in prompt ? kPromptBit : 0) |

@@ -291,6 +291,25 @@ OpStatus Validate(const PagedAttentionArgs& args) {
   return check.status();
 }
 
+OpStatus Validate(const TurnKeysArgs& args) {
+  Checker check("TurnKeys");
+  check.AtLeast("num_kv_heads", args.num_kv_heads, 1);
+  check.Between("head_dim", args.head_dim, 1, kMaxHeadDim);
+  if (!check.ok()) return check.status();
+  check.Between("num_freqs", args.num_freqs, 1, args.head_dim / 2);
+  check.AtLeast("num_tables", args.num_tables, 1);
+  check.Expect(args.tables != nullptr, "tables are absent");
+  check.Expect(
+      args.pair_layout == PairLayout::kHalfSplit || args.pair_layout == PairLayout::kInterleaved,
+      "pair_layout %d is unknown", static_cast<int>(args.pair_layout));
+  check.ActivationType("blocks", args.blocks);
+  check.Shape("blocks", args.blocks,
+              {args.blocks.rows(), 2, args.num_kv_heads, int64_t{kPagedBlock} * args.head_dim});
+  check.AtLeast("num_turns", args.num_turns, 0);
+  check.Expect(args.num_turns == 0 || args.turns != nullptr, "turns are absent");
+  return check.status();
+}
+
 OpStatus Validate(const CountTokensArgs& args) {
   Checker check("CountTokens");
   check.Type("counts", args.counts, DType::kU32);

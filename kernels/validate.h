@@ -18,6 +18,7 @@ OpStatus Validate(const GatherRowsArgs& args);
 OpStatus Validate(const LightningAttentionArgs& args);
 OpStatus Validate(const RopeArgs& args);
 OpStatus Validate(const PagedAttentionArgs& args);
+OpStatus Validate(const TurnKeysArgs& args);
 OpStatus Validate(const CountTokensArgs& args);
 OpStatus Validate(const SampleArgs& args);
 OpStatus Validate(const AcceptanceHeadArgs& args);

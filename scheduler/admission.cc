@@ -13,6 +13,8 @@
 namespace godwit {
 namespace {
 
+constexpr int64_t kMaxOutput = int64_t{1} << 40;
+
 absl::Status InvalidField(absl::string_view field, int64_t value, absl::string_view limit) {
   return absl::InvalidArgumentError(absl::StrCat(field, " ", value, " ", limit));
 }
@@ -72,15 +74,27 @@ absl::Status ValidateRequest(const GenerateRequest& request, const SchedulerOpti
                              const CacheManager& caches) {
   RETURN_IF_ERROR(ValidateFields(request));
   const int64_t num_prompt = PromptLength(request);
-  if (num_prompt > options.context_length ||
-      request.max_tokens > options.context_length - num_prompt) {
+  const CacheGeometry& geometry = caches.geometry();
+  // A state that dropped tokens is not that of its text, so none is kept.
+  const bool keeps_state = request.session != 0 || request.keep_as != 0;
+  if (geometry.bound_tokens > 0 && !keeps_state &&
+      request.max_tokens > geometry.bound_beyond - num_prompt) {
+    if (request.max_tokens > kMaxOutput) {
+      return InvalidField("max_tokens", request.max_tokens, absl::StrCat("not <= ", kMaxOutput));
+    }
+    if (num_prompt > geometry.bound_tokens) {
+      return absl::InvalidArgumentError(absl::StrCat("prompt of ", num_prompt,
+                                                     " tokens exceeds the ", geometry.bound_tokens,
+                                                     " that a sequence of unlimited output holds"));
+    }
+  } else if (num_prompt > options.context_length ||
+             request.max_tokens > options.context_length - num_prompt) {
     return absl::InvalidArgumentError(
         absl::StrCat("prompt of ", num_prompt, " tokens and max_tokens ", request.max_tokens,
                      " exceed the context of ", options.context_length));
   }
   const int64_t num_tokens = num_prompt + request.max_tokens;
   if (!caches.FitsEver(num_tokens, request.num_outputs)) {
-    const CacheGeometry& geometry = caches.geometry();
     return absl::InvalidArgumentError(absl::StrCat(
         request.num_outputs, " sequence(s) of ", num_tokens,
         " tokens (prompt and max_tokens) need ", request.num_outputs, " state slots and ",
@@ -112,6 +126,12 @@ absl::Status Scheduler::Impl::Add(GenerateRequest request, TimeNs now) {
   auto group = std::make_unique<RequestGroup>();
   group->request = std::move(request);
   group->request.token_ids.push_back(-1);
+  // What a session reads comes after tokens that the request does not name, and the blocks of a
+  // bounded sequence are written again.
+  if (group->request.session != 0 ||
+      caches_.geometry().bounds(prompt_length + group->request.max_tokens)) {
+    group->request.prefix_domain.clear();
+  }
   group->prompt_length = prompt_length;
   group->first_prompt_token = group->request.start_position;
   group->num_prompt_submitted = group->request.start_position;

@@ -52,10 +52,17 @@ void Scheduler::Impl::ReapGroup(RequestGroup& group, TimeNs now) {
   }
 }
 
+// By what was confirmed: a step in flight may have dropped more.
+void Scheduler::Impl::End(Sequence& sequence) {
+  sequence.finished = true;
+  if (!sequence.lease.bounded()) return;
+  sequence.group->num_dropped += caches_.geometry().dropped_after(sequence.confirmed_position);
+}
+
 void Scheduler::Impl::FinishOutput(Sequence& sequence, FinishInfo finish, TimeNs now) {
   GODWIT_CHECK(!sequence.finished);
   RequestGroup& group = *sequence.group;
-  sequence.finished = true;
+  End(sequence);
   if (sequence.output_index == 0) MarkKept(sequence, finish.reason);
   group.events.push_back({.kind = TokenEvent::Kind::kFinished,
                           .output_index = sequence.output_index,
@@ -73,15 +80,19 @@ void Scheduler::Impl::EndGroup(RequestGroup& group, absl::Status status, TimeNs 
   group.ended_ok = status.ok();
   const Sequence& first = group.sequences[0];
   group.timings.finished = now;
+  for (Sequence& sequence : group.sequences) {
+    if (!sequence.finished) End(sequence);
+  }
+  num_dropped_ += group.num_dropped;
   group.events.push_back({.kind = TokenEvent::Kind::kDone,
                           .status = std::move(status),
                           .phase = group.phase,
                           .timings = group.timings,
                           .speculation = group.speculation,
+                          .num_dropped = group.num_dropped,
                           .kept_position = first.kept ? first.kept_position : -1,
                           .kept_token = first.kept ? first.kept_token : -1});
   group.phase = Phase::kFinished;
-  for (Sequence& sequence : group.sequences) sequence.finished = true;
 }
 
 // Output 0 has ended. Its state is the text's: the prompt and the tokens that were delivered. The

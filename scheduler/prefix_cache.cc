@@ -65,8 +65,7 @@ PrefixCache::PrefixCache(const PrefixCachePolicy& policy, CacheManager& caches)
     : policy_(policy), caches_(caches), tree_(kMaxBlocks) {}
 
 bool PrefixCache::Serves(const GenerateRequest& request) const {
-  // What a session reads comes after tokens that the request does not name.
-  return caches_.geometry().num_snapshots > 0 && !request.prefix_domain.empty() && request.session == 0;
+  return caches_.geometry().num_snapshots > 0 && !request.prefix_domain.empty();
 }
 
 PrefixTree::Match PrefixCache::Find(const GenerateRequest& request, int64_t prompt_length) const {

@@ -95,6 +95,8 @@ struct TokenEvent {
   Phase phase = Phase::kWaiting;  // kDone with an error: where it happened
   RequestTimings timings;         // kDone
   SpeculationStats speculation;   // kDone
+  // kDone: tokens that the outputs' states dropped (unlimited output), all together.
+  int64_t num_dropped = 0;
   // kDone: the position of the state that was kept, and the token drawn after it (-1: none). -1:
   // none was.
   int64_t kept_position = -1;

@@ -266,6 +266,7 @@ SchedulerStats Scheduler::Impl::Stats() const {
           .num_steps = num_steps_,
           .prompt_tokens = prompt_tokens_,
           .generation_tokens = generation_tokens_,
+          .num_dropped = num_dropped_,
           .speculation = speculation_,
           .sessions = sessions_.stats(),
           .prefix_cache = prefixes_.stats()};

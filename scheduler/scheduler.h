@@ -48,8 +48,9 @@ struct SchedulerOptions {
   TimeNs max_wait = 30'000'000'000;      // a request waiting longer is served before any priority
   int max_steps_in_flight = 1;           // 1 or 2
   PrefixCachePolicy prefix_cache;        // with CacheGeometry.num_snapshots
-  int64_t context_length = 0;            // prompt + max_tokens may not exceed it; required
-  bool may_drop_sessions = true;         // SessionTable's may_drop
+  int64_t context_length = 0;  // prompt + max_tokens may not exceed it, but for bounded sequences
+                               // (CacheGeometry); required
+  bool may_drop_sessions = true;  // SessionTable's may_drop
 };
 
 // Gauges and counters for metrics; a copy is published once per step. waiting, running and swapped
@@ -58,6 +59,7 @@ struct SchedulerStats {
   int64_t num_waiting = 0, num_waiting_tokens = 0, num_running = 0, num_swapped = 0;
   int64_t slots_used = 0, slots_total = 0, blocks_used = 0, blocks_total = 0;
   int64_t num_preemptions = 0, num_steps = 0, prompt_tokens = 0, generation_tokens = 0;
+  int64_t num_dropped = 0;  // tokens; counted when a request ends
   SpeculationStats speculation;
   SessionStats sessions;
   PrefixCacheStats prefix_cache;  // its idle blocks are not in blocks_used

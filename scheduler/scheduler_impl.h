@@ -80,6 +80,7 @@ struct Scheduler::Impl {
   // ending.cc
   void Reap(TimeNs now);
   void ReapGroup(RequestGroup& group, TimeNs now);
+  void End(Sequence& sequence);
   void FinishOutput(Sequence& sequence, FinishInfo finish, TimeNs now);
   void EndGroup(RequestGroup& group, absl::Status status, TimeNs now);
   void
@@ -107,6 +108,7 @@ struct Scheduler::Impl {
   int64_t next_order_ = 0, next_admission_ = 0, next_step_ = 0;
   int steps_in_flight_ = 0;
   int64_t num_preemptions_ = 0, num_steps_ = 0, prompt_tokens_ = 0, generation_tokens_ = 0;
+  int64_t num_dropped_ = 0;
   SpeculationStats speculation_;
 };
 

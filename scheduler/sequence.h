@@ -57,6 +57,7 @@ struct RequestGroup {
 
   RequestTimings timings;
   SpeculationStats speculation;
+  int64_t num_dropped = 0;  // of its sequences that have ended
   std::vector<SampledToken> prompt_scores;
   std::vector<TokenEvent> events;  // of this step, pushed at its end
   bool ended_ok = false;

@@ -165,6 +165,7 @@ void EventEncoder::EncodeSummary(const TokenEvent& event,
   usage.set_completion_tokens(num_tokens);
   usage.set_total_tokens(num_prompt_ + num_tokens);
   usage.set_cached_prompt_tokens(num_cached_tokens_);
+  usage.set_dropped_tokens(event.num_dropped);
   if (!session_id_.empty()) {
     v1::SessionInfo& session = *summary.mutable_session();
     session.set_session_id(session_id_);

@@ -98,6 +98,7 @@ v1::ModelCard EncodeCard(const ServedModel& model) {
   *encoded.mutable_limits() = EncodeLimits(model);
   if (config.rope) *encoded.mutable_rope() = EncodeRope(model);
   encoded.set_context_note(config.context_note);
+  encoded.set_unlimited_output_tokens(card.geometry.bound_tokens);
   if (card.max_draft_tokens > 0) EncodeDraftModel(model, *encoded.mutable_draft_model());
   return encoded;
 }

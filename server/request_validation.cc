@@ -226,11 +226,16 @@ absl::Status ReadTokenLimits(const v1::StoppingOptions& from, const ServedModel&
     request.sampling.min_tokens = from.min_tokens();
   }
   if (request.max_tokens <= room) return absl::OkStatus();
+  const int64_t bound = model.card().geometry.bound_tokens;
+  if (bound > 0 && num_prompt <= bound) return absl::OkStatus();
   const int64_t got = num_prompt + request.max_tokens;
   absl::Status status = InvalidFields(
       {{from.has_max_tokens() ? "stopping.max_tokens" : "input",
         absl::StrCat(num_prompt, " prompt tokens + ", request.max_tokens, " max_tokens = ", got,
-                     ", the context is ", model.context_length())}});
+                     ", the context is ", model.context_length(),
+                     bound == 0 ? ""
+                                : absl::StrCat(", and a prompt of unlimited output has at most ",
+                                               bound, " tokens"))}});
   return WithErrorInfo(
       status, "CONTEXT_LENGTH_EXCEEDED",
       {{"limit", absl::StrCat(model.context_length())}, {"got", absl::StrCat(got)}});
@@ -370,6 +375,14 @@ absl::Status FixRope(const Request& from, const ServedModel& model, GenerateRequ
   std::optional<RopeConfig> chosen;
   if (from.has_rope()) {
     ASSIGN_OR_RETURN(chosen, ReadRope(from.rope(), model));
+    if (DependsOnLength(*chosen) &&
+        model.card().geometry.bounds(std::ssize(request.token_ids) + request.max_tokens)) {
+      return InvalidFields(
+          {{"rope", absl::StrCat("type '", chosen->type,
+                                 "' depends on the length of the request, which beyond the context "
+                                 "of ",
+                                 model.context_length(), " has none")}});
+    }
   }
   const int64_t num_positions =
       NumRotatedPositions(std::ssize(request.token_ids), request.max_tokens);

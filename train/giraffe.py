@@ -1,16 +1,21 @@
 #!/usr/bin/env python3
-"""Context extension at small scale: trains a Llama of 2.5M parameters on 256 tokens, extends it as Giraffe does
+"""Context extension at small scale: trains a Llama of 6M parameters on 256 tokens, extends it as Giraffe does
 (arXiv 2308.10882), and measures retrieval by length for each RoPE method.
 
     giraffe.py prepare --corpus DIR --tokenizer tokenizer.model --out DATA    needs sentencepiece
-    giraffe.py run DATA --out RUN [--seconds 60] [--tune-seconds 8]           one GPU, about 2.5 minutes
+    giraffe.py run DATA --out RUN [--seconds 280]                             one GPU
     giraffe.py folder RUN/NAME.pt --tokenizer tokenizer.model --out FOLDER    Hugging Face folder, for godwit eval
     giraffe.py plot RUN/results.json --out lines.png                          needs matplotlib
+    giraffe.py table RUN/results.json                                         Markdown
 
-The task: a record of lines `line WORD WORD: NUMBER`, then `What is line WORD WORD? NUMBER`. Words and digits are
-pieces of the tokenizer (digits from 2: " 1" and "00" are pieces too), so a record is made on the GPU by indexing, and
+The task: lines ` WORD` NUMBER, then one of the words again: which number stood behind it? Words and digits are pieces
+of the tokenizer (digits from 2: "00" and " 1" are pieces too), so a record is made on the GPU by indexing, and
 DATA/lines-*.jsonl holds such prompts as text in the fields of the LongChat-Lines files: `godwit eval lines` reads
-them. Half of each batch is prose.
+them. The number follows the word at once: a model this small learns that much sooner than a number behind ": ".
+
+Learning to look up needs a heavy diet: questions stand all over a record, the loss is on their answers, records grow
+from 40 tokens to 256 as the accuracy reaches STAGE_ACCURACY, and first part of the batch repeats random tokens, which
+forms the same induction heads. Prose joins in the last stage.
 
 Words on the measure: an answer is right when all of its tokens are the most likely ones given those before: what
 greedy decoding would answer.
@@ -26,12 +31,13 @@ import time
 
 import numpy as np
 
-TRAINED, TUNED = 256, 1024            # tokens
-LENGTHS = [256, 512, 1024, 2048, 4096]
+TRAINED, TUNED = 256, 512             # tokens; Giraffe tuned at twice the trained length too
+LENGTHS = [128, 256, 512, 1024, 2048, 4096]
 NUM_EVAL = 256                        # prompts a length: standard error 0.03 at one half
 BOS = 1
-DIM, LAYERS, HEADS, HEAD_DIM, FF, VOCAB, THETA = 192, 4, 3, 64, 512, 4096, 10000.0
-LINE, QUESTION, ANSWER = 10, 11, 4    # tokens of a line, of a question with its answer, of the answer with its end
+DIM, LAYERS, HEADS, HEAD_DIM, FF, VOCAB, THETA = 256, 6, 4, 64, 704, 4096, 10000.0
+LINE, HEADER, NUM_WORDS = 5, 3, 1024  # tokens of a line and before the first; words to choose from
+STAGES, STAGE_ACCURACY = [40, 72, 136, TRAINED], 0.95
 
 
 # --- Tables, as engine/rope_table.cc makes them. ---
@@ -71,68 +77,94 @@ def prepare(args):
     out.mkdir(parents=True, exist_ok=True)
     sp = spm.SentencePieceProcessor(model_file=args.tokenizer)
     text = lambda i: sp.id_to_piece(i)[1:]
-    whole = lambda i: sp.id_to_piece(i)[0] == "▁" and sp.encode(f"line {text(i)}:{text(i)}")[1:2] == [i] and \
-        sp.encode(f"line {text(i)}?")[1:2] == [i] and sp.encode(f"line {text(i)} {text(i)}: 1")[1:3] == [i, i]
+    header, digits = sp.encode("\n"), sp.encode("\n0123456789")[2:]
+    newline = sp.piece_to_id("\n")
+    whole = lambda i: sp.encode(f"\n {text(i)}234\n {text(i)}") == [*header, i, *digits[2:5], newline, i]
     words = [i for i in range(sp.vocab_size()) if len(text(i)) >= 3 and text(i).isascii() and text(i).isalpha()
-             and text(i).islower() and whole(i)]
+             and text(i).islower() and sp.id_to_piece(i)[0] == "\u2581" and whole(i)]
     rng = random.Random(1)
-    words = sorted(rng.sample(words, 512))
-    pieces = {"words": words, "header": sp.encode("\n"), "digits": sp.encode("\n0123456789")[2:],
-              "line": sp.encode("\nline")[2:], "what": sp.encode("\nWhat is line")[2:],
-              "colon": sp.piece_to_id(":"), "question": sp.piece_to_id("?"), "space": sp.piece_to_id("▁"),
-              "newline": sp.piece_to_id("\n")}
-    assert len(pieces["line"]) == 2 and len(pieces["what"]) == 3 and len(pieces["digits"]) == 10
-    (out / "pieces.json").write_text(json.dumps(pieces))
+    words = sorted(rng.sample(words, NUM_WORDS))
+    assert len(header) == HEADER - 1 and len(digits) == 10
+    (out / "pieces.json").write_text(json.dumps(
+        {"words": words, "header": header, "digits": digits[2:], "newline": newline}))
     for length in LENGTHS:
         with open(out / f"lines-{length}.jsonl", "w") as file:
             for _ in range(NUM_EVAL):
-                keys = set()
-                while len(keys) < (length - len(pieces["header"]) - 1 - QUESTION) // LINE:
-                    keys.add((rng.choice(words), rng.choice(words)))
-                keys = sorted(keys)
-                rng.shuffle(keys)
+                keys = rng.sample(words, (length - HEADER) // LINE - 1)
                 numbers = [int("".join(rng.choices("23456789", k=3))) for _ in keys]
                 asked = rng.randrange(len(keys))
-                prompt = "\n" + "".join(f"line {text(a)} {text(b)}: {n}\n" for (a, b), n in zip(keys, numbers))
-                prompt += f"What is line {text(keys[asked][0])} {text(keys[asked][1])}?"
-                ids = list(pieces["header"])
-                for (a, b), n in zip(keys, numbers):
-                    ids += [*pieces["line"], a, b, pieces["colon"], pieces["space"],
-                            *(pieces["digits"][int(d)] for d in str(n)), pieces["newline"]]
-                ids += [*pieces["what"], *keys[asked], pieces["question"]]
+                prompt = "\n" + "".join(f" {text(k)}{n}\n" for k, n in zip(keys, numbers)) + f" {text(keys[asked])}"
+                ids = list(header)
+                for key, number in zip(keys, numbers):
+                    ids += [key, *(digits[int(d)] for d in str(number)), newline]
+                ids.append(keys[asked])
                 assert sp.encode(prompt) == ids, "records on the GPU are what the tokenizer makes of the text"
                 file.write(json.dumps({"prompt": prompt, "expected_number": numbers[asked], "num_lines": len(keys),
                                        "token_size": len(ids) + 1}) + "\n")
     prose = []
     for path in sorted(pathlib.Path(args.corpus).glob("train-*.txt"))[:4]:
-        prose.append(np.array(sp.encode(path.read_text(encoding="utf-8")[:3_000_000]), dtype=np.uint16))
-    np.save(out / "prose.npy", np.concatenate(prose)[:4_000_000])
+        prose.append(np.array(sp.encode(path.read_text(encoding="utf-8")[:2_500_000]), dtype=np.uint16))
+    np.save(out / "prose.npy", np.concatenate(prose)[:2_500_000])
     valid = pathlib.Path(args.corpus) / "valid.txt"
     np.save(out / "valid.npy", np.array(sp.encode(valid.read_text(encoding="utf-8")[:600_000]), dtype=np.uint16))
 
 
-def records(torch, pieces, batch, length, questions, generator, device):
-    """ids [batch, <= length] and, per answer token, its weight: records with `questions` questions at the end."""
-    count = (length - len(pieces["header"]) - 1 - questions * QUESTION) // LINE
-    words = torch.tensor(pieces["words"], device=device)
-    digits = torch.tensor(pieces["digits"], device=device)
-    pick = lambda high, *shape: torch.randint(high, shape, generator=generator, device=device)
-    fixed = lambda ids, *lead: torch.tensor(ids, device=device).expand(*lead, len(ids))
-    keys = words[pick(len(pieces["words"]), batch, count, 2)]
-    numbers = digits[2 + pick(8, batch, count, 3)]
-    lines = torch.cat([fixed(pieces["line"], batch, count), keys,
-                       fixed([pieces["colon"], pieces["space"]], batch, count), numbers,
-                       fixed([pieces["newline"]], batch, count)], -1).flatten(1)
-    asked = torch.rand(batch, count, generator=generator, device=device).argsort(1)[:, :questions, None]
-    ask = lambda values: values.gather(1, asked.expand(-1, -1, values.shape[-1]))
-    answers = torch.cat([fixed(pieces["what"], batch, questions), ask(keys),
-                         fixed([pieces["question"], pieces["space"]], batch, questions), ask(numbers),
-                         fixed([pieces["newline"]], batch, questions)], -1)
-    ids = torch.cat([fixed([BOS, *pieces["header"]], batch), lines, answers.flatten(1)], 1)
-    weight = torch.ones(ids.shape[1], device=device)
-    end = ids.shape[1]
-    weight[1:end - questions * QUESTION] = 0.1  # nothing tells which word or digit a line holds
-    return ids, weight
+class Data:
+    """Batches on the device: ids [batch, length] and the weight of each token's loss, same shape."""
+
+    def __init__(self, torch, folder, device, seed):
+        self.torch, self.device = torch, device
+        pieces = json.loads((folder / "pieces.json").read_text())
+        tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)
+        self.words, self.digits = tensor(pieces["words"]), tensor(pieces["digits"])
+        self.newline, self.header = pieces["newline"], tensor([BOS, *pieces["header"]])
+        self.prose, self.valid = (tensor(np.load(folder / name).astype(np.int64)) for name in ("prose.npy", "valid.npy"))
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def uniform(self, *shape):
+        return self.torch.rand(*shape, generator=self.generator, device=self.device)
+
+    def below(self, high, *shape):
+        return self.torch.randint(high, shape, generator=self.generator, device=self.device)
+
+    def lookups(self, batch, length, questions=None):
+        """A line, or a question with its answer, at each place: at random, or `questions` at the end."""
+        torch, count = self.torch, (length - HEADER) // LINE
+        if questions is None:
+            share = 0.15 + 0.7 * self.uniform(batch, 1)
+            spread = self.uniform(batch, count) < share
+            place = torch.arange(count, device=self.device)
+            asks = torch.where(self.uniform(batch, 1) < 0.5, spread, place >= count * (1 - share))
+        else:
+            asks = (torch.arange(count, device=self.device) >= count - questions).expand(batch, count).clone()
+        asks[:, 0] = False
+        lines = (~asks).long().cumsum(1)  # so far; a question is about any of them
+        line = torch.where(asks, (self.uniform(batch, count) * lines).long().clamp(max=count - 1), lines - 1)
+        words = self.words[self.uniform(batch, NUM_WORDS).argsort(1)[:, :count]].gather(1, line)
+        numbers = self.digits[self.below(len(self.digits), batch, count, 3)]
+        numbers = numbers.gather(1, line[..., None].expand(-1, -1, 3))
+        ends = torch.full((batch, count, 1), self.newline, device=self.device)
+        ids = torch.cat([self.header.expand(batch, -1), torch.cat([words[..., None], numbers, ends], -1).flatten(1)], 1)
+        weight = torch.zeros(batch, count, LINE, device=self.device)
+        weight[..., 1:4] = asks[..., None].float()
+        weight[..., 4] = 0.05
+        return ids, torch.nn.functional.pad(weight.flatten(1), (HEADER, 0))
+
+    def repeats(self, batch, length):
+        """Random words and digits with a period: all of it after the first time can be known."""
+        torch, count = self.torch, length - 1
+        period = 6 + self.below(max(count // 2 - 6, 1), batch, 1)
+        words, digits = self.words[self.below(NUM_WORDS, batch, count)], self.digits[self.below(8, batch, count)]
+        ids = torch.where(self.uniform(batch, count) < 0.5, words, digits)
+        place = torch.arange(count, device=self.device).expand(batch, -1)
+        ids = ids.gather(1, place % period)
+        return torch.nn.functional.pad(ids, (1, 0), value=BOS), torch.nn.functional.pad((place > period).float(), (1, 0))
+
+    def prose_batch(self, source, batch, length):
+        start = self.below(len(source) - length, batch, 1)
+        ids = source[start + self.torch.arange(length, device=self.device)]
+        ids[:, 0] = BOS
+        return ids, self.torch.ones(batch, length, device=self.device)
 
 
 # --- Model: a Llama whose rotation is an argument. ---
@@ -181,74 +213,113 @@ def rotation_of(torch, rope, length, device):
 
 
 class Trainer:
-    def __init__(self, torch, data, device):
-        self.torch, self.device = torch, device
-        self.pieces = json.loads((data / "pieces.json").read_text())
-        load = lambda name: torch.tensor(np.load(data / name).astype(np.int64), device=device)
-        self.prose, self.valid = load("prose.npy"), load("valid.npy")
-        self.generator = torch.Generator(device).manual_seed(7)
+    def __init__(self, torch, data, device, batch_tokens):
+        self.torch, self.device, self.batch_tokens = torch, device, batch_tokens
+        self.data = Data(torch, data, device, 7)
+        self.rotations = {}
 
-    def prose_batch(self, source, batch, length):
-        start = self.torch.randint(len(source) - length, (batch, 1), generator=self.generator, device=self.device)
-        ids = source[start + self.torch.arange(length, device=self.device)]
-        ids[:, 0] = BOS
-        return ids
+    def rotation(self, rope, length):
+        # By the request's length, which is that of a record: what dynamic scales with.
+        key = json.dumps(rope), length
+        if key not in self.rotations:
+            self.rotations[key] = rotation_of(self.torch, rope, length, self.device)
+        return self.rotations[key]
+
+    def autocast(self):
+        return self.torch.autocast(self.device, self.torch.bfloat16, enabled=self.device == "cuda")
 
     def loss(self, net, ids, weight, rotation):
+        """Mean over the weighted tokens; logits are formed for these alone."""
         torch = self.torch
-        with torch.autocast("cuda", torch.bfloat16):
+        chosen = (weight[:, 1:] > 0).flatten().nonzero()[:, 0]
+        with self.autocast():
             hidden = net(ids[:, :-1], [t[: ids.shape[1] - 1] for t in rotation])
-            logits = hidden @ net.embed.T.to(hidden.dtype)
-            each = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(),
-                                                     reduction="none").view(len(ids), -1)
-        return (each * weight[1:]).sum() / (weight[1:].sum() * len(ids)), each
+            logits = hidden.flatten(0, 1)[chosen] @ net.embed.T.to(hidden.dtype)
+            each = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:].flatten()[chosen], reduction="none")
+        weight = weight[:, 1:].flatten()[chosen]
+        return (each * weight).sum() / weight.sum()
 
-    def train(self, net, rope, length, batch, seconds, peak):
-        torch = self.torch
-        rotation = rotation_of(torch, rope, length, self.device)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-        start, step, share = time.time(), 0, 0.0
+    def step(self, net, optimizer, rope, length, parts, batch_tokens):
+        """parts: name -> share of the batch's tokens."""
+        total = 0
+        for name, share in parts.items():
+            batch = max(int(batch_tokens * share) // length, 1)
+            make = {"lookups": self.data.lookups, "repeats": self.data.repeats,
+                    "prose": lambda b, n: self.data.prose_batch(self.data.prose, b, n)}[name]
+            total = total + self.loss(net, *make(batch, length), self.rotation(rope, length))
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        self.torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        return total
+
+    def optimizer(self, net):
+        return self.torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
+
+    def synchronize(self):
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
+
+    def train(self, net, seconds, peak=2e-3):
+        """The stages, then what is left of the time in the last one, its learning rate falling. Looking up appears
+        after a number of steps rather than of tokens: short records come in small batches."""
+        optimizer, stage, step, start, curve = self.optimizer(net), 0, 0, time.time(), []
+        share = 0.0
         while share < 1:
-            for group in optimizer.param_groups:  # the learning rate follows the clock
-                group["lr"] = peak * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * share))
-            ids, weight = records(torch, self.pieces, batch // 2, length, 4 * length // TRAINED, self.generator,
-                                  self.device)
-            prose = self.prose_batch(self.prose, batch // 2, length)
-            total = self.loss(net, ids, weight, rotation)[0] + \
-                self.loss(net, prose, torch.ones(length, device=self.device), rotation)[0]
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
+            last = stage == len(STAGES) - 1
+            parts = {"lookups": 0.5, "prose": 0.5} if last else {"lookups": 0.6, "repeats": 0.4}
+            for group in optimizer.param_groups:
+                group["lr"] = peak * min(1, (step + 1) / 200) * min(1, (1 - share) / 0.4)
+            loss = self.step(net, optimizer, {}, STAGES[stage], parts, self.batch_tokens * STAGES[stage] // TRAINED)
             step += 1
-            if step % 20 == 0:
-                torch.cuda.synchronize()
+            if step % 50 == 0:
+                self.synchronize()
                 share = (time.time() - start) / seconds
-                if step % 500 == 0 or step == 20:
-                    print(f"    step {step} {time.time() - start:.0f} s loss {total.item():.3f}", flush=True)
+            if step % 250 == 0:
+                accuracy = self.accuracy(net, {}, STAGES[stage])
+                curve.append([step, round(time.time() - start, 1), STAGES[stage], round(loss.item(), 3), accuracy])
+                print(f"    step {step} {curve[-1][1]} s, {STAGES[stage]} tokens: loss {curve[-1][3]} "
+                      f"accuracy {accuracy:.3f}", flush=True)
+                if accuracy >= STAGE_ACCURACY and not last:
+                    stage += 1
+        return curve
+
+    def tune(self, net, rope, seconds, peak=5e-4):
+        optimizer, start, step, share = self.optimizer(net), time.time(), 0, 0.0
+        while share < 1:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * share))
+            self.step(net, optimizer, rope, TUNED, {"lookups": 0.5, "prose": 0.5}, self.batch_tokens)
+            step += 1
+            if step % 10 == 0:
+                self.synchronize()
+                share = (time.time() - start) / seconds
         return step
 
     def accuracy(self, net, rope, length):
-        torch = self.torch
-        right, generator = 0, torch.Generator(self.device).manual_seed(100 + length)
-        batch = min(NUM_EVAL, 2 ** 18 // length)
-        rotation = rotation_of(torch, rope, length, self.device)
-        for _ in range(NUM_EVAL // batch):
-            ids, _ = records(torch, self.pieces, batch, length, 1, generator, self.device)
-            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-                hidden = net(ids[:, :-1], [t[: ids.shape[1] - 1] for t in rotation])[:, -ANSWER:-1]
+        torch, right, done = self.torch, 0, 0
+        data_generator, self.data.generator = self.data.generator, \
+            torch.Generator(self.device).manual_seed(100 + length)
+        batch = min(NUM_EVAL, max(2 ** 18 // length, 1))
+        while done < NUM_EVAL:
+            ids, _ = self.data.lookups(batch, length, questions=1)
+            rotation = [t[: ids.shape[1] - 1] for t in self.rotation(rope, length)]
+            with torch.no_grad(), self.autocast():
+                hidden = net(ids[:, :-1], rotation)[:, -LINE + 1:-1]
                 best = (hidden @ net.embed.T.to(hidden.dtype)).argmax(-1)
-            right += (best == ids[:, -ANSWER:-1]).all(1).sum().item()
-        return right / (batch * (NUM_EVAL // batch))
+            right += (best == ids[:, -LINE + 1:-1]).all(1).sum().item()
+            done += batch
+        self.data.generator = data_generator
+        return right / done
 
     def prose_loss(self, net, rope, length):
-        torch = self.torch
-        self.generator.manual_seed(11)
-        with torch.no_grad():
-            ids = self.prose_batch(self.valid, 64, length)
-            rotation = rotation_of(torch, rope, length, self.device)
-            each = self.loss(net, ids, torch.ones(length, device=self.device), rotation)[1]
-        return each[:, -128:].mean().item()  # where the whole context is behind it
+        """Nats a token of held-out prose where the whole length is behind: at the last 64 tokens."""
+        data_generator, self.data.generator = self.data.generator, self.torch.Generator(self.device).manual_seed(11)
+        ids, weight = self.data.prose_batch(self.data.valid, 64, length)
+        self.data.generator = data_generator
+        weight[:, :-64] = 0
+        with self.torch.no_grad():
+            return self.loss(net, ids, weight, self.rotation(rope, length)).item()
 
 
 # What is fine-tuned, and with which tables it is then measured. Giraffe's evaluation scales are on both sides of the
@@ -256,50 +327,72 @@ class Trainer:
 NTK, YARN = {"type": "ntk-aware", "factor": 4.0}, {"type": "yarn", "factor": 4.0}
 POWER = {"type": "giraffe", "power": 0.5}
 TRUNCATED = {"type": "giraffe", "truncate_length": TRAINED}
-DYNAMIC = {"type": "dynamic", "factor": 1.0}
+DYNAMIC = {"type": "dynamic", "factor": 2.0}
 linear = lambda s: {"type": "linear", "factor": float(s)}
-UNTUNED = [{}, linear(2), linear(4), {"type": "ntk-aware", "factor": 2.0}, NTK, {"type": "yarn", "factor": 2.0}, YARN,
-           DYNAMIC, {"type": "dynamic", "factor": 2.0}]
-PLAN = [("plain", {}, [{}, linear(2)]),
-        ("linear4", linear(4), [linear(2), linear(4), linear(6), linear(8), linear(16)]),
+ntk, yarn = (lambda kind: lambda s: {"type": kind, "factor": float(s)})("ntk-aware"), \
+    (lambda kind: lambda s: {"type": kind, "factor": float(s)})("yarn")
+UNTUNED = [{}, linear(2), linear(4), ntk(2), ntk(4), ntk(8), yarn(2), yarn(4), yarn(8), {**DYNAMIC, "factor": 1.0}, DYNAMIC]
+PLAN = [("linear4", linear(4), [linear(2), linear(4), linear(6), linear(8), linear(16)]),
         ("linear16", linear(16), [linear(8), linear(12), linear(16), linear(32)]),
-        ("power", POWER, [POWER]),
+        ("plain", {}, [{}, linear(2)]),
         ("truncated", TRUNCATED, [TRUNCATED, {**TRUNCATED, "factor": 2.0}]),
-        ("ntk4", NTK, [NTK, {"type": "ntk-aware", "factor": 8.0}]),
-        ("yarn4", YARN, [YARN, {"type": "yarn", "factor": 8.0}])]
+        ("power", POWER, [POWER, {**POWER, "factor": 2.0}]),
+        ("ntk4", NTK, [NTK, ntk(8), ntk(16)]),
+        ("yarn4", YARN, [YARN, yarn(8), yarn(16)]),
+        ("dynamic", DYNAMIC, [DYNAMIC])]
 
 
 def run(args):
     import torch
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = True
+    began = time.time()
+    left = lambda: args.seconds - (time.time() - began)
     data, out = pathlib.Path(args.data), pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(torch, data, "cuda")
-    base = make_model(torch).cuda()
+    trainer = Trainer(torch, data, device, args.batch_tokens)
+    base = make_model(torch).to(device)
     size = sum(p.numel() for p in base.parameters()) / 1e6
-    print(torch.cuda.get_device_name(), f"{size:.2f} M parameters", flush=True)
-    steps = trainer.train(base, {}, TRAINED, 256, args.seconds, 2e-3)
-    results = {"trained": TRAINED, "tuned": TUNED, "lengths": LENGTHS, "prompts": NUM_EVAL, "base_steps": steps,
-               "rows": []}
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    print(f"{name}, {size:.2f} M parameters", flush=True)
+    results = {"trained": TRAINED, "tuned": TUNED, "lengths": LENGTHS, "prompts": NUM_EVAL, "device": name,
+               "parameters_m": round(size, 2), "rows": []}
+    results["curve"] = trainer.train(base, 0.45 * args.seconds)
+    save = lambda: (out / "results.json").write_text(json.dumps(results, indent=1))
+    save()
 
     def measure(net, name, ropes):
         for rope in ropes:
+            if left() < 3:
+                print(f"{name}: out of time before {json.dumps(rope)}", flush=True)
+                return
             row = {"weights": name, "rope": rope, "accuracy": [trainer.accuracy(net, rope, n) for n in LENGTHS],
                    "prose_loss": [trainer.prose_loss(net, rope, n) for n in LENGTHS]}
             results["rows"].append(row)
             print(f"{name:10s} {json.dumps(rope):48s}", " ".join(f"{a:5.2f}" for a in row["accuracy"]), " | ",
                   " ".join(f"{a:5.2f}" for a in row["prose_loss"]), flush=True)
+            save()
 
-    torch.save({"state": base.state_dict(), "rope": {}}, out / "base.pt")
+    torch.save({"state": half(torch, base), "rope": {}}, out / "base.pt")
     measure(base, "base", UNTUNED)
+    seconds = left() * 0.6 / len(PLAN)
     for name, rope, ropes in PLAN:
-        net = make_model(torch).cuda()
+        if left() < seconds + 3:
+            print(f"{name}: out of time", flush=True)
+            break
+        net = make_model(torch).to(device)
         net.load_state_dict(base.state_dict())
-        print(f"  {name}: {trainer.train(net, rope, TUNED, 64, args.tune_seconds, 5e-4)} steps", flush=True)
-        torch.save({"state": net.state_dict(), "rope": rope}, out / f"{name}.pt")
+        print(f"  {name}: {trainer.tune(net, rope, seconds)} steps in {seconds:.1f} s", flush=True)
+        if name == "linear4":
+            torch.save({"state": half(torch, net), "rope": rope}, out / f"{name}.pt")
         measure(net, name, ropes)
-    (out / "results.json").write_text(json.dumps(results, indent=1))
+    results["seconds"] = round(time.time() - began, 1)
+    save()
+
+
+def half(torch, net):
+    return {name: value.to(torch.bfloat16) for name, value in net.state_dict().items()}
 
 
 # --- For Godwit. ---
@@ -357,6 +450,16 @@ def label(row):
     return name + (f" {rope['factor']:g}" if rope.get("factor", 1) > 1 else "")
 
 
+def table(args):
+    results = json.loads(pathlib.Path(args.results).read_text())
+    print("| weights | table | " + " | ".join(f"{n:,}" for n in results["lengths"]) + " | prose, nats a token |")
+    print("| --- | --- |" + " --- |" * (len(results["lengths"]) + 1))
+    for row in results["rows"]:
+        prose = [row["prose_loss"][results["lengths"].index(n)] for n in (TRAINED, TUNED, 2 * TUNED)]
+        print(f"| {row['weights']} | {label(row)} | " + " | ".join(f"{a:.2f}" for a in row["accuracy"]) + " | " +
+              " / ".join(f"{loss:.2f}" for loss in prose) + " |")
+
+
 def plot(args):
     import matplotlib
 
@@ -366,18 +469,19 @@ def plot(args):
     results = json.loads(pathlib.Path(args.results).read_text())
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True)
     groups = [("without tuning", lambda r: r["weights"] == "base"),
-              ("tuned at 1,024 with the same table",
+              (f"tuned at {TUNED} with the same table",
                lambda r: any(r["weights"] == n and r["rope"] == t for n, t, _ in PLAN)),
-              ("tuned with linear 4 and 16: other scales", lambda r: r["weights"] in ("linear4", "linear16"))]
+              ("tuned at scale 4, read at other scales", lambda r: r["weights"] in ("linear4", "ntk4", "yarn4"))]
     for panel, (title, chosen) in zip(axes, groups):
+        panel.set_prop_cycle(color=plt.cm.tab20.colors)
         for row in filter(chosen, results["rows"]):
-            prefix = f"{row['weights']}, eval " if panel is axes[2] else ""
-            panel.plot(results["lengths"], row["accuracy"], "-o", ms=3, label=prefix + label(row))
+            panel.plot(results["lengths"], row["accuracy"], "-o", ms=3, label=label(row))
         panel.set(xscale="log", xticks=results["lengths"], xticklabels=results["lengths"], title=title,
                   xlabel="tokens")
+        panel.minorticks_off()
         panel.axvline(results["trained"], color="grey", lw=0.5)
         panel.axvline(results["tuned"], color="grey", lw=0.5, ls="--")
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, loc="lower left")
     axes[0].set_ylabel("lines retrieved")
     figure.tight_layout()
     figure.savefig(args.out, dpi=110)
@@ -393,17 +497,19 @@ def main():
     p = commands.add_parser("run")
     p.add_argument("data")
     p.add_argument("--out", required=True)
-    p.add_argument("--seconds", type=float, default=60)
-    p.add_argument("--tune-seconds", type=float, default=8)
+    p.add_argument("--seconds", type=float, default=280, help="of everything")
+    p.add_argument("--batch-tokens", type=int, default=49152)
     p = commands.add_parser("folder")
     p.add_argument("checkpoint")
     p.add_argument("--tokenizer")
     p.add_argument("--out", required=True)
+    p = commands.add_parser("table")
+    p.add_argument("results")
     p = commands.add_parser("plot")
     p.add_argument("results")
     p.add_argument("--out", required=True)
     args = parser.parse_args()
-    {"prepare": prepare, "run": run, "folder": folder, "plot": plot}[args.command](args)
+    {"prepare": prepare, "run": run, "folder": folder, "plot": plot, "table": table}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,22 @@ class Llama final : public Model {
 
   const NormSpec& final_norm() const override { return final_norm_; }
 
+  absl::Status TurnKeys(const ForwardPlan& plan, CachePool& pool) override {
+    for (int layer = 0; layer < static_cast<int>(layers_.size()); ++layer) {
+      RETURN_IF_ERROR(
+          backend_.TurnKeys({.blocks = Blocks(layer, pool),
+                             .pair_layout = config_.rope->pair_layout,
+                             .num_kv_heads = static_cast<int32_t>(config_.num_kv_heads),
+                             .head_dim = static_cast<int32_t>(config_.head_dim),
+                             .tables = plan.rope_tables,
+                             .num_tables = plan.num_rope_tables,
+                             .num_freqs = static_cast<int32_t>(config_.rope->rotary_dim / 2),
+                             .turns = plan.turns,
+                             .num_turns = plan.num_turns}));
+    }
+    return absl::OkStatus();
+  }
+
   absl::Status Logits(const TensorView& hidden, const TensorView& logits) override {
     return ToStatus(backend_.Linear({.input = {.x = hidden, .norm = final_norm_},
                                      .w = head_,
@@ -148,11 +164,17 @@ class Llama final : public Model {
     return absl::OkStatus();
   }
 
+  // [num_blocks, 2, num_kv_heads, kPagedBlock * head_dim]: keys and values of a layer.
+  TensorView Blocks(int layer, const CachePool& pool) const {
+    return MakeView(pool.blocks(options_.first_component + layer), options_.dtype,
+                    pool.geometry().num_blocks, 2, config_.num_kv_heads,
+                    kPagedBlock * config_.head_dim);
+  }
+
   absl::Status SelfAttention(int index, const ForwardPlan& plan, CachePool& pool,
                              const TensorView& x) {
     const Layer& layer = layers_[static_cast<size_t>(index)];
-    const int component = options_.first_component + index;
-    const int64_t decode = plan.num_decode_tokens, num_blocks = pool.geometry().num_blocks;
+    const int64_t decode = plan.num_decode_tokens;
     const TensorView qkv = RowRange(qkv_, 0, plan.num_tokens);  // [T, q_width + 2 kv_width]
     const TensorView o = RowRange(o_, 0, plan.num_tokens);      // [T, q_width]
 
@@ -171,8 +193,7 @@ class Llama final : public Model {
          .num_kv_heads = static_cast<int32_t>(config_.num_kv_heads),
          .head_dim = static_cast<int32_t>(config_.head_dim),
          .scale = static_cast<float>(1 / std::sqrt(static_cast<double>(config_.head_dim))),
-         .blocks = MakeView(pool.blocks(component), options_.dtype, num_blocks, 2,
-                            config_.num_kv_heads, kPagedBlock * config_.head_dim),
+         .blocks = Blocks(index, pool),
          .block_tables = plan.block_tables,
          .rows = plan.rows,
          .num_rows = plan.num_rows,

@@ -29,6 +29,7 @@
 #include "kernels/cpu/sample.h"
 #include "kernels/cpu/score_tokens.h"
 #include "kernels/cpu/select_isa.h"
+#include "kernels/cpu/turn_keys.h"
 #include "kernels/cpu/verify_tokens.h"
 #include "kernels/validate.h"
 
@@ -106,6 +107,7 @@ class CpuBackend final : public Backend {
   OpStatus PagedAttention(const PagedAttentionArgs& args) override {
     return CallAttention(CpuPagedAttention, args);
   }
+  OpStatus TurnKeys(const TurnKeysArgs& args) override { return Call(CpuTurnKeys, args); }
   OpStatus CountTokens(const CountTokensArgs& args) override { return Call(CpuCountTokens, args); }
   OpStatus Sample(const SampleArgs& args) override { return Call(CpuSample, args); }
   OpStatus AcceptanceHead(const AcceptanceHeadArgs& args) override {

@@ -170,6 +170,9 @@ class CudaBackend final : public Backend {
       return error == cudaSuccess ? LaunchPagedPrefill(args, context_) : error;
     });
   }
+  OpStatus TurnKeys(const TurnKeysArgs& args) override {
+    return Run("TurnKeys", args, [&] { return LaunchTurnKeys(args, stream_); });
+  }
   OpStatus CountTokens(const CountTokensArgs& args) override {
     return Run("CountTokens", args, [&] { return LaunchCountTokens(args, stream_); });
   }

@@ -48,6 +48,7 @@ cudaError_t LaunchCopyRanges(const CopyRange* ranges, int64_t num_ranges, cudaSt
 cudaError_t LaunchEmbedTokens(const EmbedTokensArgs& args, cudaStream_t stream);
 cudaError_t LaunchGatherRows(const GatherRowsArgs& args, cudaStream_t stream);
 cudaError_t LaunchRope(const RopeArgs& args, cudaStream_t stream);
+cudaError_t LaunchTurnKeys(const TurnKeysArgs& args, cudaStream_t stream);
 cudaError_t LaunchCountTokens(const CountTokensArgs& args, cudaStream_t stream);
 cudaError_t LaunchFillRandom(const MatrixView& matrix, uint64_t seed, float scale,
                              cudaStream_t stream);

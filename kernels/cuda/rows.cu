@@ -1,10 +1,12 @@
-// Row-wise ops without products: embedding, gather, rotation table, token counts. Bound by memory.
+// Row-wise ops without products: embedding, gather, rotation table, turned keys, token counts.
+// Bound by memory.
 
 #include "kernels/base/random_rows.h"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/form_rows.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/pdl.cuh"
+#include "kernels/validate.h"
 
 namespace godwit::cuda {
 namespace {
@@ -67,6 +69,40 @@ __global__ void __launch_bounds__(kThreads) RopeKernel(const __grid_constant__ R
   }
 }
 
+// One block a turn and kv head. Angles once, then a pair of a key a thread.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    TurnKeysKernel(const __grid_constant__ TurnKeysArgs args) {
+  __shared__ float cosines[kMaxHeadDim / 2], sines[kMaxHeadDim / 2];
+  const BlockTurn turn = args.turns[blockIdx.x];
+  const double* const table = args.tables + int64_t{turn.table_id} * (args.num_freqs + 1);
+  for (int i = threadIdx.x; i < args.num_freqs; i += kThreads) {
+    double sine, cosine;
+    sincos(fmod(static_cast<double>(turn.delta) * table[i], kTwoPi), &sine, &cosine);
+    cosines[i] = static_cast<float>(cosine);
+    sines[i] = static_cast<float>(sine);
+  }
+  __syncthreads();
+  const int width = kPagedBlock * args.head_dim;
+  const int64_t key = int64_t{blockIdx.y} * width, value = key + int64_t{args.num_kv_heads} * width;
+  T* const blocks = static_cast<T*>(args.blocks.data);
+  const T* const from = blocks + turn.from_block * args.blocks.row_stride;
+  T* const to = blocks + turn.to_block * args.blocks.row_stride;
+  const bool half_split = args.pair_layout == PairLayout::kHalfSplit;
+  const int step = half_split ? 1 : 2, other = half_split ? args.num_freqs : 1;
+  for (int i = threadIdx.x; i < width; i += kThreads) {
+    to[value + i] = from[value + i];
+    if (i % args.head_dim >= 2 * args.num_freqs) to[key + i] = from[key + i];
+  }
+  for (int i = threadIdx.x; i < kPagedBlock * args.num_freqs; i += kThreads) {
+    const int pair = i % args.num_freqs;
+    const int64_t first = key + i / args.num_freqs * args.head_dim + step * pair;
+    const float a = Load(from + first), b = Load(from + first + other);
+    Store(to + first, a * cosines[pair] - b * sines[pair]);
+    Store(to + first + other, b * cosines[pair] + a * sines[pair]);
+  }
+}
+
 __global__ void __launch_bounds__(kThreads) CountTokensKernel(CountTokensArgs args) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= args.token_ids.shape[0]) return;
@@ -122,6 +158,18 @@ cudaError_t LaunchRope(const RopeArgs& args, cudaStream_t stream) {
   if (args.positions.rows() == 0 || args.num_freqs == 0) return cudaSuccess;
   return LaunchDependent(RopeKernel, dim3(static_cast<unsigned>(args.positions.rows())),
                          dim3(kThreads), 0, stream, args);
+}
+
+// Launched as usual: it writes what an earlier kernel of the queue reads.
+cudaError_t LaunchTurnKeys(const TurnKeysArgs& args, cudaStream_t stream) {
+  if (args.num_turns == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(args.num_turns), static_cast<unsigned>(args.num_kv_heads));
+  if (args.blocks.dtype == DType::kF32) {
+    TurnKeysKernel<float><<<grid, kThreads, 0, stream>>>(args);
+  } else {
+    TurnKeysKernel<Bf16><<<grid, kThreads, 0, stream>>>(args);
+  }
+  return cudaGetLastError();
 }
 
 cudaError_t LaunchCountTokens(const CountTokensArgs& args, cudaStream_t stream) {

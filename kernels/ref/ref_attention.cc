@@ -237,4 +237,30 @@ void RefPagedAttention(const PagedAttentionArgs& args) {
   }
 }
 
+void RefTurnKeys(const TurnKeysArgs& args) {
+  const int64_t rows = int64_t{args.num_kv_heads} * kPagedBlock;  // of keys, then of values
+  const bool half_split = args.pair_layout == PairLayout::kHalfSplit;
+  for (int32_t turn = 0; turn < args.num_turns; ++turn) {
+    const BlockTurn& block = args.turns[turn];
+    const double* const table = args.tables + int64_t{block.table_id} * (args.num_freqs + 1);
+    const auto view = [&](int32_t index) {
+      return MakeView(static_cast<char*>(args.blocks.data) +
+                          index * args.blocks.row_stride * DTypeBytes(args.blocks.dtype),
+                      args.blocks.dtype, 2 * rows, args.head_dim);
+    };
+    const TensorView from = view(block.from_block), to = view(block.to_block);
+    for (int64_t row = 0; row < 2 * rows; ++row) {
+      for (int64_t i = 0; i < args.head_dim; ++i) Set(to, row, i, Get(from, row, i));
+      if (row >= rows) continue;
+      for (int64_t i = 0; i < args.num_freqs; ++i) {
+        const int64_t a = half_split ? i : 2 * i, b = half_split ? i + args.num_freqs : 2 * i + 1;
+        const double angle = std::fmod(static_cast<double>(block.delta) * table[i], kTwoPi);
+        const double cos = std::cos(angle), sin = std::sin(angle);
+        Set(to, row, a, Get(from, row, a) * cos - Get(from, row, b) * sin);
+        Set(to, row, b, Get(from, row, b) * cos + Get(from, row, a) * sin);
+      }
+    }
+  }
+}
+
 }  // namespace godwit

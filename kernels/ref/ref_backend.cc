@@ -79,6 +79,7 @@ class RefBackend final : public Backend {
   OpStatus PagedAttention(const PagedAttentionArgs& args) override {
     return Call(RefPagedAttention, args);
   }
+  OpStatus TurnKeys(const TurnKeysArgs& args) override { return Call(RefTurnKeys, args); }
   OpStatus CountTokens(const CountTokensArgs& args) override { return Call(RefCountTokens, args); }
   OpStatus Sample(const SampleArgs& args) override { return Call(RefSample, args); }
   OpStatus AcceptanceHead(const AcceptanceHeadArgs& args) override {

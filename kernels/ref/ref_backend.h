@@ -21,6 +21,7 @@ void RefGatherRows(const GatherRowsArgs& args);
 void RefLightningAttention(const LightningAttentionArgs& args);
 void RefRope(const RopeArgs& args);
 void RefPagedAttention(const PagedAttentionArgs& args);
+void RefTurnKeys(const TurnKeysArgs& args);
 void RefCountTokens(const CountTokensArgs& args);
 // False: a row of logits holds a NaN or +inf.
 void RefSample(const SampleArgs& args);

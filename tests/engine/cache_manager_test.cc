@@ -35,6 +35,11 @@ CacheGeometry HybridGeometry() {
           .swap_bytes = 100'000};
 }
 
+CacheGeometry SoftmaxGeometry() {
+  return {
+      .components = {Kv("layers.0.kv")}, .num_slots = 4, .num_blocks = 20, .swap_bytes = 100'000};
+}
+
 std::unique_ptr<CacheManager> MakeManager(CacheGeometry geometry) {
   auto manager = CacheManager::Create(std::move(geometry));
   EXPECT_TRUE(manager.ok()) << manager.status();
@@ -130,6 +135,59 @@ TEST(CacheManagerTest, RefusedReservationChangesNothing) {
   std::vector<CacheLease> others;
   for (int i = 0; i < 3; ++i) others.push_back(MustReserve(*manager, 0));
   EXPECT_EQ(manager->Reserve(0).status().code(), absl::StatusCode::kResourceExhausted);
+}
+
+// A bounded sequence: 4 blocks of table and one behind them.
+TEST(CacheManagerTest, ABoundedSequenceReusesItsBlocksAndKeepsTheFirst) {
+  CacheGeometry geometry = SoftmaxGeometry();
+  geometry.bound_tokens = 64;
+  geometry.bound_beyond = 100;
+  const auto manager = *CacheManager::Create(geometry);
+  EXPECT_FALSE(MustReserve(*manager, 100).bounded());
+  EXPECT_EQ(geometry.blocks_for(100), 7);
+  EXPECT_EQ(geometry.blocks_for(101), 5);
+  EXPECT_EQ(geometry.blocks_for(int64_t{1} << 40), 5);
+  CacheLease lease = MustReserve(*manager, 1000);
+  ASSERT_TRUE(lease.bounded());
+  const std::vector<int32_t> first = lease.blocks();
+  ASSERT_EQ(first.size(), 5u);
+  for (int64_t position = 0; position < 64; ++position) {
+    EXPECT_FALSE(lease.MakeRoom(position).has_value());
+  }
+  std::vector<int32_t> window = {first[1], first[2], first[3]};
+  for (int64_t position = 64; position < 200; ++position) {
+    const auto turn = lease.MakeRoom(position);
+    EXPECT_EQ(turn.has_value(), position % 16 == 0) << position;
+    EXPECT_EQ(lease.dropped(), position / 16 * 16 - 48) << position;
+    if (!turn) continue;
+    std::rotate(window.begin(), window.begin() + 1, window.end());
+    EXPECT_EQ(turn->from_block, first[0]);
+    EXPECT_EQ(turn->to_block, first[4]);
+    EXPECT_EQ(turn->delta, lease.dropped());
+    EXPECT_EQ(lease.blocks(),
+              (std::vector<int32_t>{first[4], window[0], window[1], window[2], first[0]}));
+    EXPECT_FALSE(lease.MakeRoom(position).has_value()) << "asked again";
+  }
+  lease.set_position(200);  // 56 are held: 4 blocks of table, and the first as it was
+  const int64_t bytes = manager->SwapBytes(lease);
+  const auto out = manager->SwapOut(lease);
+  ASSERT_TRUE(out.ok());
+  EXPECT_EQ(out->from_blocks.size(), 5u);
+  EXPECT_EQ(out->from_blocks.back(), first[0]);
+  EXPECT_EQ(bytes, 5 * geometry.block_bytes() + geometry.slot_bytes());
+  const auto in = manager->SwapIn(lease);
+  ASSERT_TRUE(in.ok());
+  EXPECT_EQ(in->to_blocks, lease.blocks());
+  EXPECT_EQ(lease.dropped(), 144);
+}
+
+TEST(CacheManagerTest, ABoundThatHoldsNoWindowIsRefused) {
+  for (const auto& [tokens, beyond] : {std::pair(32, 100), {65, 100}, {112, 100}}) {
+    CacheGeometry geometry = SoftmaxGeometry();
+    geometry.bound_tokens = tokens;
+    geometry.bound_beyond = beyond;
+    EXPECT_EQ(CacheManager::Create(geometry).status().code(), absl::StatusCode::kInvalidArgument);
+  }
 }
 
 TEST(CacheManagerTest, FitsIsExactAndFitsEverIgnoresWhatIsHeld) {

@@ -39,7 +39,8 @@ struct DriverRequest {
 // log-probabilities.
 struct DriverOutput {
   std::vector<SampledToken> tokens;
-  std::vector<float> probe;  // logits of three fixed tokens computed after the last one
+  // Logits of three fixed tokens computed after the last one; none of a bounded sequence.
+  std::vector<float> probe;
   int64_t num_drafts = 0, num_accepted = 0, num_dropped = 0;
 
   std::vector<int32_t> ids() const;

@@ -309,25 +309,53 @@ std::vector<double> Rotate(const RandomModel& model, const std::vector<double>& 
   return y;
 }
 
-Rows SoftmaxHead(const Rows& q, const Rows& k, const Rows& v) {
-  Rows o(q.size(), std::vector<double>(v[0].size(), 0.0));
-  for (size_t t = 0; t < q.size(); ++t) {
-    std::vector<double> scores;
-    double max = -INFINITY, sum = 0;
-    for (size_t j = 0; j <= t; ++j) {
-      scores.push_back(Dot(q[t], k[j]) / std::sqrt(static_cast<double>(q[t].size())));
-      max = std::max(max, scores.back());
-    }
-    for (double& score : scores) sum += score = std::exp(score - max);
-    for (size_t j = 0; j <= t; ++j) {
-      for (size_t column = 0; column < v[j].size(); ++column)
-        o[t][column] += scores[j] / sum * v[j][column];
-    }
+// Of rotated q and k.
+std::vector<double> SoftmaxRow(const std::vector<double>& q, std::span<const std::vector<double>> k,
+                               std::span<const std::vector<double>> v) {
+  std::vector<double> o(v[0].size(), 0.0), scores;
+  double max = -INFINITY, sum = 0;
+  for (const auto& key : k) {
+    scores.push_back(Dot(q, key) / std::sqrt(static_cast<double>(q.size())));
+    max = std::max(max, scores.back());
+  }
+  for (double& score : scores) sum += score = std::exp(score - max);
+  for (size_t j = 0; j < k.size(); ++j) {
+    for (size_t column = 0; column < o.size(); ++column)
+      o[column] += scores[j] / sum * v[j][column];
   }
   return o;
 }
 
-Rows LlamaLogits(const RandomModel& model, Weights& weights, const std::vector<int32_t>& tokens) {
+Rows SoftmaxHead(const RandomModel& model, Rows q, Rows k, const Rows& v) {
+  Rows o;
+  for (size_t t = 0; t < q.size(); ++t) {
+    q[t] = Rotate(model, q[t], t);
+    k[t] = Rotate(model, k[t], t);
+    o.push_back(SoftmaxRow(q[t], std::span(k).first(t + 1), std::span(v).first(t + 1)));
+  }
+  return o;
+}
+
+// Token t attends to what is kept, at the places where it is kept.
+Rows BoundedHead(const RandomModel& model, const NaiveBound& bound, const Rows& q, const Rows& k,
+                 const Rows& v) {
+  Rows o;
+  for (size_t t = 0; t < q.size(); ++t) {
+    size_t dropped = 0;
+    while (t - dropped >= bound.most) dropped += bound.block;
+    Rows keys, values;
+    for (size_t j = 0; j <= t; ++j) {
+      if (j >= bound.block && j < bound.block + dropped) continue;
+      keys.push_back(Rotate(model, k[j], keys.size()));
+      values.push_back(v[j]);
+    }
+    o.push_back(SoftmaxRow(Rotate(model, q[t], t - dropped), keys, values));
+  }
+  return o;
+}
+
+Rows LlamaLogits(const RandomModel& model, Weights& weights, const std::vector<int32_t>& tokens,
+                 const NaiveBound& bound) {
   constexpr double kEpsilon = 1e-5;
   Rows x = Embed(weights["model.embed_tokens.weight"], tokens, 1);
   for (int64_t layer = 0; layer < model.num_layers; ++layer) {
@@ -341,12 +369,9 @@ Rows LlamaLogits(const RandomModel& model, Weights& weights, const std::vector<i
       const int64_t kv_head = head / (model.num_heads / model.num_kv_heads);
       Rows q = Columns(q_all, head * model.head_dim, model.head_dim);
       Rows k = Columns(k_all, kv_head * model.head_dim, model.head_dim);
-      for (size_t t = 0; t < tokens.size(); ++t) {
-        q[t] = Rotate(model, q[t], t);
-        k[t] = Rotate(model, k[t], t);
-      }
-      const Rows o_head =
-          SoftmaxHead(q, k, Columns(v_all, kv_head * model.head_dim, model.head_dim));
+      const Rows v = Columns(v_all, kv_head * model.head_dim, model.head_dim);
+      const Rows o_head = bound.most > 0 ? BoundedHead(model, bound, q, k, v)
+                                         : SoftmaxHead(model, std::move(q), std::move(k), v);
       for (size_t t = 0; t < tokens.size(); ++t)
         o[t].insert(o[t].end(), o_head[t].begin(), o_head[t].end());
     }
@@ -371,9 +396,9 @@ void WriteRandomModel(const RandomModel& model, const std::string& folder) {
 }
 
 std::vector<double> NaiveLogits(const RandomModel& model, const std::string& folder,
-                                const std::vector<int32_t>& tokens) {
+                                const std::vector<int32_t>& tokens, const NaiveBound& bound) {
   Weights weights = ReadWeights(folder);
-  const Rows rows = model.family == "llama" ? LlamaLogits(model, weights, tokens)
+  const Rows rows = model.family == "llama" ? LlamaLogits(model, weights, tokens, bound)
                                             : TransnormerLogits(model, weights, tokens);
   std::vector<double> logits;
   for (const auto& row : rows) logits.insert(logits.end(), row.begin(), row.end());

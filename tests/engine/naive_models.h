@@ -33,8 +33,15 @@ struct RandomModel {
 // the same values.
 void WriteRandomModel(const RandomModel& model, const std::string& folder);
 
+// Tokens that a sequence keeps: before token t >= most, whole blocks of `block` tokens behind the
+// first one are dropped until fewer than `most` are kept. Positions count what is kept. llama only.
+struct NaiveBound {
+  size_t most = 0;  // 0: everything
+  size_t block = 16;
+};
+
 // [T, vocab] logits of the model in `folder`, read from its files.
 std::vector<double> NaiveLogits(const RandomModel& model, const std::string& folder,
-                                const std::vector<int32_t>& tokens);
+                                const std::vector<int32_t>& tokens, const NaiveBound& bound = {});
 
 }  // namespace godwit

@@ -95,6 +95,9 @@ class WrappedBackend final : public Backend {
   OpStatus LightningAttention(const LightningAttentionArgs& args) override {
     return Op("LightningAttention", &Backend::LightningAttention, args);
   }
+  OpStatus TurnKeys(const TurnKeysArgs& args) override {
+    return Op("TurnKeys", &Backend::TurnKeys, args);
+  }
   OpStatus Rope(const RopeArgs& args) override { return Op("Rope", &Backend::Rope, args); }
   OpStatus PagedAttention(const PagedAttentionArgs& args) override {
     return Op("PagedAttention", &Backend::PagedAttention, args);

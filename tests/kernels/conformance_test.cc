@@ -462,6 +462,48 @@ TEST_P(ConformanceTest, Rope) {
   }
 }
 
+// Seen through attention, since a back end lays out its blocks as it likes.
+TEST_P(ConformanceTest, TurnKeys) {
+  const PagedShape shapes[] = {{4, 2, 16, 8, PairLayout::kInterleaved, DType::kF32},
+                               {6, 2, 40, 10, PairLayout::kHalfSplit, DType::kBF16},
+                               {2, 1, 40, 7, PairLayout::kInterleaved, DType::kBF16},
+                               {8, 2, 64, 32, PairLayout::kHalfSplit, DType::kBF16},
+                               {8, 1, 128, 64, PairLayout::kHalfSplit, DType::kBF16},
+                               {2, 2, 256, 128, PairLayout::kHalfSplit, DType::kF32}};
+  for (const PagedShape& shape : shapes) {
+    for (const int64_t delta : {16, 4080, 1 << 30}) {
+      auto run = [&](Backend& backend, bool turned) {
+        PagedRun paged(backend, shape, 32);
+        paged.Step({{0, 0, 16, true}, {1, 0, 16, true}});
+        // Sequence 2 and 3 begin with the turned blocks of 0 and 1; 0 and 1 keep theirs.
+        paged.TurnFirstBlocks({{0, 2, turned ? delta : 0}, {1, 3, turned ? 2 * delta : 0}});
+        paged.TurnFirstBlocks({});
+        paged.Step({{2, 16, 1, false}, {3, 16, 1, false}, {0, 16, 1, false}});
+        std::vector<float> outputs;
+        for (const int sequence : {2, 3, 0}) {
+          const std::vector<float> output = paged.Output(sequence, 16, 17);
+          outputs.insert(outputs.end(), output.begin(), output.end());
+        }
+        return outputs;
+      };
+      std::vector<double> tolerance = PagedRun(*ref_, shape, 32).Tolerance(0);
+      const std::vector<float> expected = run(*ref_, true);
+      tolerance.resize(expected.size());
+      for (double& value : tolerance) value *= 2;  // keys are rounded twice
+      const std::vector<float> actual = run(*backend_, true);
+      EXPECT_TRUE(Within(actual, expected, tolerance)) << shape.head_dim << " " << delta;
+      // A bound for every rounding of bf16 says little: what a turn changes is far more.
+      const std::vector<float> still = run(*ref_, false);
+      double error = 0, change = 0;
+      for (size_t index = 0; index < expected.size(); ++index) {
+        error = std::max(error, std::abs(double{actual[index]} - expected[index]));
+        change = std::max(change, std::abs(double{still[index]} - expected[index]));
+      }
+      EXPECT_LT(error, change / 20) << shape.head_dim << " " << delta;
+    }
+  }
+}
+
 TEST_P(ConformanceTest, PagedAttention) {
   const PagedShape shapes[] = {{1, 1, 1, 0, PairLayout::kHalfSplit, DType::kF32},
                                {4, 2, 16, 8, PairLayout::kInterleaved, DType::kF32},

@@ -137,6 +137,36 @@ class PagedRun {
     Step(pieces);
   }
 
+  // The first block of each `to` becomes that of its `from`, its keys `delta` positions further.
+  struct Turn {
+    int from = 0, to = 0;
+    int64_t delta = 0;
+  };
+  void TurnFirstBlocks(const std::vector<Turn>& turns) {
+    DeviceArena arena(arena_.backend());
+    std::vector<double> tables(static_cast<size_t>(shape_.rotary_pairs) + 1, 0.25);  // not theirs
+    for (int i = 0; i < shape_.rotary_pairs; ++i) {
+      tables.push_back(std::pow(10000.0, -static_cast<double>(i) / shape_.rotary_pairs));
+    }
+    tables.push_back(1.25);  // an attention factor, which keys carry already
+    const auto last = static_cast<int32_t>(blocks_.shape[0] - 1);
+    std::vector<BlockTurn> blocks;
+    for (const Turn& turn : turns)
+      blocks.push_back({last - turn.from, last - turn.to, 1, turn.delta});
+    const OpStatus status =
+        arena_.backend().TurnKeys({.blocks = blocks_,
+                                   .pair_layout = shape_.layout,
+                                   .num_kv_heads = shape_.kv_heads,
+                                   .head_dim = shape_.head_dim,
+                                   .tables = arena.UploadArray(tables),
+                                   .num_tables = 2,
+                                   .num_freqs = shape_.rotary_pairs,
+                                   .turns = arena.UploadArray(blocks),
+                                   .num_turns = static_cast<int32_t>(blocks.size())});
+    ASSERT_TRUE(status.ok()) << status.text;
+    ASSERT_TRUE(arena_.backend().Synchronize().ok());
+  }
+
   const std::vector<float>& output(int sequence) { return Tokens(sequence).o; }
   std::vector<float> Output(int sequence, int64_t begin, int64_t end) {
     const std::vector<float>& o = output(sequence);

@@ -215,6 +215,32 @@ TEST(ValidateTest, Rope) {
        {[](auto& a) { a.sin.dtype = DType::kBF16; }, "sin has dtype bf16"}});
 }
 
+TEST(ValidateTest, TurnKeys) {
+  static double tables[10];
+  static BlockTurn turn;
+  TurnKeysArgs good;
+  good.num_kv_heads = 2;
+  good.head_dim = 8;
+  good.blocks = View(DType::kBF16, 5, 2, 2, 8 * kPagedBlock);
+  good.tables = tables;
+  good.num_tables = 2;
+  good.num_freqs = 4;
+  good.turns = &turn;
+  good.num_turns = 1;
+  ExpectRejections<TurnKeysArgs>(
+      good, "TurnKeys",
+      {{[](auto& a) { a.num_kv_heads = 0; }, "num_kv_heads is 0"},
+       {[](auto& a) { a.head_dim = 1025; }, "head_dim is 1025"},
+       {[](auto& a) { a.num_freqs = 5; }, "num_freqs is 5, not in [1, 4]"},
+       {[](auto& a) { a.num_tables = 0; }, "num_tables is 0"},
+       {[](auto& a) { a.tables = nullptr; }, "tables are absent"},
+       {[](auto& a) { a.pair_layout = static_cast<PairLayout>(7); }, "pair_layout 7 is unknown"},
+       {[](auto& a) { a.blocks.dtype = DType::kI32; }, "blocks has dtype i32, expected f32 or bf16"},
+       {[](auto& a) { a.blocks.shape[2] = 3; }, "blocks has size 3 in dimension 2"},
+       {[](auto& a) { a.num_turns = -1; }, "num_turns is -1"},
+       {[](auto& a) { a.turns = nullptr; }, "turns are absent"}});
+}
+
 TEST(ValidateTest, PagedAttention) {
   static StepRow row;
   static int32_t tables[1];

@@ -31,6 +31,36 @@ struct Refusal {
   void (*change)(GenerateRequest&);
 };
 
+// Beyond the context, 4 blocks of table and one behind them serve any length of output.
+TEST(AdmissionTest, UnlimitedOutputReservesABoundAndCountsWhatWasDropped) {
+  HarnessOptions options = Blocks(4, 10);
+  options.scheduler.context_length = 100;
+  options.geometry.bound_tokens = 64;
+  options.geometry.bound_beyond = 100;
+  Harness harness(options);
+  const auto refusal = [&](int64_t num_prompt, int64_t max_tokens) {
+    GenerateRequest request = Harness::Request(num_prompt, max_tokens);
+    request.stream = std::make_shared<TokenStream>([] {});
+    return std::string(ValidateRequest(request, options.scheduler, *harness.caches).message());
+  };
+  EXPECT_EQ(refusal(90, 10), "");
+  EXPECT_EQ(refusal(64, 1 << 30), "");
+  EXPECT_EQ(refusal(65, 36),
+            "prompt of 65 tokens exceeds the 64 that a sequence of unlimited output holds");
+  EXPECT_EQ(refusal(10, INT64_MAX), "max_tokens 9223372036854775807 not <= 1099511627776");
+  const GenerateRequest requests[] = {Harness::Request(20, 281, 1), Harness::Request(64, 70, 2),
+                                      Harness::Request(30, 40, 3)};
+  for (const GenerateRequest& request : requests) harness.Add(request);
+  harness.Step();
+  EXPECT_EQ(harness.scheduler->stats().blocks_used, 10);  // the third waits
+  harness.Run();
+  harness.ExpectClean();
+  EXPECT_EQ(harness.clients[0].num_dropped, 240);  // 300 went through
+  EXPECT_EQ(harness.clients[1].num_dropped, 80);   // 133
+  EXPECT_EQ(harness.clients[2].num_dropped, 0);
+  EXPECT_EQ(harness.scheduler->stats().num_dropped, 320);
+}
+
 TEST(AdmissionTest, RefusesWhatCanNeverRunAndNamesTheLimit) {
   HarnessOptions options = Blocks(4, 40);
   options.scheduler.context_length = 2000;

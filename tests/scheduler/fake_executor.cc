@@ -142,7 +142,7 @@ void FakeExecutor::CheckRow(const BatchRow& row, Step& step) {
 
 void FakeExecutor::Append(const CacheLease& lease, SlotState& state, int32_t token_id) {
   state.hash = Mix(state.hash, static_cast<uint64_t>(token_id));
-  if (paged_) {
+  if (paged_ && !lease.bounded()) {  // the cells of a bounded one are the engine's matter
     const auto block =
         static_cast<size_t>(lease.blocks()[static_cast<size_t>(state.position / kPagedBlock)]);
     Check(caches_.NumUsers(static_cast<int32_t>(block)) == 1, "writes to a shared block");
@@ -159,7 +159,8 @@ uint64_t FakeExecutor::Cell(const CacheLease& lease, int64_t position) {
 }
 
 SampledToken FakeExecutor::Draw(const RowOutput& output, const SlotState& state) {
-  const uint64_t cell = paged_ ? Cell(*output.lease, FarPosition(state.position)) : 0;
+  const bool in_blocks = paged_ && !output.lease->bounded();
+  const uint64_t cell = in_blocks ? Cell(*output.lease, FarPosition(state.position)) : 0;
   return {.token_id = DrawToken(output.seed, output.output_index, state.position, state.hash, cell,
                                 options_.vocab_size)};
 }

@@ -45,6 +45,7 @@ void Client::ReadOne(TokenEvent event) {
       speculation = event.speculation;
       kept_position = event.kept_position;
       kept_token = event.kept_token;
+      num_dropped = event.num_dropped;
       break;
   }
 }

@@ -38,6 +38,7 @@ struct Client {
   SpeculationStats speculation;
   int64_t kept_position = -1;
   int32_t kept_token = -1;
+  int64_t num_dropped = 0;
   std::vector<std::string> errors;
 
  private:

@@ -69,6 +69,37 @@ class RealServer {
   std::unique_ptr<v1::Inference::Stub> stub_;
 };
 
+// A request beyond the context: refused, or served with what it dropped in its usage.
+TEST(UnlimitedOutputTest, IsServedWhereTheServerSaysSo) {
+  const TinyModel model({.family = TinyFamily::kLlama});
+  ServerOptions options = OptionsFor(model.folder());
+  options.engine.context_length = 96;
+  v1::GenerateRequest request;
+  for (int32_t id = 3; id < 23; ++id) request.mutable_token_ids()->add_ids(id);
+  request.mutable_stopping()->set_max_tokens(200);
+  request.mutable_stopping()->set_ignore_eos(true);
+  v1::GenerateResponse response;
+  {
+    RealServer server(options);
+    ASSERT_TRUE(server.ok());
+    EXPECT_EQ(server.Generate(request, &response).error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  }
+  options.engine.unlimited_output = 48;
+  RealServer server(options);
+  ASSERT_TRUE(server.ok());
+  const grpc::Status status = server.Generate(request, &response);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  EXPECT_EQ(response.summary().usage().completion_tokens(), 200);
+  EXPECT_EQ(response.summary().usage().dropped_tokens(), 144);  // 219 went through, at most 80 stay
+  request.mutable_stopping()->set_max_tokens(76);
+  ASSERT_TRUE(server.Generate(request, &response).ok());
+  EXPECT_EQ(response.summary().usage().dropped_tokens(), 0);  // within the context
+  for (int32_t id = 3; id < 64; ++id) request.mutable_token_ids()->add_ids(id);
+  const grpc::Status refused = server.Generate(request, &response);
+  EXPECT_NE(refused.error_message().find("at most 80 tokens"), std::string::npos)
+      << refused.error_message();
+}
+
 TEST(Stories260KTest, AllGreedyContinuationsThroughTheServer) {
   const char* data = std::getenv("GODWIT_TEST_DATA");
   if (data == nullptr) GTEST_SKIP() << "GODWIT_TEST_DATA is not set";
