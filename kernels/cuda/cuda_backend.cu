@@ -121,8 +121,8 @@ class CudaBackend final : public Backend {
     return Result("CopyOnDevice", cudaMemcpyAsync(to, from, static_cast<size_t>(num_bytes),
                                                   cudaMemcpyDeviceToDevice, stream_));
   }
-  OpStatus FillZero(void* data, int64_t num_bytes) override {
-    return Result("FillZero", cudaMemsetAsync(data, 0, static_cast<size_t>(num_bytes), stream_));
+  OpStatus FillZero(const ByteRange* ranges, int64_t num_ranges) override {
+    return Result("FillZero", LaunchFillZero(ranges, num_ranges, stream_));
   }
 
   // The layout is row-major [num_rows, num_columns].
