@@ -120,7 +120,8 @@ GODWIT_EXPORT const char* GodwitPagedAttention(const GodwitPaged* x) {
 }
 
 GODWIT_EXPORT const char* GodwitFillZero(void* data, int64_t num_bytes) {
-  return Text(backend->FillZero(data, num_bytes));
+  const godwit::ByteRange range = {data, num_bytes};
+  return Text(backend->FillZero(&range, 1));
 }
 GODWIT_EXPORT const char* GodwitSetMark(int mark) { return Text(backend->SetMark(mark)); }
 GODWIT_EXPORT const char* GodwitSecondsBetween(int from, int to, double* seconds) {

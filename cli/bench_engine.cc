@@ -106,7 +106,8 @@ class Pipeline {
         std::chrono::duration<double>(end - std::exchange(last_end_, end)).count();
     const double collect = std::chrono::duration<double>(end - start).count();
     times_.period_us.push_back(period * 1e6);
-    times_.idle_us.push_back(std::max(period - result.forward_seconds, 0.0) * 1e6);
+    times_.idle_us.push_back(
+        result.idle_seconds.value_or(std::max(period - result.forward_seconds, 0.0)) * 1e6);
     times_.host_us.push_back((step.submit_seconds + collect - result.wait_seconds) * 1e6);
     return absl::OkStatus();
   }

@@ -115,6 +115,9 @@ struct StepResult {
   double forward_seconds = 0;   // device time of the step
   double wait_seconds = 0;      // that Collect waited for the device
   double draft_seconds = 0;     // of which the draft model's
+  // From the end of the step before to its begin on the device; of a step submitted while that was
+  // in flight.
+  std::optional<double> idle_seconds;
 };
 
 using StepId = int64_t;

@@ -84,21 +84,25 @@ void* CachePool::blocks(int component) const {
   return storage_[static_cast<size_t>(component)].blocks.bytes();
 }
 
-absl::Status CachePool::ZeroSlot(int32_t slot) {
-  GODWIT_CHECK(slot >= 0 && slot < geometry_.num_slots);
-  for (size_t index = 0; index < storage_.size(); ++index) {
-    const StateComponent& component = geometry_.components[index];
-    if (component.base_bytes > 0) {
-      RETURN_IF_ERROR(backend_.FillZero(storage_[index].bases.bytes() + slot * component.base_bytes,
-                                        component.base_bytes));
-    }
-    if (component.windowed() && !poison_.empty()) {
-      const int64_t num_bytes = geometry_.window_rows * component.row_bytes;
-      RETURN_IF_ERROR(backend_.CopyFromHost(storage_[index].windows.bytes() + slot * num_bytes,
-                                            poison_.data(), num_bytes));
+absl::Status CachePool::ZeroSlots(std::span<const int32_t> slots) {
+  zeroed_.clear();
+  for (const int32_t slot : slots) {
+    GODWIT_CHECK(slot >= 0 && slot < geometry_.num_slots);
+    for (size_t index = 0; index < storage_.size(); ++index) {
+      const StateComponent& component = geometry_.components[index];
+      if (component.base_bytes > 0) {
+        zeroed_.push_back(
+            {storage_[index].bases.bytes() + slot * component.base_bytes, component.base_bytes});
+      }
+      if (component.windowed() && !poison_.empty()) {
+        const int64_t num_bytes = geometry_.window_rows * component.row_bytes;
+        RETURN_IF_ERROR(backend_.CopyFromHost(storage_[index].windows.bytes() + slot * num_bytes,
+                                              poison_.data(), num_bytes));
+      }
     }
   }
-  return absl::OkStatus();
+  if (zeroed_.empty()) return absl::OkStatus();
+  return ToStatus(backend_.FillZero(zeroed_.data(), std::ssize(zeroed_)));
 }
 
 template <typename Visit>

@@ -29,7 +29,8 @@ class CachePool {
   void* windows(int component) const;  // [num_slots, window_rows, row_bytes]
   void* blocks(int component) const;   // [num_blocks, kPagedBlock * row_bytes]
 
-  absl::Status ZeroSlot(int32_t slot);            // bases; in debug builds windows are filled with NaN
+  // Bases; in debug builds windows are filled with NaN.
+  absl::Status ZeroSlots(std::span<const int32_t> slots);
 
   // Bases, rows that were written, blocks. A swap-out or save keeps the bytes under host_id until swapped in or dropped;
   // RESOURCE_EXHAUSTED without host memory for them.
@@ -58,6 +59,7 @@ class CachePool {
   Backend& backend_;
   CacheGeometry geometry_;
   std::vector<Storage> storage_;              // per component
+  std::vector<ByteRange> zeroed_;             // of ZeroSlots: kept for its memory
   std::vector<char> poison_;                  // NaNs for one window; empty in release builds
   std::map<int64_t, HostCopy> host_copies_;
 };

@@ -225,6 +225,7 @@ struct Engine::Impl {
     std::vector<std::vector<float>> predicted;  // per row, of its drafts
     bool replayable = false;                    // every row decodes, on a back end that records
     bool verifies = false;                      // some row has drafts
+    bool follows = false;                       // the step before it was in flight
   };
 
   absl::Status Init(EngineOptions options);
@@ -266,11 +267,12 @@ struct Engine::Impl {
   absl::Status Trim(const CacheCopy& copy);
   void DropReleasedHostCopies();
 
-  // Three marks a step in flight: when the queue begins it, has its drafts, and has ended it.
-  static int BeginMark(StepId id) { return static_cast<int>(id % kMaxStepsInFlight) * 3; }
+  // Three marks a step: when the queue begins it, has its drafts, and has ended it. Those of the
+  // step before the oldest in flight are kept too.
+  static int BeginMark(StepId id) { return static_cast<int>(id % (kMaxStepsInFlight + 1)) * 3; }
   static int DraftMark(StepId id) { return BeginMark(id) + 1; }
   static int EndMark(StepId id) { return BeginMark(id) + 2; }
-  static_assert(3 * kMaxStepsInFlight <= kNumMarks);
+  static_assert(3 * (kMaxStepsInFlight + 1) <= kNumMarks);
 
   SlotState& slot(int32_t index) { return slots[static_cast<size_t>(index)]; }
 
@@ -281,6 +283,7 @@ struct Engine::Impl {
   std::unique_ptr<AcceptanceHead> head;  // beside the draft model, or null
   std::unique_ptr<CacheManager> caches;
   std::unique_ptr<CachePool> pool;
+  std::vector<int32_t> fresh_slots;  // of ZeroFreshSlots: kept for its memory
   std::unique_ptr<Sampler> sampler;
   std::unique_ptr<StepArena> arena;
   std::optional<RopeStore> ropes;  // none for a model without RoPE
@@ -619,10 +622,11 @@ absl::StatusOr<ForwardPlan> Engine::Impl::Upload(const StepArrays& arrays, Step&
 }
 
 absl::Status Engine::Impl::ZeroFreshSlots(std::span<const BatchRow> rows) {
+  fresh_slots.clear();
   for (const BatchRow& row : rows) {
-    if (row.lease->fresh()) RETURN_IF_ERROR(pool->ZeroSlot(row.lease->slot()));
+    if (row.lease->fresh()) fresh_slots.push_back(row.lease->slot());
   }
-  return absl::OkStatus();
+  return pool->ZeroSlots(fresh_slots);
 }
 
 // A slot's table is the row's: after a fork or a move the first row in the new slot brings it.
@@ -761,7 +765,8 @@ absl::StatusOr<StepId> Engine::Submit(std::span<const BatchRow> rows) {
     const StepId pending = StartState(*row.lease, impl.slots).pending_step;
     GODWIT_CHECK(pending < 0 || pending + 1 == impl.next_step);
   }
-  Impl::Step step = {.id = impl.next_step, .rows = {rows.begin(), rows.end()}};
+  Impl::Step step = {
+      .id = impl.next_step, .rows = {rows.begin(), rows.end()}, .follows = !impl.in_flight.empty()};
   RETURN_IF_ERROR(impl.Run(step));
   ++impl.next_step;
   impl.in_flight.push_back(std::move(step));
@@ -913,6 +918,12 @@ absl::StatusOr<StepResult> Engine::Collect(StepId id) {
                                                &result.forward_seconds));
   RETURN_IF_ERROR(impl.backend->SecondsBetween(Impl::BeginMark(id), Impl::DraftMark(id),
                                                &result.draft_seconds));
+  if (step.follows) {
+    double seconds = 0;
+    RETURN_IF_ERROR(
+        impl.backend->SecondsBetween(Impl::EndMark(id - 1), Impl::BeginMark(id), &seconds));
+    result.idle_seconds = std::max(seconds, 0.0);
+  }
   impl.ResolveTokens(step);
   if (impl.speculator != nullptr) impl.Measure(step, result);
   if (impl.recorder != nullptr) RETURN_IF_ERROR(impl.Record(step));

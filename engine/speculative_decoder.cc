@@ -19,7 +19,7 @@ namespace {
 
 int64_t RoundDown(int64_t value, int64_t multiple) { return value / multiple * multiple; }
 
-constexpr int kFirstPassMark = 6;  // two of its own, besides those of steps in flight
+constexpr int kFirstPassMark = 9;  // two of its own, besides those of steps
 static_assert(kFirstPassMark + 2 <= kNumMarks);
 constexpr int64_t kMargins = 0, kHeadLogits = 1;  // of the signs of a pass
 constexpr int64_t kWarmUpObservations = 48;       // of a class, before its estimates are trusted

@@ -40,7 +40,13 @@ struct BackendLimits {
                                // the cuts at multiples of P
 };
 
-inline constexpr int kNumMarks = 8;
+inline constexpr int kNumMarks = 12;
+
+// Of device memory.
+struct ByteRange {
+  void* data = nullptr;
+  int64_t num_bytes = 0;
+};
 
 // Not thread-safe: one owner thread calls it. Ops are queued in order and may still be running when
 // the call returns; arguments structs are read before it returns, device data they point to when
@@ -77,7 +83,8 @@ class Backend {
   virtual OpStatus CopyOnDevice(void* to, const void* from, int64_t num_bytes) = 0;
   // Copies that do not overlap, in one launch where launches cost more than the bytes.
   virtual OpStatus CopyRanges(const CopyRange* ranges, int64_t num_ranges) = 0;
-  virtual OpStatus FillZero(void* data, int64_t num_bytes) = 0;
+  // Any number of ranges, all at once.
+  virtual OpStatus FillZero(const ByteRange* ranges, int64_t num_ranges) = 0;
 
   // Weights, in the back end's one layout. PackMatrixRows stores `source` (host, [n, num_columns],
   // f32 or bf16, any 2-byte alignment) as rows [first_row, first_row + n) of `matrix`, converting

@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <deque>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -278,10 +279,14 @@ void EngineLoop::Impl::FinishOldestStep() {
                     .num_rows = std::ssize(step.plan.rows),
                     .forward_ns = static_cast<TimeNs>(result->forward_seconds * 1e9),
                     .draft_ns = static_cast<TimeNs>(result->draft_seconds * 1e9)};
+  const std::optional<double> idle_seconds = result->idle_seconds;
   for (const RowResult& row : result->rows) report.num_drafts += row.num_drafts + row.num_dropped;
   scheduler.Apply(std::move(step.plan), *std::move(result), Now());
   const TimeNs end = Now();
   report.step_ns = end - std::max(step.planned, last_step_end);
+  report.overhead_ns = idle_seconds.has_value()
+                           ? static_cast<TimeNs>(*idle_seconds * 1e9)
+                           : std::max<TimeNs>(0, report.step_ns - report.forward_ns);
   report.stats = scheduler.stats();
   last_step_end = end;
   if (options.on_step) options.on_step(report);

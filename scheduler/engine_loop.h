@@ -21,6 +21,9 @@ struct StepReport {
       0;  // to the end of Apply, from Plan or from the end of the step before, the later
   TimeNs forward_ns = 0;  // of which the executor's own time
   TimeNs draft_ns = 0;    // of which the draft model's
+  // What the executor's work did not cover: its device's pause before the step, or, where none was
+  // in flight, the step's time without forward_ns.
+  TimeNs overhead_ns = 0;
   SchedulerStats stats;
 };
 

@@ -81,8 +81,12 @@ class CpuBackend final : public Backend {
     }
     return {};
   }
-  OpStatus FillZero(void* data, int64_t num_bytes) override {
-    if (num_bytes > 0) std::memset(data, 0, static_cast<size_t>(num_bytes));
+  OpStatus FillZero(const ByteRange* ranges, int64_t num_ranges) override {
+    for (const ByteRange* range = ranges; range != ranges + num_ranges; ++range) {
+      if (range->num_bytes > 0) {
+        std::memset(range->data, 0, static_cast<size_t>(range->num_bytes));
+      }
+    }
     return {};
   }
 

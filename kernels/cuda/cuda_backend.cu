@@ -124,8 +124,8 @@ class CudaBackend final : public Backend {
   OpStatus CopyRanges(const CopyRange* ranges, int64_t num_ranges) override {
     return Result("CopyRanges", LaunchCopyRanges(ranges, num_ranges, stream_));
   }
-  OpStatus FillZero(void* data, int64_t num_bytes) override {
-    return Result("FillZero", cudaMemsetAsync(data, 0, static_cast<size_t>(num_bytes), stream_));
+  OpStatus FillZero(const ByteRange* ranges, int64_t num_ranges) override {
+    return Result("FillZero", LaunchFillZero(ranges, num_ranges, stream_));
   }
 
   // The layout is row-major [num_rows, num_columns].

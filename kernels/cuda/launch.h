@@ -50,6 +50,7 @@ cudaError_t LaunchGatherRows(const GatherRowsArgs& args, cudaStream_t stream);
 cudaError_t LaunchRope(const RopeArgs& args, cudaStream_t stream);
 cudaError_t LaunchTurnKeys(const TurnKeysArgs& args, cudaStream_t stream);
 cudaError_t LaunchCountTokens(const CountTokensArgs& args, cudaStream_t stream);
+cudaError_t LaunchFillZero(const ByteRange* ranges, int64_t num_ranges, cudaStream_t stream);
 cudaError_t LaunchFillRandom(const MatrixView& matrix, uint64_t seed, float scale,
                              cudaStream_t stream);
 cudaError_t LaunchLinear(const LinearArgs& args, Context& context);

@@ -1,5 +1,7 @@
-// Row-wise ops without products: embedding, gather, rotation table, turned keys, token counts.
-// Bound by memory.
+// Row-wise ops without products: embedding, gather, rotation table, turned keys, token counts;
+// zeroed memory. Bound by memory.
+
+#include <algorithm>
 
 #include "kernels/base/random_rows.h"
 #include "kernels/cuda/device.cuh"
@@ -13,6 +15,28 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr double kTwoPi = 6.283185307179586476925286766559;
+
+// As many ranges as the arguments of a launch hold.
+constexpr int kMaxZeroed = 200;
+struct Zeroed {
+  ByteRange ranges[kMaxZeroed];
+};
+
+// Columns of blocks: a range each.
+__global__ void __launch_bounds__(kThreads) FillZeroKernel(const __grid_constant__ Zeroed zeroed) {
+  const ByteRange& range = zeroed.ranges[blockIdx.y];
+  char* data = static_cast<char*>(range.data);
+  const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t num_threads = int64_t{gridDim.x} * kThreads;
+  const int64_t num_pieces =
+      reinterpret_cast<uintptr_t>(data) % sizeof(uint4) == 0 ? range.num_bytes / sizeof(uint4) : 0;
+  for (int64_t i = thread; i < num_pieces; i += num_threads) {
+    reinterpret_cast<uint4*>(data)[i] = uint4{};
+  }
+  for (int64_t i = num_pieces * sizeof(uint4) + thread; i < range.num_bytes; i += num_threads) {
+    data[i] = 0;
+  }
+}
 
 // One block a token, four columns a thread where rows allow it (16 bytes of f32).
 __global__ void __launch_bounds__(kThreads)
@@ -137,6 +161,22 @@ cudaError_t LaunchFillRandom(const MatrixView& matrix, uint64_t seed, float scal
   FillRandomKernel<<<static_cast<unsigned>(min(blocks, kMaxBlocks)), kThreads, 0, stream>>>(
       matrix, seed, scale);
   return cudaGetLastError();
+}
+
+cudaError_t LaunchFillZero(const ByteRange* ranges, int64_t num_ranges, cudaStream_t stream) {
+  constexpr int64_t kBytesOfBlock = 16 * kThreads * sizeof(uint4), kMaxBlocks = 64;
+  for (int64_t first = 0; first < num_ranges; first += kMaxZeroed) {
+    const int64_t count = std::min<int64_t>(num_ranges - first, kMaxZeroed);
+    Zeroed zeroed;
+    std::copy_n(ranges + first, count, zeroed.ranges);
+    int64_t most = 1;
+    for (int64_t i = 0; i < count; ++i) most = std::max(most, zeroed.ranges[i].num_bytes);
+    const dim3 grid(static_cast<unsigned>(std::min(DivideUp(most, kBytesOfBlock), kMaxBlocks)),
+                    static_cast<unsigned>(count));
+    FillZeroKernel<<<grid, kThreads, 0, stream>>>(zeroed);
+    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 cudaError_t LaunchEmbedTokens(const EmbedTokensArgs& args, cudaStream_t stream) {

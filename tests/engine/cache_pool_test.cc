@@ -80,13 +80,15 @@ class CachePoolTest : public testing::Test {
   std::unique_ptr<CachePool> pool_;
 };
 
-TEST_F(CachePoolTest, ZeroSlotClearsItsBasesAndNoOthers) {
-  CacheLease first = Reserve(50), second = Reserve(50);
+TEST_F(CachePoolTest, ZeroSlotsClearsTheirBasesAndNoOthers) {
+  CacheLease first = Reserve(50), second = Reserve(50), third = Reserve(50);
   Fill(first, 50, 1);
   Fill(second, 50, 2);
   const std::string kept = Bytes(second, 50);
-  ASSERT_TRUE(pool_->ZeroSlot(first.slot()).ok());
+  Fill(third, 50, 3);
+  ASSERT_TRUE(pool_->ZeroSlots(std::vector<int32_t>{first.slot(), third.slot()}).ok());
   EXPECT_EQ(Bytes(first, 50).substr(0, kBaseBytes), std::string(kBaseBytes, '\0'));
+  EXPECT_EQ(Bytes(third, 50).substr(0, kBaseBytes), std::string(kBaseBytes, '\0'));
   EXPECT_EQ(Bytes(second, 50), kept);
   bool debug_build = false;
   assert((debug_build = true));

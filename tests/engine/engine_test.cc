@@ -1,8 +1,10 @@
 #include "engine/engine.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -147,10 +149,36 @@ TEST_F(EngineTest, CollectMovesTheHostsPosition) {
   EXPECT_EQ(result.rows[0].num_computed, 5);
   EXPECT_EQ(result.num_tokens, 5);
   EXPECT_GT(result.forward_seconds, 0);
+  EXPECT_EQ(result.idle_seconds, std::nullopt) << "nobody knows why it began when it did";
   row.token_ids = {};
   row.confirmed_position = 5;
   EXPECT_EQ(Step(row).rows[0].num_computed, 6);
   EXPECT_EQ(lease.position(), 6);
+}
+
+TEST_F(EngineTest, AStepBehindAnotherSaysHowLongItsDevicePaused) {
+  EngineOptions options = Options();
+  options.max_steps_in_flight = 2;
+  const std::unique_ptr<Engine> engine = MakeEngine(model_, options);
+  CacheLease lease = *engine->caches().Reserve(64);
+  const std::vector<int32_t> prompt = RandomTokens(2, 5, vocab());
+  const SamplingParams sampling;
+  const RowOutput output = {.lease = &lease, .sampling = &sampling};
+  BatchRow row = {
+      .token_ids = prompt, .prompt_length = 5, .lease = &lease, .outputs = std::span(&output, 1)};
+  const auto begin = std::chrono::steady_clock::now();
+  const StepId first = *engine->Submit(std::span(&row, 1));
+  row.token_ids = {};
+  const StepId second = *engine->Submit(std::span(&row, 1));
+  EXPECT_EQ(engine->Collect(first)->idle_seconds, std::nullopt);
+  const StepId third = *engine->Submit(std::span(&row, 1));
+  for (const StepId id : {second, third}) {
+    const StepResult result = *engine->Collect(id);
+    const std::chrono::duration<double> all = std::chrono::steady_clock::now() - begin;
+    ASSERT_TRUE(result.idle_seconds.has_value());
+    EXPECT_GT(*result.idle_seconds, 0) << "the host did something in between";
+    EXPECT_LT(*result.idle_seconds + result.forward_seconds, all.count());
+  }
 }
 
 TEST_F(EngineTest, GreedyTakesTheHighestLogit) {

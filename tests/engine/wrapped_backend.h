@@ -66,8 +66,8 @@ class WrappedBackend final : public Backend {
   OpStatus CopyRanges(const CopyRange* ranges, int64_t num_ranges) override {
     return inner_->CopyRanges(ranges, num_ranges);
   }
-  OpStatus FillZero(void* data, int64_t num_bytes) override {
-    return inner_->FillZero(data, num_bytes);
+  OpStatus FillZero(const ByteRange* ranges, int64_t num_ranges) override {
+    return inner_->FillZero(ranges, num_ranges);
   }
   OpStatus AllocateMatrix(int64_t num_rows, int64_t num_columns, DType dtype,
                           MatrixView* matrix) override {

@@ -79,7 +79,8 @@ TEST(CpuBackendTest, CopiesAndZeroes) {
       backend->CopyOnDevice(data, static_cast<int32_t*>(data) + 1, 12).ok());  // overlapping
   ASSERT_TRUE(backend->CopyToHost(out.data(), data, 16).ok());
   EXPECT_EQ(out, (std::vector<int32_t>{2, 3, 4, 4}));
-  ASSERT_TRUE(backend->FillZero(data, 8).ok());
+  const ByteRange ranges[] = {{data, 4}, {nullptr, 0}, {static_cast<int32_t*>(data) + 1, 4}};
+  ASSERT_TRUE(backend->FillZero(ranges, 3).ok());
   ASSERT_TRUE(backend->CopyToHost(out.data(), data, 16).ok());
   EXPECT_EQ(out, (std::vector<int32_t>{0, 0, 4, 4}));
   ASSERT_TRUE(backend->CopyFromHost(nullptr, nullptr, 0).ok());
