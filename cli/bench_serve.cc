@@ -57,7 +57,7 @@ struct Tally {
   int64_t decoded_tokens = 0;  // after the first of each stream,
   double decode_ms = 0;        // and the time from the first to the last
   std::vector<double> ttft_ms, inter_token_ms, end_to_end_ms;
-  std::vector<std::vector<Delta>> decoded;  // by stream
+  std::vector<std::vector<Delta>> decoded;    // by stream
   std::vector<std::vector<int32_t>> answers;  // by request
   std::string first_error;
 };

@@ -101,8 +101,7 @@ void Sampler::PlanVerify(const BatchRow& row, const StepRow& step_row, int32_t f
     SampleRow& draw = AddDraw(row.outputs[0], step_row.position + token + 1, row.prompt_length);
     draw.logit_row = static_cast<int32_t>(std::ssize(logit_tokens_) - block.logit_begin);
     if (options_.recorder != nullptr && HasDrafts(row)) {
-      draw.probability_row =
-          options_.recorder->TargetRow(first_draft / options_.max_drafts, token);
+      draw.probability_row = options_.recorder->TargetRow(first_draft / options_.max_drafts, token);
     }
     logit_tokens_.push_back(step_row.first_token + token);
     ++block.num_draws;

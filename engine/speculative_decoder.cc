@@ -472,9 +472,9 @@ DraftSigns SpeculativeDecoder::Signs(StepId step, const SlotDraft& slot, int32_t
         .as<const float>()[(2 * pass + kind) * options_.num_slots + slot.draft_row];
   };
   const float scale = slot.temperature > 0 ? slot.temperature : 1;
-  DraftSigns signs = {.margin = std::min(static_cast<double>(sign(index, kMargins) / scale),
-                                         kMaxMargin),
-                      .history = slot.history.logit()};
+  DraftSigns signs = {
+      .margin = std::min(static_cast<double>(sign(index, kMargins) / scale), kMaxMargin),
+      .history = slot.history.logit()};
   if (options_.head == nullptr) return signs;
   // A head that reads a draft speaks in the pass after.
   const int32_t pass = options_.head->label() == HeadLabel::kPost ? index + 1 : index;
@@ -692,7 +692,8 @@ std::vector<float> SpeculativeDecoder::Accept(StepId step, int32_t slot_index,
     slot.unread.clear();
     return {};
   }
-  std::vector<float> predicted = Learn(step, slot, num_drafts, static_cast<int>(tokens.size()) - 1, num_drawn);
+  std::vector<float> predicted =
+      Learn(step, slot, num_drafts, static_cast<int>(tokens.size()) - 1, num_drawn);
   // The draft read the target's input and its own proposals but the last. Those that stand are
   // read for good.
   const int64_t num_read = std::min<int64_t>(std::ssize(tokens), num_drawn) - 1;
@@ -706,9 +707,8 @@ std::vector<float> SpeculativeDecoder::Learn(StepId step, SlotDraft& slot, int n
   std::vector<float> predicted;
   if (!learns_[step % kMaxStepsInFlight]) return predicted;
   for (int place = 0; place < num_drafts; ++place) {
-    predicted.push_back(static_cast<float>(
-        score_.Predict(slot.policy, slot.acceptance_class, place,
-                       Signs(step, slot, place, num_passes))));
+    predicted.push_back(static_cast<float>(score_.Predict(slot.policy, slot.acceptance_class, place,
+                                                          Signs(step, slot, place, num_passes))));
   }
   // All of them with the history before this round.
   const int num_judged = std::min(num_accepted + 1, num_drafts);

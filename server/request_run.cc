@@ -62,9 +62,7 @@ absl::StatusOr<std::shared_ptr<RequestRun>> RequestRun::Start(const ServiceConte
   return run;
 }
 
-void RequestRun::OnNotify() {
-  services_.delivery.Post(on_events_);
-}
+void RequestRun::OnNotify() { services_.delivery.Post(on_events_); }
 
 void RequestRun::Cancel() {
   stream_->Cancel();

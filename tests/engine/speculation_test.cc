@@ -154,9 +154,9 @@ TEST_P(SpeculationTest, PoliciesThatHaveLearntEqualNone) {
   ExpectSame(Drive(*engine, 1, requests), expected);
 }
 
-// One text cut after every number of tokens, so that every round is the last of some; by a draft that
-// is hardly ever accepted, rounds that reject all are among them. What the state answers is that of
-// decoding one by one.
+// One text cut after every number of tokens, so that every round is the last of some; by a draft
+// that is hardly ever accepted, rounds that reject all are among them. What the state answers is
+// that of decoding one by one.
 TEST_P(SpeculationTest, StateAfterEveryRoundEqualsReplay) {
   const auto engine = Make(true);
   for (const DraftPolicy policy : {DraftPolicy::kFixed, DraftPolicy::kThroughput}) {

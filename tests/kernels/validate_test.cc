@@ -235,7 +235,8 @@ TEST(ValidateTest, TurnKeys) {
        {[](auto& a) { a.num_tables = 0; }, "num_tables is 0"},
        {[](auto& a) { a.tables = nullptr; }, "tables are absent"},
        {[](auto& a) { a.pair_layout = static_cast<PairLayout>(7); }, "pair_layout 7 is unknown"},
-       {[](auto& a) { a.blocks.dtype = DType::kI32; }, "blocks has dtype i32, expected f32 or bf16"},
+       {[](auto& a) { a.blocks.dtype = DType::kI32; },
+        "blocks has dtype i32, expected f32 or bf16"},
        {[](auto& a) { a.blocks.shape[2] = 3; }, "blocks has size 3 in dimension 2"},
        {[](auto& a) { a.num_turns = -1; }, "num_turns is -1"},
        {[](auto& a) { a.turns = nullptr; }, "turns are absent"}});

@@ -313,6 +313,11 @@ TEST_P(TinyServerTest, SpeculationGivesTheSameTokensAndSaysWhatItDid) {
     request.mutable_speculation()->set_policy(policy);
     ASSERT_TRUE(server.Generate(request, &response).ok());
     expect_same(response);
+    // Of a draft as large as its target, throughput may want none.
+    if (policy == v1::SpeculationOptions::POLICY_THROUGHPUT &&
+        response.summary().speculation().draft_tokens() == 0) {
+      continue;
+    }
     ASSERT_EQ(response.summary().speculation().predicted_size(), 10);
     int64_t judged = 0, accepted = 0;
     for (const v1::AcceptanceDecile& decile : response.summary().speculation().predicted()) {

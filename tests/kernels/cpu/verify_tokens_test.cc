@@ -192,8 +192,8 @@ class Toy {
     }
   }
 
-  // Drafts up to the first that its own draft model found unlikely; or, as is right, up to the first
-  // that was drawn where no token was likely.
+  // Drafts up to the first that its own draft model found unlikely; or, as is right, up to the
+  // first that was drawn where no token was likely.
   int NumLikely(size_t sequence) {
     for (int index = 0; index < kDrafts; ++index) {
       const size_t draft = sequence * kDrafts + static_cast<size_t>(index);
