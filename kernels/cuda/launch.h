@@ -28,7 +28,7 @@ class Scratch {
 };
 
 class Gemm;  // linear.h
-inline constexpr int64_t kNumCounters = 65536;
+inline constexpr int64_t kNumCounters = 131072;
 
 // What a launch may use besides its arguments. One op at a time, in stream order.
 struct Context {

@@ -11,8 +11,8 @@
 //   step writes rows, tables or older keys;
 //   the asking warp rotates the queries of a range, and writes the step's keys into the cache;
 //   eight warps compute, each every eighth block of a range, from its own slots of the ring;
-//   the finishing warp adds their parts, writes the partial result of the range, and merges all of
-//   a row and head, if it was the last.
+//   two finishing warps, each for every second query, add their parts, write the partial result of
+//   the range, and merge all of a row and head, if it was the last.
 //
 // Query tile: 8 queries (token, head of the group), each held as two bf16 rows, its high and low
 // half, of an m16n8k16 product; likewise the weights. So a query and a weight keep 16 bits of
@@ -43,7 +43,10 @@ namespace {
 constexpr int kTileQueries = 8;
 constexpr int kWarps = 8;  // that compute; then one of each other kind
 constexpr int kFetchWarp = kWarps, kQueryWarp = kWarps + 1, kFinishWarp = kWarps + 2;
-constexpr int kThreads = (kWarps + 3) * kWarp;
+constexpr int kFinishWarps = 2;
+constexpr int kQueriesOfFinisher = kTileQueries / kFinishWarps;
+constexpr int kFinishBarrier = 1;
+constexpr int kThreads = (kFinishWarp + kFinishWarps) * kWarp;
 constexpr int kQueue = 8;  // ranges known to the warps at once
 constexpr int kMaxSlots = 48;
 constexpr int kMaxRows = 1024;                            // decode rows of a step
@@ -102,7 +105,8 @@ struct Args {
   float* partials;    // [num_slots * num_heads][head_dim]
   float2* stats;      // [num_slots * num_heads]: max (base 2) and sum
   int64_t num_slots;
-  uint32_t* counters;  // [0]: items taken; then one for each (row, tile, kv head)
+  uint32_t* counters;  // [0]: items taken; [2], [4], ...: one of 64 bits for each (row, tile, kv
+                       // head), 16 bits for each finishing warp's ranges
 };
 
 template <int kHeadDim>
@@ -191,11 +195,11 @@ __device__ inline void CopyBlock(void* to, const CUtensorMap* cache, int head, i
 }
 
 // Adds; what this thread (and those it has heard of) wrote is seen by whoever adds later.
-__device__ inline uint32_t AddAcquireRelease(uint32_t* counter, uint32_t value) {
-  uint32_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
-               : "=r"(before)
-               : "l"(counter), "r"(value)
+__device__ inline uint64_t AddAcquireRelease(uint64_t* counter, uint64_t value) {
+  uint64_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(counter), "l"(value)
                : "memory");
   return before;
 }
@@ -731,7 +735,8 @@ class Consumer {
   float o_[kHalves * 8][4];
 };
 
-// The finishing warp: adds the parts of a range, and the ranges, and writes the output.
+// A finishing warp: adds the parts of a range, and the ranges, and writes the output, of queries
+// member_, member_ + kFinishWarps, ... of a tile.
 template <int kHeadDim>
 class Finisher {
   using L = Layout<kHeadDim>;
@@ -751,13 +756,18 @@ class Finisher {
       if (range.row < 0) return;
       hopper::BarrierWait(&shared_.parts_full[place], n / kQueue % 2);
       const uint32_t slot = range.parts_slot() % L::kSlots;
-      Columns o[kTileQueries];
-      const Running part =
-          AddParts(reinterpret_cast<const typename L::Part*>(ring_ + slot * L::kSlotBytes),
-                   range.num_queries, o);
-      __syncwarp();
-      if (lane_ < kWarps) hopper::BarrierArrive(&shared_.slot_empty[slot + lane_]);
-      if (lane_ == 0) hopper::BarrierArrive(&shared_.range_empty[place]);
+      Columns o[kQueriesOfFinisher];
+      Running part;
+      if (member_ < range.num_queries) {
+        part = AddParts(reinterpret_cast<const typename L::Part*>(ring_ + slot * L::kSlotBytes),
+                        range.num_queries, o);
+      }
+      hopper::NamedBarrierSync(kFinishBarrier, kFinishWarps * kWarp);
+      if (member_ == 0) {
+        if (lane_ < kWarps) hopper::BarrierArrive(&shared_.slot_empty[slot + lane_]);
+        if (lane_ == 0) hopper::BarrierArrive(&shared_.range_empty[place]);
+      }
+      if (member_ >= range.num_queries) continue;
       if (shared_.plan.whole_rows || range.num_ranges == 1) {
         AddRange(range, part, o);
       } else {
@@ -768,9 +778,11 @@ class Finisher {
   }
 
  private:
-  // The range's max and sum of query lane % 8, and o of every query.
+  __device__ int QueryOf(int i) const { return member_ + i * kFinishWarps; }
+
+  // The range's max and sum of query lane % 8, and o of this warp's queries.
   __device__ Running AddParts(const typename L::Part* first, int num_queries,
-                              Columns (&o)[kTileQueries]) const {
+                              Columns (&o)[kQueriesOfFinisher]) const {
     const auto part_of = [&](int w) -> const typename L::Part& {
       return *reinterpret_cast<const typename L::Part*>(reinterpret_cast<const char*>(first) +
                                                         w * L::kSlotBytes);
@@ -786,16 +798,17 @@ class Finisher {
       sum = __fmaf_rn(part_of(w).sum[mine], factor[w], sum);
     }
 #pragma unroll
-    for (int query = 0; query < kTileQueries; ++query) {
+    for (int i = 0; i < kQueriesOfFinisher; ++i) {
+      const int query = QueryOf(i);
       if (query >= num_queries) break;
-      o[query] = {};
+      o[i] = {};
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
         const float f = __shfl_sync(0xffffffffu, factor[w], query);
         const Columns part =
             *reinterpret_cast<const Columns*>(&part_of(w).o[query][lane_ * kColumns]);
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) o[query].x[c] = __fmaf_rn(part.x[c], f, o[query].x[c]);
+        for (int c = 0; c < kColumns; ++c) o[i].x[c] = __fmaf_rn(part.x[c], f, o[i].x[c]);
       }
     }
     return {max, sum};
@@ -803,21 +816,22 @@ class Finisher {
 
   // To the row's total, which is this block's alone.
   __device__ void AddRange(const Range& range, const Running& part,
-                           const Columns (&o)[kTileQueries]) {
+                           const Columns (&o)[kQueriesOfFinisher]) {
     if (range.number == 0) total_ = {};
     const float2 factors = Merge(total_, part.max, part.sum);
 #pragma unroll
-    for (int query = 0; query < kTileQueries; ++query) {
+    for (int i = 0; i < kQueriesOfFinisher; ++i) {
+      const int query = QueryOf(i);
       if (query >= range.num_queries) break;
-      if (range.number == 0) total_o_[query] = {};
+      if (range.number == 0) total_o_[i] = {};
       const float2 f = {__shfl_sync(0xffffffffu, factors.x, query),
                         __shfl_sync(0xffffffffu, factors.y, query)};
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
-        total_o_[query].x[c] = MergeValue(f, total_o_[query].x[c], o[query].x[c]);
+        total_o_[i].x[c] = MergeValue(f, total_o_[i].x[c], o[i].x[c]);
       }
       if (range.number == range.num_ranges - 1) {
-        WriteOutput(range, query, total_o_[query], __shfl_sync(0xffffffffu, total_.sum, query));
+        WriteOutput(range, query, total_o_[i], __shfl_sync(0xffffffffu, total_.sum, query));
       }
     }
   }
@@ -833,19 +847,21 @@ class Finisher {
   }
 
   __device__ void WritePartials(const Range& range, const Running& part,
-                                const Columns (&o)[kTileQueries]) {
+                                const Columns (&o)[kQueriesOfFinisher]) {
     const int64_t offset = range.number * SlotStride(range);
 #pragma unroll
-    for (int query = 0; query < kTileQueries; ++query) {
+    for (int i = 0; i < kQueriesOfFinisher; ++i) {
+      const int query = QueryOf(i);
       if (query >= range.num_queries) break;
       const int64_t slot = FirstSlot(range, query) + offset;
-      StoreColumns(&args_.partials[slot * kHeadDim + lane_ * kColumns], o[query]);
+      StoreColumns(&args_.partials[slot * kHeadDim + lane_ * kColumns], o[i]);
       if (lane_ == query) __stcg(&args_.stats[slot], float2{part.max, part.sum});
     }
   }
 
-  // Whether all ranges of the tile are there, after this one.
+  // Whether this warp's queries of all ranges of the tile are there, after this one.
   __device__ bool IsLast(const Range& range) {
+    const auto others = static_cast<uint32_t>(range.num_ranges) - 1;
     uint32_t before = 0;
     __syncwarp();
     if (lane_ == 0) {
@@ -853,18 +869,23 @@ class Finisher {
       // row.
       const int64_t queries_before = int64_t{range.first_token} * HeadsOfGroup(attention_);
       const int64_t tile = queries_before / kTileQueries + range.row + range.tile;
-      uint32_t* counter = args_.counters + 1 + tile * attention_.num_kv_heads + range.head;
-      before = AddAcquireRelease(counter, 1);
-      if (before == static_cast<uint32_t>(range.num_ranges) - 1) *counter = 0;
+      auto* counter = reinterpret_cast<uint64_t*>(args_.counters) + 1 +
+                      tile * attention_.num_kv_heads + range.head;
+      const int shift = 16 * member_;
+      before = AddAcquireRelease(counter, uint64_t{1} << shift) >> shift & 0xffff;
+      if (before == others) {
+        atomicAdd(reinterpret_cast<unsigned long long*>(counter),
+                  -(static_cast<unsigned long long>(range.num_ranges) << shift));
+      }
     }
-    return __shfl_sync(0xffffffffu, before, 0) == static_cast<uint32_t>(range.num_ranges) - 1;
+    return __shfl_sync(0xffffffffu, before, 0) == others;
   }
 
   // The running sums of AddRange; the lanes form the factors of as many ranges.
   __device__ void MergePartials(const Range& range) {
     constexpr int kAtOnce = 16;  // loads on their way
     const int64_t stride = SlotStride(range);
-    for (int query = 0; query < range.num_queries; ++query) {
+    for (int query = member_; query < range.num_queries; query += kFinishWarps) {
       const int64_t first = FirstSlot(range, query);
       float max = -INFINITY, sum = 0;
       Columns o = {};
@@ -939,8 +960,9 @@ class Finisher {
   typename L::Fixed& shared_;
   const char* ring_;
   const int lane_ = threadIdx.x % kWarp;
-  Running total_;  // of query lane % 8
-  Columns total_o_[kTileQueries];
+  const int member_ = static_cast<int>(threadIdx.x) / kWarp - kFinishWarp;  // of the warps
+  Running total_;                                                           // of query lane % 8
+  Columns total_o_[kQueriesOfFinisher];
 };
 
 template <int kHeadDim>
@@ -977,7 +999,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     Fetcher<kHeadDim>(args, shared, ring).Run();
   } else if (warp == kQueryWarp) {
     Asker<kHeadDim>(args, shared).Run();
-  } else if (warp == kFinishWarp) {
+  } else if (warp >= kFinishWarp) {
     Finisher<kHeadDim>(args, shared, ring).Run();
   } else {
     Consumer<kHeadDim>(args, shared).Run(ring);
@@ -1008,7 +1030,7 @@ cudaError_t LaunchKernel(const Args& args, const Context& context) {
 
 int64_t NumCounters(const PagedAttentionArgs& args) {
   const int64_t heads_of_group = args.num_heads / args.num_kv_heads;
-  return 1 + (args.num_decode_tokens * heads_of_group / kTileQueries + args.num_decode_rows) *
+  return 2 + 2 * (args.num_decode_tokens * heads_of_group / kTileQueries + args.num_decode_rows) *
                  args.num_kv_heads;
 }
 
@@ -1017,9 +1039,11 @@ bool Supports(const PagedAttentionArgs& args, const Context& context) {
       reinterpret_cast<uintptr_t>(args.blocks.data) % 16 == 0 && args.blocks.row_stride % 8 == 0;
   // Indices of items are 32 bits wide.
   const int64_t ranges = (args.blocks.rows() / kFineBlocks + 1) * args.num_decode_rows;
+  const int64_t most_of_row = NumRanges(args.blocks.rows());
   return context.compute_capability >= 90 && args.q.dtype == DType::kBF16 && aligned &&
          (args.head_dim == 64 || args.head_dim == 128) && args.num_decode_rows <= kMaxRows &&
-         NumCounters(args) <= kNumCounters && ranges * kWindow * args.num_heads <= INT32_MAX;
+         NumCounters(args) <= kNumCounters && most_of_row <= UINT16_MAX &&
+         ranges * kWindow * args.num_heads <= INT32_MAX;
 }
 
 }  // namespace
