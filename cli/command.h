@@ -25,6 +25,7 @@ void AddBenchServeCommand(CLI::App& bench, int& exit_code);
 void AddBenchContextCommand(CLI::App& bench, int& exit_code);
 void AddBenchEngineCommand(CLI::App& bench, int& exit_code);
 void AddBenchKernelsCommand(CLI::App& bench, int& exit_code);
+void AddBenchSessionsCommand(CLI::App& bench, int& exit_code);
 void AddBenchSpeculateCommand(CLI::App& bench, int& exit_code);
 
 // One line on stderr; returns `code`.

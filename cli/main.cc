@@ -31,6 +31,7 @@ int main(int argc, char** argv) {
   godwit::cli::AddBenchContextCommand(*bench, exit_code);
   godwit::cli::AddBenchEngineCommand(*bench, exit_code);
   godwit::cli::AddBenchKernelsCommand(*bench, exit_code);
+  godwit::cli::AddBenchSessionsCommand(*bench, exit_code);
   godwit::cli::AddBenchSpeculateCommand(*bench, exit_code);
   try {  // CLI11 reports by exception, --help included
     app.parse(argc, argv);

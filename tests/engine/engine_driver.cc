@@ -9,6 +9,7 @@
 #include "gtest/gtest.h"
 #include "kernels/base/check.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "tests/engine/gpu.h"
 
 namespace godwit {
 namespace {
@@ -328,6 +329,31 @@ std::unique_ptr<Engine> MakeEngine(const TinyModel& model, EngineOptions options
                                    std::unique_ptr<Backend, BackendDeleter> backend) {
   options.model_folder = model.folder();
   return Must(Engine::Create(options, std::move(backend)));
+}
+
+std::unique_ptr<Engine> MakeDeterministicEngine(const TinyModel& model, EngineOptions options,
+                                                const std::string& device) {
+  options.deterministic = true;
+  options.warm_up = false;
+  return MakeEngine(model, std::move(options), Must(OpenDevice(device)));
+}
+
+absl::StatusOr<std::unique_ptr<Backend, BackendDeleter>> OpenDevice(const std::string& name) {
+  return name == "cuda" ? OpenGpu() : CreateCpuBackend({.num_threads = 2});
+}
+
+DriverRequest RandomRequest(const TinyModel& model, uint64_t seed, int64_t prompt_length,
+                            int64_t max_tokens) {
+  DriverRequest request = {.prompt = RandomTokens(seed, prompt_length, model.options().vocab_size),
+                           .seed = seed,
+                           .max_tokens = max_tokens};
+  request.sampling.num_logprobs = kMaxTopLogprobs;
+  request.sampling.temperature = seed % 2 == 0 ? 0.0f : 0.8f;
+  if (seed % 2 == 0) return request;
+  request.sampling.top_p = 0.95f;
+  request.sampling.repetition_penalty = 1.1f;
+  request.sampling.frequency_penalty = 0.5f;
+  return request;
 }
 
 std::vector<DriverOutput> Drive(Engine& engine, int steps_in_flight,

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/statusor.h"
 #include "engine/engine.h"
 #include "tests/engine/tiny_model.h"
 
@@ -47,11 +48,21 @@ struct DriverOutput {
   bool SameBits(const DriverOutput& other) const;
 };
 
+// Greedy when `seed` is even, else sampled with penalties; the most log-probabilities either way.
+DriverRequest RandomRequest(const TinyModel& model, uint64_t seed, int64_t prompt_length,
+                            int64_t max_tokens);
+
+// "cpu", with two threads, or "cuda". Not OK: this machine has none.
+absl::StatusOr<std::unique_ptr<Backend, BackendDeleter>> OpenDevice(const std::string& name);
+
 // One engine on the CPU. Fails the test (ASSERT in the constructor's place: check `engine()`) when
 // it cannot be made.
 std::unique_ptr<Engine> MakeEngine(const TinyModel& model, EngineOptions options);
 std::unique_ptr<Engine> MakeEngine(const TinyModel& model, EngineOptions options,
                                    std::unique_ptr<Backend, BackendDeleter> backend);
+// One that computes the same bits for a sequence whatever runs beside it, on a device that opens.
+std::unique_ptr<Engine> MakeDeterministicEngine(const TinyModel& model, EngineOptions options,
+                                                const std::string& device);
 
 // Outputs of all requests, request by request, output by output.
 std::vector<DriverOutput> Drive(Engine& engine, int steps_in_flight,

@@ -14,11 +14,16 @@
 namespace godwit {
 namespace {
 
-using Case = std::tuple<TinyFamily, DType>;
+using Case = std::tuple<TinyFamily, DType, std::string>;  // on which device
 
 class EquivalenceTest : public testing::TestWithParam<Case> {
  protected:
   EquivalenceTest() : model_({.family = std::get<0>(GetParam())}) {}
+
+  void SetUp() override {
+    const absl::Status device = OpenDevice(std::get<2>(GetParam())).status();
+    if (!device.ok()) GTEST_SKIP() << device.message();
+  }
 
   EngineOptions Options(int max_steps_in_flight = 1) const {
     return {.dtype = std::get<1>(GetParam()),
@@ -30,22 +35,11 @@ class EquivalenceTest : public testing::TestWithParam<Case> {
   }
 
   std::unique_ptr<Engine> Make(int max_steps_in_flight = 1) const {
-    return MakeEngine(model_, Options(max_steps_in_flight));
+    return MakeDeterministicEngine(model_, Options(max_steps_in_flight), std::get<2>(GetParam()));
   }
 
-  // Greedy when `seed` is even, else sampled with penalties; all 20 log-probabilities either way.
   DriverRequest Request(uint64_t seed, int64_t prompt_length, int64_t max_tokens) const {
-    DriverRequest request = {
-        .prompt = RandomTokens(seed, prompt_length, model_.options().vocab_size),
-        .seed = seed,
-        .max_tokens = max_tokens};
-    request.sampling.num_logprobs = kMaxTopLogprobs;
-    request.sampling.temperature = seed % 2 == 0 ? 0.0f : 0.8f;
-    if (seed % 2 == 0) return request;
-    request.sampling.top_p = 0.95f;
-    request.sampling.repetition_penalty = 1.1f;
-    request.sampling.frequency_penalty = 0.5f;
-    return request;
+    return RandomRequest(model_, seed, prompt_length, max_tokens);
   }
 
   // As the first and only sequence of a new engine.
@@ -184,13 +178,18 @@ TEST_P(EquivalenceTest, OverrunStepAfterAStopLeavesNoTrace) {
 std::string CaseName(const testing::TestParamInfo<Case>& info) {
   return std::string(std::get<0>(info.param) == TinyFamily::kTransnormer ? "Transnormer"
                                                                          : "Llama") +
-         (std::get<1>(info.param) == DType::kF32 ? "F32" : "BF16");
+         (std::get<1>(info.param) == DType::kF32 ? "F32" : "BF16") + std::get<2>(info.param);
 }
 
-INSTANTIATE_TEST_SUITE_P(Models, EquivalenceTest,
+INSTANTIATE_TEST_SUITE_P(
+    Cpu, EquivalenceTest,
+    testing::Combine(testing::Values(TinyFamily::kTransnormer, TinyFamily::kLlama),
+                     testing::Values(DType::kF32, DType::kBF16), testing::Values("cpu")),
+    CaseName);
+INSTANTIATE_TEST_SUITE_P(Gpu, EquivalenceTest,
                          testing::Combine(testing::Values(TinyFamily::kTransnormer,
                                                           TinyFamily::kLlama),
-                                          testing::Values(DType::kF32, DType::kBF16)),
+                                          testing::Values(DType::kBF16), testing::Values("cuda")),
                          CaseName);
 
 }  // namespace

@@ -22,7 +22,7 @@ namespace {
 // What the draft model is: the target itself, which is nearly always right, or another.
 enum class DraftKind { kSame, kOther, kOtherFamily };
 
-using Case = std::tuple<TinyFamily, DType, DraftKind>;
+using Case = std::tuple<TinyFamily, DType, DraftKind, std::string>;  // on which device
 
 TinyFamily OtherFamily(TinyFamily family) {
   return family == TinyFamily::kLlama ? TinyFamily::kTransnormer : TinyFamily::kLlama;
@@ -47,14 +47,21 @@ class SpeculationTest : public testing::TestWithParam<Case> {
       : target_({.family = std::get<0>(GetParam())}),
         draft_(DraftOptions(std::get<0>(GetParam()), std::get<2>(GetParam()))) {}
 
+  void SetUp() override {
+    const absl::Status device = OpenDevice(std::get<3>(GetParam())).status();
+    if (!device.ok()) GTEST_SKIP() << device.message();
+  }
+
   std::unique_ptr<Engine> Make(bool with_draft, int max_steps_in_flight = 1) const {
-    return MakeEngine(target_, {.draft_folder = with_draft ? draft_.folder() : "",
-                                .dtype = std::get<1>(GetParam()),
-                                .max_sequences = 24,
-                                .max_tokens_per_step = 1024,
-                                .kv_bytes = 32 << 20,
-                                .swap_bytes = 64 << 20,
-                                .max_steps_in_flight = max_steps_in_flight});
+    return MakeDeterministicEngine(target_,
+                                   {.draft_folder = with_draft ? draft_.folder() : "",
+                                    .dtype = std::get<1>(GetParam()),
+                                    .max_sequences = 24,
+                                    .max_tokens_per_step = 1024,
+                                    .kv_bytes = 32 << 20,
+                                    .swap_bytes = 64 << 20,
+                                    .max_steps_in_flight = max_steps_in_flight},
+                                   std::get<3>(GetParam()));
   }
 
   // Greedy when `seed` is even, else sampled; with penalties, a bias and a ban for some.
@@ -254,14 +261,21 @@ std::string CaseName(const testing::TestParamInfo<Case>& info) {
   return std::string(std::get<0>(info.param) == TinyFamily::kTransnormer ? "Transnormer"
                                                                          : "Llama") +
          (std::get<1>(info.param) == DType::kF32 ? "F32" : "BF16") +
-         kKinds[static_cast<int>(std::get<2>(info.param))];
+         kKinds[static_cast<int>(std::get<2>(info.param))] + std::get<3>(info.param);
 }
 
 INSTANTIATE_TEST_SUITE_P(
-    Models, SpeculationTest,
+    Cpu, SpeculationTest,
     testing::Combine(testing::Values(TinyFamily::kTransnormer, TinyFamily::kLlama),
                      testing::Values(DType::kF32, DType::kBF16),
-                     testing::Values(DraftKind::kSame, DraftKind::kOther, DraftKind::kOtherFamily)),
+                     testing::Values(DraftKind::kSame, DraftKind::kOther, DraftKind::kOtherFamily),
+                     testing::Values("cpu")),
+    CaseName);
+INSTANTIATE_TEST_SUITE_P(
+    Gpu, SpeculationTest,
+    testing::Combine(testing::Values(TinyFamily::kTransnormer, TinyFamily::kLlama),
+                     testing::Values(DType::kBF16),
+                     testing::Values(DraftKind::kSame, DraftKind::kOther), testing::Values("cuda")),
     CaseName);
 
 // The whole engine, sampled without a seed: three-token texts of a model with 8 tokens against

@@ -17,7 +17,8 @@ namespace {
 
 constexpr int64_t kStoreBytes = 64 << 20;
 
-using Case = std::tuple<TinyFamily, DType, bool>;  // with a draft model
+using Case =
+    std::tuple<TinyFamily, DType, bool, std::string>;  // with a draft model; on which device
 
 class StoredStateTest : public testing::TestWithParam<Case> {
  protected:
@@ -25,30 +26,28 @@ class StoredStateTest : public testing::TestWithParam<Case> {
       : model_({.family = std::get<0>(GetParam())}),
         draft_({.family = std::get<0>(GetParam()), .seed = 7, .num_layers = 2}) {}
 
+  void SetUp() override {
+    const absl::Status device = OpenDevice(std::get<3>(GetParam())).status();
+    if (!device.ok()) GTEST_SKIP() << device.message();
+  }
+
   bool with_draft() const { return std::get<2>(GetParam()); }
 
   std::unique_ptr<Engine> Make(int steps_in_flight = 1) const {
-    return MakeEngine(model_, {.draft_folder = with_draft() ? draft_.folder() : "",
-                               .dtype = std::get<1>(GetParam()),
-                               .max_sequences = 24,
-                               .max_tokens_per_step = 4096,
-                               .kv_bytes = 8 << 20,
-                               .store_bytes = kStoreBytes,
-                               .max_steps_in_flight = steps_in_flight});
+    return MakeDeterministicEngine(model_,
+                                   {.draft_folder = with_draft() ? draft_.folder() : "",
+                                    .dtype = std::get<1>(GetParam()),
+                                    .max_sequences = 24,
+                                    .max_tokens_per_step = 4096,
+                                    .kv_bytes = 8 << 20,
+                                    .store_bytes = kStoreBytes,
+                                    .max_steps_in_flight = steps_in_flight},
+                                   std::get<3>(GetParam()));
   }
 
-  // Odd seeds: sampled, with penalties.
   DriverRequest Request(uint64_t seed, int64_t prompt_length, int64_t max_tokens) const {
-    DriverRequest request = {
-        .prompt = RandomTokens(seed, prompt_length, model_.options().vocab_size),
-        .seed = seed,
-        .max_tokens = max_tokens};
-    request.sampling.num_logprobs = kMaxTopLogprobs;
-    request.sampling.temperature = seed % 2 == 0 ? 0.0f : 0.8f;
+    DriverRequest request = RandomRequest(model_, seed, prompt_length, max_tokens);
     if (with_draft()) request.draft_tokens = {4, 0, 7};
-    if (seed % 2 == 0) return request;
-    request.sampling.repetition_penalty = 1.1f;
-    request.sampling.frequency_penalty = 0.5f;
     return request;
   }
 
@@ -188,13 +187,19 @@ std::string CaseName(const testing::TestParamInfo<Case>& info) {
   return std::string(std::get<0>(info.param) == TinyFamily::kTransnormer ? "Transnormer"
                                                                          : "Llama") +
          (std::get<1>(info.param) == DType::kF32 ? "F32" : "BF16") +
-         (std::get<2>(info.param) ? "WithDraft" : "");
+         (std::get<2>(info.param) ? "WithDraft" : "") + std::get<3>(info.param);
 }
 
+INSTANTIATE_TEST_SUITE_P(Cpu, StoredStateTest,
+                         testing::Combine(testing::Values(TinyFamily::kTransnormer,
+                                                          TinyFamily::kLlama),
+                                          testing::Values(DType::kF32, DType::kBF16),
+                                          testing::Bool(), testing::Values("cpu")),
+                         CaseName);
 INSTANTIATE_TEST_SUITE_P(
-    Models, StoredStateTest,
+    Gpu, StoredStateTest,
     testing::Combine(testing::Values(TinyFamily::kTransnormer, TinyFamily::kLlama),
-                     testing::Values(DType::kF32, DType::kBF16), testing::Bool()),
+                     testing::Values(DType::kBF16), testing::Bool(), testing::Values("cuda")),
     CaseName);
 
 }  // namespace
