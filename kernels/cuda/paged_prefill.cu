@@ -54,7 +54,9 @@ struct alignas(32) QueryTile {
   int32_t token;        // of the first query
   int32_t num_queries;
   int32_t num_blocks;  // of the sequence after the step
+  int32_t num_key_tiles;
 };
+static_assert(sizeof(QueryTile) == 32);  // without padding, which nothing would write
 
 struct Header {
   int32_t num_tiles;
@@ -106,8 +108,12 @@ __device__ void ListTile(const PagedAttentionArgs& args, const Plan& plan, int32
   before = BlockSum<kPrepareThreads>(before, shared);
   if (threadIdx.x != 0) return;
   plan.tiles[before] = {
-      mine.block_table, mine.position + offset, mine.first_token + offset, num_queries,
-      static_cast<int32_t>((mine.position + mine.num_tokens + kPagedBlock - 1) / kPagedBlock)};
+      mine.block_table,
+      mine.position + offset,
+      mine.first_token + offset,
+      num_queries,
+      static_cast<int32_t>((mine.position + mine.num_tokens + kPagedBlock - 1) / kPagedBlock),
+      static_cast<int32_t>(work)};
 }
 
 __device__ void MakeHeader(const PagedAttentionArgs& args, const Plan& plan) {
@@ -271,11 +277,10 @@ struct AttendArgs {
   TensorView o;
 };
 
-// A tile and a head.
+// A tile and a head. No key tiles: no more items.
 struct Item {
   QueryTile tile;
   int32_t head;
-  int32_t num_key_tiles;  // 0: no more items
 };
 
 template <int kHeadDim>
@@ -313,22 +318,19 @@ __device__ Item NextItem(const AttendArgs& args) {
   const int32_t group = index / group_items, rest = index % group_items;
   item.head = group * header.heads_per_group + rest % header.heads_per_group;
   item.tile = args.plan.tiles[rest / header.heads_per_group];
-  item.num_key_tiles = static_cast<int32_t>(NumKeyTiles(item.tile.position, item.tile.num_queries));
   return item;
 }
 
-// Items go around a ring of two: one producer takes them from the counter, all others read them.
+// Items go around a ring of two: one producer takes them from the counter, all other threads of the
+// roles read them.
 template <int kHeadDim>
 class ItemReader {
  public:
   __device__ explicit ItemReader(Shared<kHeadDim>& shared) : shared_(shared) {}
-  // All (converged) lanes of a warp, or one thread alone: `leader` is one of them.
-  template <bool kWholeWarp>
-  __device__ __forceinline__ Item Next(bool leader) {
+  __device__ __forceinline__ Item Next() {
     BarrierWait(&shared_.item_full[slot_], parity_);
     const Item item = shared_.items[slot_];
-    if (kWholeWarp) __syncwarp();
-    if (leader) BarrierArrive(&shared_.item_empty[slot_]);
+    BarrierArrive(&shared_.item_empty[slot_]);
     parity_ ^= slot_;
     slot_ ^= 1;
     return item;
@@ -350,16 +352,16 @@ class Producer {
 
   __device__ void Run() {
     ItemReader<kHeadDim> reader(shared_);
-    Item item = index_ == 0 ? TakeItem() : reader.template Next<false>(true), next;
-    for (; item.num_key_tiles > 0; item = next) {
+    Item item = index_ == 0 ? TakeItem() : reader.Next(), next;
+    for (; item.tile.num_key_tiles > 0; item = next) {
       if (index_ == 0) CopyQueries(item);
       const int32_t kv_head = item.head / (args_.num_heads / args_.num_kv_heads);
       FetchGroups(item, 0, kv_head);
-      for (int32_t i = 0; i < item.num_key_tiles; ++i) {
+      for (int32_t i = 0; i < item.tile.num_key_tiles; ++i) {
         int32_t groups[kBlocksPerProducer];
 #pragma unroll
         for (int b = 0; b < kBlocksPerProducer; ++b) groups[b] = next_groups_[b];
-        if (i + 1 < item.num_key_tiles) FetchGroups(item, i + 1, kv_head);
+        if (i + 1 < item.tile.num_key_tiles) FetchGroups(item, i + 1, kv_head);
         Copy(shared_.k, shared_.k_full, shared_.k_empty, k_, groups, 0);
         if (i > 0)
           Copy(shared_.v, shared_.v_full, shared_.v_empty, v_, value_groups_,
@@ -370,7 +372,7 @@ class Producer {
       }
       Copy(shared_.v, shared_.v_full, shared_.v_empty, v_, value_groups_,
            args_.num_kv_heads * kBlockGroups);
-      if (index_ > 0) next = reader.template Next<false>(true);
+      if (index_ > 0) next = reader.Next();
     }
   }
 
@@ -501,8 +503,9 @@ class Consumer {
   __device__ __forceinline__ void Run() {
     ItemReader<kHeadDim> reader(shared_);
     for (uint32_t parity = 0;; parity ^= 1) {
-      const Item item = reader.template Next<true>(Lane() == 0);
-      if (item.num_key_tiles == 0) break;
+      const Item item = reader.Next();
+      __syncwarp();
+      if (item.tile.num_key_tiles == 0) break;
       BarrierWait(&shared_.q_full, parity);
       Attend(item);
     }
@@ -601,8 +604,8 @@ class Consumer {
       Round(s, p);
     }
     int32_t i = 1;
-    for (; i < min(num_full, item.num_key_tiles); ++i) Step<false>(o, p, softmax, 0);
-    for (; i < item.num_key_tiles; ++i) Step<true>(o, p, softmax, last - i * kKeys);
+    for (; i < min(num_full, item.tile.num_key_tiles); ++i) Step<false>(o, p, softmax, 0);
+    for (; i < item.tile.num_key_tiles; ++i) Step<true>(o, p, softmax, last - i * kKeys);
     Release(shared_.q_empty);
     BarrierWait(&shared_.v_full[v_.stage], v_.parity);
     Gather(o, p, v_.stage);
@@ -689,7 +692,7 @@ __global__ void __launch_bounds__(kAttendThreads, 1)
     constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarp;
     for (int i = 0; i < 2; ++i) {
       BarrierInit(&shared.item_full[i], 1);
-      BarrierInit(&shared.item_empty[i], kProducers - 1 + kConsumerWarps);
+      BarrierInit(&shared.item_empty[i], kProducers - 1 + kConsumers * kWarpgroup);
     }
     BarrierInit(&shared.q_full, 1);
     BarrierInit(&shared.q_empty, kConsumerWarps);
