@@ -11,8 +11,10 @@
 #include <iostream>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -52,6 +54,7 @@ struct Run {
   double seconds = 0, draft_seconds = 0, verify_seconds = 0;
   int64_t num_tokens = 0, num_steps = 0, num_sequence_steps = 0;
   int64_t num_drafts = 0, num_dropped = 0, num_accepted = 0;
+  std::vector<DrivenStep> steps;
 
   void Add(const Run& other) {
     seconds += other.seconds;
@@ -63,6 +66,7 @@ struct Run {
     num_drafts += other.num_drafts;
     num_dropped += other.num_dropped;
     num_accepted += other.num_accepted;
+    steps.insert(steps.end(), other.steps.begin(), other.steps.end());
   }
   double PerToken(int64_t count) const {
     return static_cast<double>(count) / static_cast<double>(num_tokens);
@@ -236,7 +240,8 @@ Run Summary(const DrivenRun& driven) {
              .draft_seconds = driven.draft_seconds,
              .verify_seconds = driven.verify_seconds,
              .num_tokens = driven.num_tokens,
-             .num_steps = driven.num_steps};
+             .num_steps = driven.num_steps,
+             .steps = driven.steps};
   for (const DrivenOutput& output : driven.outputs) {
     run.num_drafts += output.speculation.num_drafts;
     run.num_dropped += output.speculation.num_dropped;
@@ -303,14 +308,11 @@ Json ArmToJson(const Arm& arm, const Arm& off, std::mt19937_64& random) {
       {"step_ms", 1e3 * (sum.seconds - sum.draft_seconds) / static_cast<double>(sum.num_steps)}};
 }
 
-// Of a fixed number at this verification rate, by a line between two of them; nothing beyond.
-std::optional<double> FixedDiscardAt(const std::vector<Arm>& arms, double verification_rate) {
-  std::vector<std::pair<double, double>> points;
-  for (const Arm& arm : arms) {
-    if (arm.family != "off" && arm.family != "fixed") continue;
-    const Run sum = Sum(arm, AllUnits(arm));
-    points.emplace_back(sum.verification_rate(), sum.discard_rate());
-  }
+// (verification rate, discard rate) of some ways to speculate.
+using Trade = std::vector<std::pair<double, double>>;
+
+// At this verification rate, by a line between two of them; nothing beyond.
+std::optional<double> DiscardAt(Trade points, double verification_rate) {
   std::sort(points.begin(), points.end());
   for (size_t point = 1; point < points.size(); ++point) {
     const auto& [v0, d0] = points[point - 1];
@@ -319,6 +321,16 @@ std::optional<double> FixedDiscardAt(const std::vector<Arm>& arms, double verifi
     return d0 + (d1 - d0) * (verification_rate - v0) / (v1 - v0);
   }
   return std::nullopt;
+}
+
+Trade TradeOfFixed(const std::vector<Arm>& arms) {
+  Trade points;
+  for (const Arm& arm : arms) {
+    if (arm.family != "off" && arm.family != "fixed") continue;
+    const Run sum = Sum(arm, AllUnits(arm));
+    points.emplace_back(sum.verification_rate(), sum.discard_rate());
+  }
+  return points;
 }
 
 Json Comparisons(const std::vector<Arm>& arms, std::mt19937_64& random) {
@@ -337,7 +349,8 @@ Json Comparisons(const std::vector<Arm>& arms, std::mt19937_64& random) {
                {"chosen", best.name},
                {"over_best_fixed", ToJson(Ratio(best, best_fixed, random))},
                {"over_best_of_off_and_fixed", ToJson(Ratio(best, best_plain, random))}};
-    if (const auto fixed = FixedDiscardAt(arms, sum.verification_rate())) {
+    of["verification_rate"] = sum.verification_rate();
+    if (const auto fixed = DiscardAt(TradeOfFixed(arms), sum.verification_rate())) {
       of["discarded_less_at_equal_verification"] = 1 - sum.discard_rate() / *fixed;
     }
     results["policies"].push_back(std::move(of));
@@ -349,19 +362,32 @@ Json Comparisons(const std::vector<Arm>& arms, std::mt19937_64& random) {
   return results;
 }
 
-// By the arms with fixed numbers; those that were not run lie on a line between their neighbours.
-RoundCosts MeasuredCosts(const std::vector<Arm>& arms) {
+// The lower quartile: as things are when nothing else holds them up, on a machine that others use
+// less than half of the time too.
+double Typical(std::vector<double>& values) {
+  const auto quarter = values.begin() + std::ssize(values) / 4;
+  std::nth_element(values.begin(), quarter, values.end());
+  return *quarter;
+}
+
+// Of the arms with fixed numbers, in steps that verify so many of every sequence. Numbers that were
+// not run lie on a line between their neighbours.
+RoundCosts MeasuredCosts(const std::vector<Arm>& arms, int64_t batch) {
   RoundCosts costs;
-  double draft_seconds = 0, drawn = 0;
+  std::vector<double> passes;
   int last = 0;
   for (const Arm& arm : arms) {
     if (arm.family != "off" && arm.family != "fixed") continue;
     const Run sum = Sum(arm, AllUnits(arm));
-    const double step = (sum.seconds - sum.draft_seconds) / static_cast<double>(sum.num_steps);
-    if (arm.num_drafts > 0) {
-      draft_seconds += sum.draft_seconds;
-      drawn += static_cast<double>(sum.num_drafts);
+    std::vector<double> steps;
+    for (const DrivenStep& step : sum.steps) {
+      if (step.num_rows != batch * (1 + arm.num_drafts)) continue;
+      steps.push_back(step.seconds - step.draft_seconds);
+      if (arm.num_drafts > 0) passes.push_back(step.draft_seconds / arm.num_drafts);
     }
+    if (steps.empty())
+      steps.push_back((sum.seconds - sum.draft_seconds) / static_cast<double>(sum.num_steps));
+    const double step = Typical(steps);
     const double before = costs.verify.empty() ? step : costs.verify.back();
     for (int drafts = last + 1; drafts < arm.num_drafts; ++drafts) {
       costs.verify.push_back(before + (step - before) * (drafts - last) / (arm.num_drafts - last));
@@ -369,62 +395,116 @@ RoundCosts MeasuredCosts(const std::vector<Arm>& arms) {
     costs.verify.push_back(step);
     last = arm.num_drafts;
   }
-  costs.pass = draft_seconds / drawn;
+  if (!passes.empty()) costs.pass = Typical(passes);
   return costs;
 }
 
-Json ToJson(const char* name, const SimulatedRounds& rounds, double off) {
-  const auto tokens = static_cast<double>(rounds.num_tokens);
-  return {{"name", name},
-          {"speedup", rounds.tokens_per_second() / off},
-          {"verification_rate", static_cast<double>(rounds.num_steps) / tokens},
-          {"discard_rate", static_cast<double>(rounds.num_drawn - rounds.num_accepted) / tokens}};
+// The same runs of one sequence, each of whose steps took what such a step typically takes: by its
+// rows, and by its passes as they took in that arm, with head and decisions. What is left is what
+// policies do, whatever else the machine did meanwhile.
+std::vector<Arm> AtTypicalCosts(std::vector<Arm> arms, const RoundCosts& costs) {
+  for (Arm& arm : arms) {
+    std::vector<double> passes;
+    for (const Run& run : arm.runs) {
+      for (const DrivenStep& step : run.steps) {
+        if (step.num_drawn == 0) continue;
+        passes.push_back(step.draft_seconds / static_cast<double>(step.num_drawn));
+      }
+    }
+    const double pass = passes.empty() ? costs.pass : Typical(passes);
+    for (Run& run : arm.runs) {
+      run.seconds = 0;
+      for (const DrivenStep& step : run.steps) {
+        run.seconds += costs.verify[static_cast<size_t>(step.num_rows - 1)] +
+                       pass * static_cast<double>(step.num_drawn);
+      }
+    }
+  }
+  return arms;
 }
 
-// What the policies could have gained on the same texts at the measured costs.
-absl::StatusOr<Json> OracleToJson(Engine& engine, const BenchSpeculateFlags& flags,
-                                  const std::vector<Arm>& arms, const Texts& texts) {
+Json ToJson(const std::string& name, const SimulatedRounds& rounds, double off) {
+  return {{"name", name},
+          {"speedup", rounds.tokens_per_second() / off},
+          {"verification_rate", rounds.verification_rate()},
+          {"discard_rate", rounds.discard_rate()}};
+}
+
+absl::StatusOr<std::vector<AcceptanceTrace>> TraceTexts(Engine& engine,
+                                                        const BenchSpeculateFlags& flags,
+                                                        const Texts& texts) {
   ModelFlags draft_flags = flags.model;
   draft_flags.model = flags.model.draft_model;
   draft_flags.draft_model.clear();
   ASSIGN_OR_RETURN(const auto draft, LoadOfflineEngine(draft_flags, 0));
   std::vector<AcceptanceTrace> traces;
-  double mean = 0, count = 0;
   for (const std::vector<int32_t>& text : texts) {
     ASSIGN_OR_RETURN(traces.emplace_back(),
                      TraceAcceptance(engine, *draft, text, flags.prompt_length, flags.temperature));
-    for (const double p : traces.back()) mean += p;
-    count += static_cast<double>(traces.back().size());
   }
-  const RoundCosts costs = MeasuredCosts(arms);
+  return traces;
+}
+
+double Mean(const std::vector<AcceptanceTrace>& traces) {
+  double sum = 0, count = 0;
+  for (const AcceptanceTrace& trace : traces) {
+    for (const double p : trace) sum += p;
+    count += static_cast<double>(trace.size());
+  }
+  return sum / count;
+}
+
+// What the policies could have gained on the same texts at the measured costs.
+Json OracleToJson(const std::vector<AcceptanceTrace>& traces, const RoundCosts& costs) {
   const double off = SimulateFixed(traces, costs, 0).tokens_per_second();
+  Json fixed_rounds, threshold_rounds, verify_ms;
   SimulatedRounds best_fixed;
   for (int drafts = 1; drafts < static_cast<int>(costs.verify.size()); ++drafts) {
     const SimulatedRounds fixed = SimulateFixed(traces, costs, drafts);
+    fixed_rounds.push_back(ToJson(absl::StrCat("fixed ", drafts), fixed, off));
     if (best_fixed.num_tokens == 0 || fixed.tokens_per_second() > best_fixed.tokens_per_second()) {
       best_fixed = fixed;
     }
   }
-  const SimulatedRounds oracle = SimulateTrueAcceptance(traces, costs);
-  Json verify_ms;
+  for (const double threshold : {0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95}) {
+    threshold_rounds.push_back(ToJson(absl::StrFormat("true acceptance %.2f", threshold),
+                                      SimulateThreshold(traces, costs, threshold), off));
+  }
   for (const double seconds : costs.verify) verify_ms.push_back(1e3 * seconds);
-  return Json{{"mean_acceptance", mean / count},
-              {"draft_ms", 1e3 * costs.pass},
-              {"verify_ms", verify_ms},
-              {"rounds",
-               {ToJson("best fixed", best_fixed, off), ToJson("true acceptance", oracle, off),
-                ToJson("clairvoyant", SimulateClairvoyant(traces, costs), off)}}};
+  return {{"mean_acceptance", Mean(traces)},
+          {"draft_ms", 1e3 * costs.pass},
+          {"verify_ms", verify_ms},
+          {"rounds",
+           {ToJson("best fixed", best_fixed, off),
+            ToJson("true acceptance", SimulateTrueAcceptance(traces, costs), off),
+            ToJson("clairvoyant", SimulateClairvoyant(traces, costs), off)}},
+          {"fixed", fixed_rounds},
+          {"by_threshold", threshold_rounds}};
 }
 
-// Of what the oracle gains over not drafting, and over the best fixed number, what a policy gained.
-void AddShares(Json& load) {
-  const Json& rounds = load["oracle"]["rounds"];
-  const double fixed = rounds[0]["speedup"], oracle = rounds[1]["speedup"];
-  double measured_fixed = load["best_fixed_over_off"][0];
-  for (Json& policy : load["policies"]) {
+Trade TradeOf(const Json& rounds) {
+  Trade points;
+  for (const Json& round : rounds) {
+    points.emplace_back(round["verification_rate"], round["discard_rate"]);
+  }
+  return points;
+}
+
+// Of what the oracle gains over not drafting, and over the best fixed number, what a policy gained;
+// and what the oracle discards where it verifies as often.
+void AddShares(const Json& oracle, Json& comparisons) {
+  const double fixed = oracle["rounds"][0]["speedup"], best = oracle["rounds"][1]["speedup"];
+  const double measured_fixed = comparisons["best_fixed_over_off"][0];
+  for (Json& policy : comparisons["policies"]) {
     const double over_fixed = policy["over_best_fixed"][0];
-    policy["share_of_oracle_over_off"] = (over_fixed * measured_fixed - 1) / (oracle - 1);
-    policy["share_of_oracle_over_fixed"] = (over_fixed - 1) / (oracle / fixed - 1);
+    policy["share_of_oracle_over_off"] = (over_fixed * measured_fixed - 1) / (best - 1);
+    policy["share_of_oracle_over_fixed"] = (over_fixed - 1) / (best / fixed - 1);
+    const double verified = policy["verification_rate"];
+    const auto of_fixed = DiscardAt(TradeOf(oracle["fixed"]), verified);
+    const auto of_oracle = DiscardAt(TradeOf(oracle["by_threshold"]), verified);
+    if (of_fixed && of_oracle) {
+      policy["oracle_discards_less_at_equal_verification"] = 1 - *of_oracle / *of_fixed;
+    }
   }
 }
 
@@ -443,16 +523,27 @@ absl::StatusOr<Json> RunLoad(const BenchSpeculateFlags& flags, int64_t batch, Js
   std::mt19937_64 random(flags.seed);
   Json load = {{"batch", batch}};
   for (const Arm& arm : arms) load["arms"].push_back(ArmToJson(arm, arms[0], random));
-  // A draft, and a verified row on average, in units of a plain step.
-  const RoundCosts costs = MeasuredCosts(arms);
+  // A draft, and a verified row on average, in units of a plain step; and a step, by drafts.
+  const RoundCosts costs = MeasuredCosts(arms, batch);
   const double most = static_cast<double>(costs.verify.size() - 1);
-  load["draft_cost"] = costs.pass * static_cast<double>(batch) / costs.verify[0];
+  load["draft_cost"] = costs.pass / costs.verify[0];
   load["row_cost"] =
       (costs.verify.back() - costs.verify[0]) / most / static_cast<double>(batch) / costs.verify[0];
+  for (const double seconds : costs.verify) {
+    load["verify_cost"].push_back(seconds / costs.verify[0]);
+  }
   load.update(Comparisons(arms, random));
   if (batch == 1 && !flags.coupled) {
-    ASSIGN_OR_RETURN(load["oracle"], OracleToJson(*engines.engine, flags, arms, texts));
-    AddShares(load);
+    ASSIGN_OR_RETURN(const auto traces, TraceTexts(*engines.engine, flags, texts));
+    load["oracle"] = OracleToJson(traces, costs);
+    const std::vector<Arm> at_typical = AtTypicalCosts(arms, costs);
+    for (size_t index = 0; index < arms.size(); ++index) {
+      load["arms"][index]["speedup_at_typical_costs"] =
+          ToJson(Ratio(at_typical[index], at_typical[0], random));
+    }
+    load["at_typical_costs"] = Comparisons(at_typical, random);
+    AddShares(load["oracle"], load);
+    AddShares(load["oracle"], load["at_typical_costs"]);
   }
   return load;
 }
@@ -462,42 +553,53 @@ std::string Format(const Json& interval) {
                          interval[2].get<double>());
 }
 
-void PrintLoad(const Json& load) {
-  std::cout << absl::StrFormat(
-      "batch %d: a draft pass costs %.3f of a plain step, a verified row %.4f\n",
-      load["batch"].get<int64_t>(), load["draft_cost"].get<double>(),
-      load["row_cost"].get<double>());
-  std::cout << "                  tokens/s  speedup               verified  discarded  accepted\n";
-  for (const Json& arm : load["arms"]) {
-    std::cout << absl::StrFormat("%-16s  %8.1f  %-20s  %7.3f  %8.3f  %8.3f\n",
-                                 arm["name"].get<std::string>(), arm["tokens_per_s"].get<double>(),
-                                 Format(arm["speedup"]), arm["verification_rate"].get<double>(),
-                                 arm["discard_rate"].get<double>(),
-                                 arm["accepted_per_step"].get<double>());
-  }
-  std::cout << "best fixed number (" << load["best_fixed"].get<std::string>()
-            << ") over off: " << Format(load["best_fixed_over_off"]) << "\n";
-  for (const Json& policy : load["policies"]) {
+void PrintComparisons(const Json& of) {
+  std::cout << "best fixed number (" << of["best_fixed"].get<std::string>()
+            << ") over off: " << Format(of["best_fixed_over_off"]) << "\n";
+  for (const Json& policy : of["policies"]) {
     std::cout << policy["name"].get<std::string>() << " (" << policy["chosen"].get<std::string>()
               << ") over it: " << Format(policy["over_best_fixed"]) << ", over the best of off and "
               << "fixed: " << Format(policy["over_best_of_off_and_fixed"]);
-    if (policy.contains("discarded_less_at_equal_verification")) {
-      std::cout << absl::StrFormat(
-          ", discards %.0f %% less at equal verification",
-          100 * policy["discarded_less_at_equal_verification"].get<double>());
-    }
-    if (policy.contains("share_of_oracle_over_off")) {
-      std::cout << absl::StrFormat(", %.0f %% of the oracle's gain (over fixed %.0f %%)",
-                                   100 * policy["share_of_oracle_over_off"].get<double>(),
-                                   100 * policy["share_of_oracle_over_fixed"].get<double>());
-    }
+    const auto print = [&](const char* key, const char* before, const char* after) {
+      if (!policy.contains(key)) return;
+      std::cout << absl::StrFormat("%s%.0f %%%s", before, 100 * policy[key].get<double>(), after);
+    };
+    print("discarded_less_at_equal_verification", "; discards ", " less at equal verification");
+    print("oracle_discards_less_at_equal_verification", " (the oracle ", ")");
+    print("share_of_oracle_over_off", "; ", " of the oracle's gain");
+    print("share_of_oracle_over_fixed", " (over fixed ", ")");
     std::cout << "\n";
   }
+}
+
+void PrintLoad(const Json& load) {
+  std::cout << absl::StrFormat(
+      "batch %d: a draft pass costs %.3f of a plain step, a verified row %.4f; a step with "
+      "1, 2, ... drafts:",
+      load["batch"].get<int64_t>(), load["draft_cost"].get<double>(),
+      load["row_cost"].get<double>());
+  for (size_t drafts = 1; drafts < load["verify_cost"].size(); ++drafts) {
+    std::cout << absl::StrFormat(" %.2f", load["verify_cost"][drafts].get<double>());
+  }
+  const bool has_oracle = load.contains("oracle");
+  std::cout << "\n                  tokens/s  speedup               verified  discarded  accepted"
+            << (has_oracle ? "  speedup at typical costs" : "") << "\n";
+  for (const Json& arm : load["arms"]) {
+    std::cout << absl::StrFormat("%-16s  %8.1f  %-20s  %7.3f  %8.3f  %8.3f  %s\n",
+                                 arm["name"].get<std::string>(), arm["tokens_per_s"].get<double>(),
+                                 Format(arm["speedup"]), arm["verification_rate"].get<double>(),
+                                 arm["discard_rate"].get<double>(),
+                                 arm["accepted_per_step"].get<double>(),
+                                 has_oracle ? Format(arm["speedup_at_typical_costs"]) : "");
+  }
+  PrintComparisons(load);
   if (load.contains("overhead")) {
     std::cout << "a step with an unused draft model over one without: " << Format(load["overhead"])
               << "\n";
   }
-  if (!load.contains("oracle")) return;
+  if (!has_oracle) return;
+  std::cout << "with every step at its typical cost:\n";
+  PrintComparisons(load["at_typical_costs"]);
   for (const Json& rounds : load["oracle"]["rounds"]) {
     std::cout << absl::StrFormat(
         "on the recorded texts, %-16s %.3f of plain; verified %.3f, discarded %.3f\n",
@@ -522,6 +624,14 @@ bool WritePicture(const Json& load, const std::string& path) {
       most = std::max(most, series.y.back());
     }
     if (!series.x.empty()) chart.series.push_back(std::move(series));
+  }
+  if (load.contains("oracle")) {
+    ChartSeries series = {.name = "true acceptance"};
+    for (const auto& [verified, discarded] : TradeOf(load["oracle"]["by_threshold"])) {
+      series.x.push_back(verified);
+      series.y.push_back(discarded);
+    }
+    chart.series.push_back(std::move(series));
   }
   chart.y_max = std::ceil(most * 4) / 4;
   std::ofstream file(path);

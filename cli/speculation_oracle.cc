@@ -4,6 +4,7 @@
 #include <cmath>
 #include <functional>
 #include <random>
+#include <utility>
 
 #include "engine/offline.h"
 #include "kernels/base/status.h"
@@ -13,6 +14,7 @@ namespace {
 
 constexpr int kRepetitions = 8;  // of each text, with other draws of what is accepted
 constexpr int kRateIterations = 12;
+constexpr int kQuantiles = 64;  // of acceptance
 
 std::vector<double> Softmax(std::span<const float> logits, float temperature) {
   std::vector<double> p(logits.size());
@@ -78,39 +80,16 @@ SimulatedRounds Simulate(std::span<const AcceptanceTrace> traces, const RoundCos
   return sum;
 }
 
-// The best of a few drafts more, in tokens less seconds at `rate`: survival (1 + mean + ...) beyond
-// the rows, and the passes that are not run yet.
-double ValueOfMore(const RoundCosts& costs, double rate, double survival, double mean,
-                   int num_verified, int num_drawn_already) {
-  double best = -1e9, tokens = 0;
-  for (size_t more = 1; more <= 4; ++more, survival *= mean) {
-    const size_t verified = static_cast<size_t>(num_verified) + more;
-    if (verified >= costs.verify.size()) break;
-    tokens += survival;
-    const double passes = std::max(0.0, static_cast<double>(more) - num_drawn_already);
-    const double seconds = costs.verify[verified] - costs.verify[static_cast<size_t>(num_verified)];
-    best = std::max(best, tokens - rate * (seconds + passes * costs.pass));
-  }
-  return best;
-}
-
 SimulatedRounds SimulateAtRate(std::span<const AcceptanceTrace> traces, const RoundCosts& costs,
-                               double mean, double rate) {
-  const auto most = static_cast<int>(costs.verify.size()) - 1;
+                               std::span<const double> acceptances, double rate) {
+  const RoundValues values(costs, acceptances, 0, rate);
   return Simulate(traces, costs, [&](std::span<const double> acceptance, int) {
     Round round;
     double survival = 1;
-    const int limit = std::min(most, static_cast<int>(acceptance.size()));
-    while (round.num_drawn < limit) {
-      // What the next one is worth where it can be dropped once it is known: with the texts' own
-      // acceptances this is a mean over them; two points carry it.
-      const double option =
-          mean * std::max(ValueOfMore(costs, rate, survival, mean, round.num_verified, 1), 0.0) -
-          rate * costs.pass;
-      const double plain = ValueOfMore(costs, rate, survival * mean, mean, round.num_verified, 0);
-      if (std::max(option, plain) <= 0) break;
+    const int limit = std::min(values.most(), static_cast<int>(acceptance.size()));
+    while (round.num_drawn < limit && values.GoesOn(round.num_verified, survival)) {
       survival *= acceptance[static_cast<size_t>(round.num_drawn++)];
-      if (ValueOfMore(costs, rate, survival, mean, round.num_verified, 1) <= 0) break;
+      if (!values.Keeps(round.num_verified, survival)) break;
       round.num_verified = round.num_drawn;
     }
     return round;
@@ -145,19 +124,31 @@ SimulatedRounds SimulateFixed(std::span<const AcceptanceTrace> traces, const Rou
 
 SimulatedRounds SimulateTrueAcceptance(std::span<const AcceptanceTrace> traces,
                                        const RoundCosts& costs) {
-  double sum = 0, count = 0;
-  for (const AcceptanceTrace& trace : traces) {
-    for (const double p : trace) sum += p;
-    count += static_cast<double>(trace.size());
-  }
+  std::vector<double> all;
+  for (const AcceptanceTrace& trace : traces) all.insert(all.end(), trace.begin(), trace.end());
+  const std::vector<double> acceptances = Quantiles(std::move(all), kQuantiles);
   SimulatedRounds best = SimulateFixed(traces, costs, 0);
   for (int iteration = 0; iteration < kRateIterations; ++iteration) {
     const SimulatedRounds next =
-        SimulateAtRate(traces, costs, sum / count, best.tokens_per_second());
+        SimulateAtRate(traces, costs, acceptances, best.tokens_per_second());
     if (next.tokens_per_second() <= best.tokens_per_second()) break;
     best = next;
   }
   return best;
+}
+
+SimulatedRounds SimulateThreshold(std::span<const AcceptanceTrace> traces, const RoundCosts& costs,
+                                  double threshold) {
+  const auto most = static_cast<int>(costs.verify.size()) - 1;
+  return Simulate(traces, costs, [&](std::span<const double> acceptance, int) {
+    const int limit = std::min(most, static_cast<int>(acceptance.size()));
+    double survival = 1;
+    int drafts = 0;
+    while (drafts < limit && 1 - survival <= threshold) {
+      survival *= acceptance[static_cast<size_t>(drafts++)];
+    }
+    return Round{drafts, drafts};
+  });
 }
 
 SimulatedRounds SimulateClairvoyant(std::span<const AcceptanceTrace> traces,

@@ -8,6 +8,7 @@
 
 #include "absl/status/statusor.h"
 #include "engine/engine.h"
+#include "engine/round_values.h"
 
 namespace godwit::cli {
 
@@ -20,25 +21,31 @@ absl::StatusOr<AcceptanceTrace> TraceAcceptance(Engine& target, Engine& draft,
                                                 std::span<const int32_t> text,
                                                 int64_t prompt_length, float temperature);
 
-// Seconds of a draft, and of a step of the target by number of drafts that it verifies.
-struct RoundCosts {
-  double pass = 0;
-  std::vector<double> verify;  // [0 .. most drafts]
-};
-
 struct SimulatedRounds {
   double seconds = 0;
   int64_t num_tokens = 0, num_steps = 0, num_drawn = 0, num_accepted = 0;
   double tokens_per_second() const { return static_cast<double>(num_tokens) / seconds; }
+  double verification_rate() const { return PerToken(num_steps); }
+  double discard_rate() const { return PerToken(num_drawn - num_accepted); }
+
+ private:
+  double PerToken(int64_t count) const {
+    return static_cast<double>(count) / static_cast<double>(num_tokens);
+  }
 };
 
 // Always so many drafts.
 SimulatedRounds SimulateFixed(std::span<const AcceptanceTrace> traces, const RoundCosts& costs,
                               int num_drafts);
-// Knows the acceptance of each draft once it is drawn, as a policy knows its margin, and nothing of
-// later ones but their mean: drafts and drops what pays at the rate that it reaches itself.
+// Knows the acceptance of each draft once it is drawn, as a policy knows its margin, and of later
+// ones only how acceptance is distributed: drafts and drops what pays most at the rate that it
+// reaches itself, by dynamic programming over what is drawn and how likely it is to stand. Were
+// places independent, no policy that looks at no drawn token could do better.
 SimulatedRounds SimulateTrueAcceptance(std::span<const AcceptanceTrace> traces,
                                        const RoundCosts& costs);
+// The published rule with the same knowledge: drafts until P(any is rejected) > threshold.
+SimulatedRounds SimulateThreshold(std::span<const AcceptanceTrace> traces, const RoundCosts& costs,
+                                  double threshold);
 // Knows which drafts will be accepted: no policy can.
 SimulatedRounds SimulateClairvoyant(std::span<const AcceptanceTrace> traces,
                                     const RoundCosts& costs);

@@ -85,7 +85,9 @@ class Driver {
     in_flight_.pop_front();
     ASSIGN_OR_RETURN(StepResult result, engine_.Collect(step.id));
     int64_t num_tokens = 0;
+    DrivenStep taken = {.num_rows = result.num_tokens, .draft_seconds = result.draft_seconds};
     for (const RowResult& row : result.rows) {
+      taken.num_drawn += row.num_drafts + row.num_dropped;
       if (!row.outputs.empty()) num_tokens += std::ssize(row.outputs[0]);
     }
     if (step.only_decodes) {
@@ -97,7 +99,11 @@ class Driver {
     }
     scheduler_.Apply(std::move(step.plan), std::move(result), Now());
     const TimeNs end = Now();
-    if (step.only_decodes) run_.seconds += static_cast<double>(end - last_end_) / 1e9;
+    if (step.only_decodes) {
+      taken.seconds = static_cast<double>(end - last_end_) / 1e9;
+      run_.seconds += taken.seconds;
+      run_.steps.push_back(taken);
+    }
     last_end_ = end;
     return absl::OkStatus();
   }

@@ -102,6 +102,12 @@ double AcceptanceScore::ValueOfOption(AcceptanceClass acceptance_class, double s
   return sum / static_cast<double>(count);
 }
 
+std::vector<double> AcceptanceScore::Recent(AcceptanceClass acceptance_class) const {
+  const Class& recent_of = of(acceptance_class);
+  const auto count = static_cast<std::ptrdiff_t>(std::min(recent_of.num_seen, kRecent));
+  return {recent_of.recent.begin(), recent_of.recent.begin() + count};
+}
+
 void AcceptanceScore::Observe(AcceptanceClass acceptance_class, int place, const DraftSigns& signs,
                               bool accepted) {
   Class& of = classes_[static_cast<size_t>(acceptance_class)];

@@ -73,6 +73,9 @@ class AcceptanceScore {
   // drafts' predictions p of max(survival p - row_cost, 0).
   double ValueOfOption(AcceptanceClass acceptance_class, double survival, double row_cost) const;
 
+  // Those predictions themselves; few as long as little is known.
+  std::vector<double> Recent(AcceptanceClass acceptance_class) const;
+
   // A verified draft, all before it accepted.
   void Observe(AcceptanceClass acceptance_class, int place, const DraftSigns& signs, bool accepted);
   // A draft that was drawn, verified or not.

@@ -14,6 +14,11 @@ constexpr double kRateMemory = 0.998;  // per step: about 500 of them
 constexpr double kRowsWeight = 0.05;   // of a new step among those with as many rows
 constexpr int64_t kMinSteps = 3;       // of as many rows, before their time is believed
 
+constexpr size_t kMinRecent = 32;   // predictions, before a round is planned by them
+constexpr int kPlanQuantiles = 16;  // of predictions
+constexpr int kPlanRounds = 64;     // that a plan serves
+constexpr int kRateIterations = 4;  // of the first plan; later ones begin at the rate before
+
 constexpr int64_t kLookAhead = 4;  // drafts; a row behind a jump may be cheap
 
 constexpr std::pair<absl::string_view, DraftPolicy> kPolicyNames[] = {
@@ -147,10 +152,62 @@ void DraftDecider::Decide(const Load& load, std::vector<DraftCandidate>& candida
 
 void DraftDecider::DecideByThroughput(const Load& load, bool passes_are_free,
                                       std::vector<DraftCandidate>& candidates) {
+  if (load.num_sequences == 1 && candidates.size() == 1 && DecideAlone(load, candidates[0])) return;
   const double rate = RateToBeat(load.costs, load.num_sequences);
   Keep(load, rate, candidates);
   const double pass_cost = passes_are_free ? 0 : rate * load.costs.seconds_per_pass();
   GoOn(load, rate, pass_cost, candidates);
+}
+
+// Dinkelbach's iteration: the rate at which a round's tokens are worth just its seconds is the most
+// that can be reached.
+bool DraftDecider::Replan(const Load& load, AcceptanceClass acceptance_class, Plan& plan) {
+  const std::vector<double> recent = load.score.Recent(acceptance_class);
+  if (recent.size() < kMinRecent) return false;
+  RoundCosts costs = {.pass = load.costs.seconds_per_pass()};
+  double most_seconds = 0;  // a step with more rows takes no less
+  for (int drafts = 0; drafts <= load.most_drafts; ++drafts) {
+    most_seconds = std::max(most_seconds, load.costs.SecondsAt(1 + drafts));
+    costs.verify.push_back(most_seconds);
+  }
+  if (!(costs.verify[0] > 0)) return false;
+  const std::vector<double> acceptances = Quantiles(recent, kPlanQuantiles);
+  const int iterations = plan.values ? 1 : kRateIterations;
+  if (!plan.values) plan.rate = 1 / costs.verify[0];
+  for (int iteration = 0; iteration < iterations; ++iteration) {
+    const auto value_at = [&](double rate) {
+      return RoundValues(costs, acceptances, load.lag, rate).ValueOfRound();
+    };
+    const double value = value_at(plan.rate);
+    const double more = plan.rate * 1e-3;
+    const double seconds = (value - value_at(plan.rate + more)) / more;  // of the best round
+    plan.rate = std::max(plan.rate + value / seconds, 1 / costs.verify[0]);
+  }
+  plan.values.emplace(costs, acceptances, load.lag, plan.rate);
+  plan.num_rounds = 0;
+  return true;
+}
+
+// False: too little is known.
+bool DraftDecider::DecideAlone(const Load& load, DraftCandidate& candidate) {
+  Plan& plan = plans_[static_cast<size_t>(candidate.acceptance_class)];
+  const auto num_open = candidate.has_open ? 1 + candidate.num_unknown : candidate.num_unknown;
+  const auto num_kept = static_cast<int>(load.num_rows) - 1 - num_open;
+  const bool begins = load.num_rows == 1;
+  if (begins && (!plan.values || ++plan.num_rounds > kPlanRounds)) {
+    if (!Replan(load, candidate.acceptance_class, plan)) plan.values.reset();
+  }
+  if (!plan.values || candidate.num_unknown != (begins ? 0 : load.lag)) return false;
+  if (begins) {
+    candidate.goes_on = candidate.can_go_on && plan.values->Begins();
+    return true;
+  }
+  if (num_kept + num_open > plan.values->most()) return false;
+  if (candidate.has_open) candidate.keeps = plan.values->Keeps(num_kept, candidate.survival);
+  const int num_known = num_kept + (candidate.has_open ? 1 : 0);
+  candidate.goes_on =
+      candidate.can_go_on && candidate.keeps && plan.values->GoesOn(num_known, candidate.survival);
+  return true;
 }
 
 DraftDecider::Choice DraftDecider::Choose(const Load& load, double rate, int64_t num_rows,
@@ -210,7 +267,7 @@ void DraftDecider::GoOn(const Load& load, double rate, double pass_cost,
   const double row_cost = rate * load.costs.SecondsOfRows(num_rows, 1);
   Choice best;
   // 0: one draft that is verified only if it turns out well, so that its row is no cost yet.
-  for (int64_t drafts = load.can_drop ? 0 : 1; drafts <= kLookAhead; ++drafts) {
+  for (int64_t drafts = load.lag == 0 ? 0 : 1; drafts <= kLookAhead; ++drafts) {
     gains_.clear();
     for (DraftCandidate& candidate : candidates) {
       if (candidate.policy != DraftPolicy::kThroughput || !candidate.goes_on) continue;

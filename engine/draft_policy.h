@@ -14,6 +14,7 @@
 #include "absl/strings/string_view.h"
 #include "engine/acceptance_score.h"
 #include "engine/batch.h"
+#include "engine/round_values.h"
 
 namespace godwit {
 
@@ -99,9 +100,11 @@ struct DraftCandidate {
 // for some number of drafts up to 4, as a row behind a jump may be cheap; and rows go on while
 //   survival (acceptance + acceptance^2 + ...)
 // is worth the rows and the passes, or one more draft is that is verified only if its distribution
-// turns out well. An open draft is dropped for the distribution it was drawn from, in the order of
-// the places, and no later one is looked at: whether a place is verified never depends on the token
-// drawn there. Where costs are unknown all are kept and go on.
+// turns out well. One sequence alone shares nothing, so that its round can be planned to its end:
+// RoundValues, at the rate that the plan itself reaches. An open draft is dropped for the
+// distribution it was drawn from, in the order of the places, and no later one is looked at:
+// whether a place is verified never depends on the token drawn there. Where costs are unknown all
+// are kept and go on.
 class DraftDecider {
  public:
   struct Load {
@@ -110,7 +113,9 @@ class DraftDecider {
     int64_t num_sequences = 0;
     int64_t num_rows = 0;   // of the target's step, with all drafts that are drawn and not dropped
     double reluctance = 0;  // share of a gain that going on has to bring on top
-    bool can_drop = true;   // what the next pass draws can be dropped when it is known
+    int most_drafts = kMaxDraftTokens;  // of a round
+    int lag = 0;  // passes whose draft is not known when the next is decided on; 0: what the next
+                  // pass draws can be dropped when it is known
   };
   void Decide(const Load& load, std::vector<DraftCandidate>& candidates);
 
@@ -133,6 +138,17 @@ class DraftDecider {
   void GoOn(const Load& load, double rate, double pass_cost,
             std::vector<DraftCandidate>& candidates);
 
+  // The plan for one sequence alone. Made anew every so many rounds, as making it takes longer than
+  // following it.
+  struct Plan {
+    std::optional<RoundValues> values;
+    double rate = 0;
+    int num_rounds = 0;  // since it was made
+  };
+  bool Replan(const Load& load, AcceptanceClass acceptance_class, Plan& plan);
+  bool DecideAlone(const Load& load, DraftCandidate& candidate);
+
+  Plan plans_[kNumAcceptanceClasses];
   std::vector<Gain> gains_, best_;  // scratch
 };
 

@@ -524,7 +524,8 @@ DraftDecider::Load SpeculativeDecoder::Load(double reluctance) const {
           .num_sequences = num_sequences_,
           .num_rows = num_rows_,
           .reluctance = reluctance,
-          .can_drop = lag_ == 0};
+          .most_drafts = static_cast<int>(options_.max_drafts),
+          .lag = lag_};
 }
 
 // Of the draft at `place`, which is not drawn yet.
