@@ -58,7 +58,10 @@ class Driver {
   };
 
   absl::Status Add() {
-    while (next_ < requests_.size() && static_cast<int64_t>(next_) - num_done_ < concurrency_) {
+    // One takes the place of another two steps late: it finds those that waited in the slots, and
+    // with a higher priority has to preempt one.
+    const int64_t num_gone = in_flight_.empty() && scheduler_.idle() ? num_done_ : done_before_[0];
+    while (next_ < requests_.size() && static_cast<int64_t>(next_) - num_gone < concurrency_) {
       RETURN_IF_ERROR(scheduler_.Add(std::move(requests_[next_++]), Now()));
     }
     return absl::OkStatus();
@@ -97,6 +100,7 @@ class Driver {
       run_.draft_seconds += result.draft_seconds;
       run_.verify_seconds += result.forward_seconds - result.draft_seconds;
     }
+    done_before_[0] = std::exchange(done_before_[1], num_done_);
     scheduler_.Apply(std::move(step.plan), std::move(result), Now());
     const TimeNs end = Now();
     if (step.only_decodes) {
@@ -138,6 +142,7 @@ class Driver {
   std::deque<Step> in_flight_;
   size_t next_ = 0;
   int64_t num_done_ = 0;
+  int64_t done_before_[2] = {};  // the same, one and two steps ago
   TimeNs last_end_ = Now();
   DrivenRun run_;
 };

@@ -33,8 +33,9 @@ struct DrivenRun {
   int64_t num_preemptions = 0;
 };
 
-// Adds the requests in order, at most `concurrency` at a time (0: all at once), and runs them to
-// their ends. Each has one output; its stream is set here. The first error ends all.
+// Adds the requests in order, at most `concurrency` at a time (0: all at once), each two steps
+// after one that has ended, and runs them to their ends. Each has one output; its stream is set
+// here. The first error ends all.
 absl::StatusOr<DrivenRun> Drive(Engine& engine, std::vector<GenerateRequest> requests,
                                 int64_t concurrency);
 
