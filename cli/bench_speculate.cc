@@ -242,12 +242,12 @@ Run Summary(const DrivenRun& driven) {
              .num_tokens = driven.num_tokens,
              .num_steps = driven.num_steps,
              .steps = driven.steps};
-  for (const DrivenOutput& output : driven.outputs) {
-    run.num_drafts += output.speculation.num_drafts;
-    run.num_dropped += output.speculation.num_dropped;
-    run.num_accepted += output.speculation.num_accepted;
+  for (const DrivenStep& step : driven.steps) {
+    run.num_drafts += step.num_drafts;
+    run.num_dropped += step.num_dropped;
   }
   run.num_sequence_steps = driven.num_rows - run.num_drafts;
+  run.num_accepted = run.num_tokens - run.num_sequence_steps;
   return run;
 }
 
@@ -407,8 +407,8 @@ std::vector<Arm> AtTypicalCosts(std::vector<Arm> arms, const RoundCosts& costs) 
     std::vector<double> passes;
     for (const Run& run : arm.runs) {
       for (const DrivenStep& step : run.steps) {
-        if (step.num_drawn == 0) continue;
-        passes.push_back(step.draft_seconds / static_cast<double>(step.num_drawn));
+        if (step.num_drawn() == 0) continue;
+        passes.push_back(step.draft_seconds / static_cast<double>(step.num_drawn()));
       }
     }
     const double pass = passes.empty() ? costs.pass : Typical(passes);
@@ -416,7 +416,7 @@ std::vector<Arm> AtTypicalCosts(std::vector<Arm> arms, const RoundCosts& costs) 
       run.seconds = 0;
       for (const DrivenStep& step : run.steps) {
         run.seconds += costs.verify[static_cast<size_t>(step.num_rows - 1)] +
-                       pass * static_cast<double>(step.num_drawn);
+                       pass * static_cast<double>(step.num_drawn());
       }
     }
   }

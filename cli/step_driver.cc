@@ -90,7 +90,8 @@ class Driver {
     int64_t num_tokens = 0;
     DrivenStep taken = {.num_rows = result.num_tokens, .draft_seconds = result.draft_seconds};
     for (const RowResult& row : result.rows) {
-      taken.num_drawn += row.num_drafts + row.num_dropped;
+      taken.num_drafts += row.num_drafts;
+      taken.num_dropped += row.num_dropped;
       if (!row.outputs.empty()) num_tokens += std::ssize(row.outputs[0]);
     }
     if (step.only_decodes) {
@@ -104,6 +105,7 @@ class Driver {
     scheduler_.Apply(std::move(step.plan), std::move(result), Now());
     const TimeNs end = Now();
     if (step.only_decodes) {
+      taken.num_tokens = num_tokens;
       taken.seconds = static_cast<double>(end - last_end_) / 1e9;
       run_.seconds += taken.seconds;
       run_.steps.push_back(taken);

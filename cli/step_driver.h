@@ -19,7 +19,9 @@ struct DrivenOutput {
 };
 
 struct DrivenStep {
-  int64_t num_rows = 0, num_drawn = 0;  // drawn: drafts, verified or not
+  int64_t num_rows = 0, num_tokens = 0;     // tokens: that stand
+  int64_t num_drafts = 0, num_dropped = 0;  // verified, and drawn for nothing
+  int64_t num_drawn() const { return num_drafts + num_dropped; }
   double seconds = 0, draft_seconds = 0;
 };
 
