@@ -25,7 +25,7 @@
 // The step's own keys and values are rotated, rounded and put into the fetched block in shared
 // memory by every block that needs them.
 //
-// compute-sanitizer's racecheck reports the queue of ranges and the slots of the ring: it does not
+// compute-sanitizer's racecheck reports the queries and the parts of ranges: it does not
 // follow an order that goes from lanes through __syncwarp() to the arrival of one of them.
 
 #include <algorithm>

@@ -565,6 +565,29 @@ TEST_P(ConformanceTest, PagedDecode) {
   });
 }
 
+// More ranges of keys than a device has multiprocessors, long and short: a block that stays takes
+// several, one after the other.
+TEST_P(ConformanceTest, PagedDecodeOfManyHeads) {
+  constexpr int64_t kCached[] = {530, 520, 40, 16};
+  for (const int head_dim : {64, 128}) {
+    PagedShape shape{68, 34, head_dim, head_dim / 4};
+    shape.act = shape.o = DType::kBF16;
+    const auto run = [&](PagedRun& paged) {
+      for (int sequence = 0; sequence < 4; ++sequence) paged.Cache(sequence, kCached[sequence]);
+      paged.Step({{0, 530, 1}, {1, 520, 2}, {2, 40, 1}, {3, 16, 1}});
+      paged.Step({{3, 17, 1}, {2, 41, 5}, {1, 522, 1}, {0, 531, 1}});
+    };
+    PagedRun expected(*ref_, shape, 532), actual(*backend_, shape, 532);
+    run(expected);
+    run(actual);
+    for (int sequence = 0; sequence < 4; ++sequence) {
+      EXPECT_TRUE(
+          Within(actual.output(sequence), expected.output(sequence), actual.Tolerance(sequence)))
+          << head_dim << " after " << kCached[sequence];
+    }
+  }
+}
+
 // The bits of a token depend on its keys alone: not on the rows beside it, nor on how many tokens
 // its own row has.
 TEST_P(ConformanceTest, PagedDecodeTokenByToken) {

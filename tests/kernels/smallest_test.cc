@@ -170,14 +170,15 @@ TEST_P(SmallestTest, Lightning) {
   }
 }
 
-// A range of keys and two that are merged, of one head and of a group; prompts; the general kernel.
+// A range of keys and two that are merged, of one head and of a group, and more than there are
+// multiprocessors; prompts; the general kernel.
 TEST_P(SmallestTest, PagedAttention) {
   struct Case {
     int heads, kv_heads, head_dim;
     int64_t cached;
   };
-  for (const Case& c :
-       {Case{1, 1, 128, 20}, Case{4, 1, 128, 600}, Case{4, 1, 64, 600}, Case{2, 1, 40, 20}}) {
+  for (const Case& c : {Case{1, 1, 128, 20}, Case{4, 1, 128, 600}, Case{4, 1, 64, 600},
+                        Case{72, 36, 64, 1560}, Case{2, 1, 40, 20}}) {
     PagedShape shape{c.heads, c.kv_heads, c.head_dim, c.head_dim / 4};
     shape.act = DType::kBF16;
     Compare("heads " + std::to_string(c.heads) + " d " + std::to_string(c.head_dim),
