@@ -160,6 +160,9 @@ class LoopCollector final : public prometheus::Collectable {
                 stats.sessions.num_dropped),
         Counter("sessions_expired_total", "Sessions idle for their time to live.",
                 disk.num_expired),
+        Counter("session_disk_errors_total",
+                "Snapshots and idle sessions that could not be written to disk.",
+                disk.num_disk_errors),
         Counter("snapshots_written_total", "Snapshots written.", disk.num_snapshots),
         Counter("snapshots_restored_total", "Sessions made from a snapshot.", disk.num_restores),
         // The names of vLLM.

@@ -382,15 +382,24 @@ int64_t SessionRegistry::free_disk_bytes() const {
   return std::max<int64_t>(limits_.disk_bytes - disk_bytes_, 0);
 }
 
+void SessionRegistry::CountDiskError() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  ++counts_.num_disk_errors;
+}
+
 // Returns the bytes of the file that is there now; what it replaced is no longer counted.
 absl::StatusOr<int64_t> SessionRegistry::WriteFile(const std::string& path, const StateImage& image,
                                                    const StateNotes& notes) {
   const int64_t replaced = SizeOf(path);
   if (image.num_bytes > free_disk_bytes() + replaced) {
+    CountDiskError();
     return absl::ResourceExhaustedError(absl::StrCat(image.num_bytes, " bytes, ", free_disk_bytes(),
                                                      " of ", limits_.disk_bytes, " are free"));
   }
-  RETURN_IF_ERROR(WriteStateFile(path, layout_, image, notes));
+  if (absl::Status written = WriteStateFile(path, layout_, image, notes); !written.ok()) {
+    CountDiskError();
+    return written;
+  }
   const int64_t num_bytes = SizeOf(path);
   std::lock_guard<std::mutex> lock(mutex_);
   disk_bytes_ += num_bytes - replaced;

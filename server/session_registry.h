@@ -28,6 +28,7 @@ struct SessionDiskStats {
   int64_t num_sessions = 0, num_on_disk = 0, disk_bytes = 0;
   int64_t num_to_disk = 0, num_from_disk = 0, num_expired = 0;
   int64_t num_snapshots = 0, num_restores = 0;  // written, read
+  int64_t num_disk_errors = 0;  // files that could not be written; what was to be in them stands
 };
 
 // What is known of a session outside the engine.
@@ -154,6 +155,7 @@ class SessionRegistry {
   absl::StatusOr<std::string> PathOf(const std::string& tenant, const std::string& name) const;
   absl::StatusOr<int64_t> WriteFile(const std::string& path, const StateImage& image,
                                     const StateNotes& notes);
+  void CountDiskError();
   void Maintain();
   void ExpireIdle();
   bool SpillOldest();
