@@ -2,8 +2,9 @@
 // Snapshot files: a stored state (StateImage) with what it is a state of, as safetensors. One
 // tensor a component and kind ("layers.0.lightning.base", ".rows", ".blocks"; a draft model's are
 // named "draft."), and a manifest in __metadata__: SHA-256 of the whole file with its own digits as
-// zeros, model, type, rotation, position, token after the state, the draft's bookkeeping. Penalty
-// counts are a component like the others. Any thread.
+// zeros (over the SHA-256 of each 4 MiB of it, 32 bytes each), model, type, rotation, position,
+// token after the state, the draft's bookkeeping. Penalty counts are a component like the others.
+// Any thread.
 
 #include <cstdint>
 #include <functional>

@@ -19,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/escaping.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/ops.h"
@@ -205,7 +206,33 @@ std::string WithDigest(std::string bytes) {
   const size_t at = 8 + std::string(R"({"__metadata__":{"sha256":")").size();
   if (bytes.size() < at + 64) return bytes;
   bytes.replace(at, 64, 64, '0');
-  return bytes.replace(at, 64, FingerprintText(bytes));
+  std::string digests;
+  for (size_t piece = 0; piece < bytes.size(); piece += 4 << 20) {
+    digests += absl::HexStringToBytes(FingerprintText(bytes.substr(piece, 4 << 20)));
+  }
+  return bytes.replace(at, 64, FingerprintText(digests));
+}
+
+// Larger than what one digest is of.
+TEST(StateFileTest, EveryPieceOfALargeFileCounts) {
+  const TempFolder folder;
+  StateLayout layout = Layout();
+  layout.max_position = 300'000;
+  const StateImage image = Image(layout, 300'000);
+  ASSERT_TRUE(WriteStateFile(folder.File("a"), layout, image, kNotes).ok());
+  const std::string good = FileBytes(folder.File("a"));
+  ASSERT_GT(good.size(), size_t{9} << 20);
+  EXPECT_EQ(WithDigest(good), good);
+  const auto read = ReadStateFile(folder.File("a"), layout);
+  ASSERT_TRUE(read.ok()) << read.status();
+  EXPECT_EQ(Bytes(*read->image), Bytes(image));
+  for (size_t at = 1 << 20; at < good.size(); at += 2 << 20) {
+    std::string bad = good;
+    bad[at] = static_cast<char>(bad[at] ^ 1);
+    folder.Write("b", bad);
+    EXPECT_EQ(ReadStateFile(folder.File("b"), layout).status().code(), absl::StatusCode::kDataLoss)
+        << at;
+  }
 }
 
 TEST(StateFileTest, TenThousandMutationsAreRefusedOrAreAState) {
