@@ -24,7 +24,9 @@ T Must(absl::StatusOr<T> value) {
 }
 
 bool SameBitsOf(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+  if (a.size() != b.size()) return false;
+  // An empty vector's data may be null, which memcmp does not take.
+  return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
 struct Sequence {
