@@ -4,6 +4,7 @@
 #include <cassert>
 #include <cstring>
 #include <new>
+#include <string_view>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -34,7 +35,9 @@ struct CachePool::Storage {
 };
 
 CachePool::CachePool(Backend& backend, const CacheGeometry& geometry)
-    : backend_(backend), geometry_(geometry) {}
+    : backend_(backend),
+      geometry_(geometry),
+      keys_by_column_(std::string_view(backend.Info().name) == "cpu") {}
 
 CachePool::~CachePool() = default;
 
@@ -171,6 +174,51 @@ absl::Status CachePool::ToHost(const CacheCopy& copy) {
   RETURN_IF_ERROR(backend_.Synchronize());
   host_copies_[copy.host_id] = {.bytes = std::move(bytes), .num_bytes = total};
   return absl::OkStatus();
+}
+
+void CachePool::ZeroBlockFrom(int64_t first_row, const StateComponent& component,
+                              const HeldRows& held, char* block) const {
+  const int64_t plane_bytes = kPagedBlock * held.head_bytes;
+  const int64_t num_planes = kPagedBlock * component.row_bytes / plane_bytes;  // keys, then values
+  for (int64_t index = 0; index < num_planes; ++index) {
+    const bool by_column = keys_by_column_ && index < num_planes / 2;
+    const int64_t line_bytes = by_column ? kPagedBlock * held.element_bytes : plane_bytes;
+    const int64_t begin = first_row * (by_column ? held.element_bytes : held.head_bytes);
+    char* const plane = block + index * plane_bytes;
+    for (char* line = plane; line < plane + plane_bytes; line += line_bytes) {
+      std::memset(line + begin, 0, static_cast<size_t>(line_bytes - begin));
+    }
+  }
+}
+
+void CachePool::ZeroRowsNotHeld(const CacheCopy& copy, std::span<const HeldRows> held) {
+  GODWIT_CHECK(std::ssize(held) == std::ssize(geometry_.components));
+  const HostCopy& host = host_copy(copy.host_id);
+  GODWIT_CHECK(host.bytes.use_count() == 1);
+  char* at = std::const_pointer_cast<char[]>(host.bytes).get();
+  const int64_t num_rows = std::min(copy.position, geometry_.window_rows);
+  for (size_t index = 0; index < held.size(); ++index) {
+    const StateComponent& component = geometry_.components[index];
+    const auto& [begin, end, head_bytes, element_bytes] = held[index];
+    GODWIT_CHECK(0 <= begin && begin <= end && end <= copy.position);
+    at += component.base_bytes;
+    if (component.windowed()) {
+      GODWIT_CHECK(end - begin <= geometry_.window_rows);
+      for (int64_t row = 0; row < num_rows; ++row, at += component.row_bytes) {
+        // `begin` lies in row begin % window_rows, the tokens after it in those that follow.
+        const int64_t place = row - begin % geometry_.window_rows;
+        const int64_t offset = place < 0 ? place + geometry_.window_rows : place;
+        if (offset >= end - begin) std::memset(at, 0, static_cast<size_t>(component.row_bytes));
+      }
+    }
+    if (!component.paged()) continue;
+    for (int64_t block = 0; block < std::ssize(copy.from_blocks); ++block) {
+      const int64_t num_held = std::clamp<int64_t>(end - block * kPagedBlock, 0, kPagedBlock);
+      if (num_held < kPagedBlock) ZeroBlockFrom(num_held, component, held[index], at);
+      at += kPagedBlock * component.row_bytes;
+    }
+  }
+  GODWIT_CHECK(at == host.bytes.get() + host.num_bytes);
 }
 
 absl::Status CachePool::FromHost(const CacheCopy& copy) {

@@ -41,6 +41,15 @@ class CachePool {
     int64_t num_bytes = 0;
   };
   const HostCopy& host_copy(int64_t host_id) const;
+  // What a state holds in a component's rows: those of tokens [begin, end). For paged ones also how a block is made up:
+  // heads of kPagedBlock rows of head_bytes, of elements of element_bytes.
+  struct HeldRows {
+    int64_t begin = 0, end = 0;
+    int64_t head_bytes = 0, element_bytes = 0;
+  };
+  // Zeros all rows but those held (one HeldRows a component) in what a kSave just copied: the others are never read, but
+  // may be rejected drafts or another sequence's, and the copy may leave the engine. Before anyone shares the bytes.
+  void ZeroRowsNotHeld(const CacheCopy& copy, std::span<const HeldRows> held);
   void Adopt(int64_t host_id, HostCopy copy) { host_copies_[host_id] = std::move(copy); }
   int64_t num_host_copies() const { return static_cast<int64_t>(host_copies_.size()); }
   void DropHostCopies(std::span<const int64_t> host_ids);
@@ -55,9 +64,13 @@ class CachePool {
   absl::Status Fork(const CacheCopy& copy);
   absl::Status ToHost(const CacheCopy& copy);
   absl::Status FromHost(const CacheCopy& copy);
+  void ZeroBlockFrom(int64_t first_row, const StateComponent& component, const HeldRows& held, char* block) const;
 
   Backend& backend_;
   CacheGeometry geometry_;
+  // Keys of a block are [head_dim, kPagedBlock] a head, as the CPU keeps them (kernels/cpu/paged_attention.cc); else they
+  // are [kPagedBlock, head_dim], as values are everywhere.
+  bool keys_by_column_;
   std::vector<Storage> storage_;              // per component
   std::vector<ByteRange> zeroed_;             // of ZeroSlots: kept for its memory
   std::vector<char> poison_;                  // NaNs for one window; empty in release builds

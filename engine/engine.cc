@@ -264,6 +264,7 @@ struct Engine::Impl {
   absl::Status Record(const Step& step);
   absl::Status CopyOne(const CacheCopy& copy);
   absl::Status CopyFromHost(const CacheCopy& copy);
+  void ZeroRowsNotHeld(const CacheCopy& copy, const SlotState& from);
   absl::Status Trim(const CacheCopy& copy);
   void DropReleasedHostCopies();
 
@@ -962,6 +963,29 @@ absl::Status Engine::Impl::Trim(const CacheCopy& copy) {
   return sampler->Uncount(copy.from_slot, copy.dropped_tokens);
 }
 
+// A stored state may be exported (a swapped one is not). Rows from the base to the position are
+// read again; the draft's by its own.
+void Engine::Impl::ZeroRowsNotHeld(const CacheCopy& copy, const SlotState& from) {
+  const DType dtype = card.dtype == "f32" ? DType::kF32 : DType::kBF16;
+  const auto add = [&](const Model& of, const std::vector<StateComponent>& components, int64_t base,
+                       int64_t position, std::vector<CachePool::HeldRows>& held) {
+    for (const StateComponent& component : components) {
+      held.push_back({.begin = component.paged() ? 0 : base,
+                      .end = position,
+                      .head_bytes = of.config().head_dim * DTypeBytes(dtype),
+                      .element_bytes = DTypeBytes(dtype)});
+    }
+  };
+  std::vector<CachePool::HeldRows> held;
+  add(*model, model->state_components(), from.base, from.position, held);
+  held.emplace_back();  // penalty counts have no rows
+  if (draft != nullptr) {
+    const DraftImage image = speculator->Export(copy.host_id).value_or(DraftImage{});
+    add(*draft, draft->state_components(), image.base, image.position, held);
+  }
+  pool->ZeroRowsNotHeld(copy, held);
+}
+
 absl::Status Engine::Impl::CopyOne(const CacheCopy& copy) {
   if (copy.kind == CacheCopy::Kind::kSwapIn || copy.kind == CacheCopy::Kind::kLoad) {
     return CopyFromHost(copy);
@@ -980,12 +1004,10 @@ absl::Status Engine::Impl::CopyOne(const CacheCopy& copy) {
     return absl::OkStatus();
   }
   host_slots[copy.host_id] = from;
-  if (speculator == nullptr) return absl::OkStatus();
-  if (copy.kind == CacheCopy::Kind::kSave) {
-    speculator->Save(copy.from_slot, copy.host_id);
-  } else {
-    speculator->SwapOut(copy.from_slot, copy.host_id);
-  }
+  const bool saves = copy.kind == CacheCopy::Kind::kSave;
+  if (speculator != nullptr && saves) speculator->Save(copy.from_slot, copy.host_id);
+  if (speculator != nullptr && !saves) speculator->SwapOut(copy.from_slot, copy.host_id);
+  if (saves) ZeroRowsNotHeld(copy, from);
   return absl::OkStatus();
 }
 

@@ -25,7 +25,8 @@ struct StateImage {
   int32_t last_token = -1;  // drawn, not in the state; -1: none
   std::optional<DraftImage> draft;
   // Component by component in the order of the geometry: base, rows of the ring up to the position
-  // or the ring's end, blocks (StateBytes of the manager in all).
+  // or the ring's end, blocks (StateBytes of the manager in all). What an engine exports has zeros
+  // in rows of no token in [base, position), the draft's in [its base, its position).
   std::shared_ptr<const char[]> bytes;
   int64_t num_bytes = 0;
 };

@@ -7,6 +7,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
@@ -365,6 +366,26 @@ TEST(FingerprintTest, DependsOnConfigAndWeights) {
   EXPECT_FALSE(FingerprintModel(folder.path() + "/none").ok());
 }
 
+// Tokens drawn from a sequence, alone in its steps; a prompt is of 75.
+std::vector<int32_t> Decode(Engine& engine, CacheLease& lease, const SamplingParams& sampling,
+                            std::span<const int32_t> prompt, int num_tokens) {
+  std::vector<int32_t> tokens;
+  const RowOutput output = {.lease = &lease, .sampling = &sampling, .seed = 5};
+  while (std::ssize(tokens) < num_tokens) {
+    const bool reads = tokens.empty() && !prompt.empty();
+    const BatchRow row = {.token_ids = reads ? prompt : std::span<const int32_t>(),
+                          .confirmed_position = lease.position(),
+                          .prompt_length = 75,
+                          .lease = &lease,
+                          .outputs = std::span(&output, 1),
+                          .max_draft_tokens = reads ? 1 : 3};
+    const auto result = engine.Collect(*engine.Submit(std::span(&row, 1)));
+    EXPECT_TRUE(result.ok());
+    for (const SampledToken& token : result->rows[0].outputs[0]) tokens.push_back(token.token_id);
+  }
+  return tokens;
+}
+
 // From an engine with two steps in flight through a file into another with one: the same bits.
 class StateFileEngineTest : public testing::TestWithParam<TinyFamily> {};
 
@@ -379,37 +400,19 @@ TEST_P(StateFileEngineTest, ContinuesWithTheSameBits) {
                               .store_bytes = 16 << 20,
                               .max_steps_in_flight = steps_in_flight});
   };
-  const auto decode = [&](Engine& engine, CacheLease& lease, const SamplingParams& sampling,
-                          std::span<const int32_t> prompt, int num_tokens) {
-    std::vector<int32_t> tokens;
-    const RowOutput output = {.lease = &lease, .sampling = &sampling, .seed = 5};
-    while (std::ssize(tokens) < num_tokens) {
-      const bool reads = tokens.empty() && !prompt.empty();
-      const BatchRow row = {.token_ids = reads ? prompt : std::span<const int32_t>(),
-                            .confirmed_position = lease.position(),
-                            .prompt_length = 75,
-                            .lease = &lease,
-                            .outputs = std::span(&output, 1),
-                            .max_draft_tokens = reads ? 1 : 3};
-      const auto result = engine.Collect(*engine.Submit(std::span(&row, 1)));
-      EXPECT_TRUE(result.ok());
-      for (const SampledToken& token : result->rows[0].outputs[0]) tokens.push_back(token.token_id);
-    }
-    return tokens;
-  };
   const SamplingParams sampling = {.temperature = 0.9f, .frequency_penalty = 0.7f};
   const auto source = make(2), target = make(1);
   const StateLayout source_layout = MakeStateLayout(source->card(), "m", "d");
   const StateLayout target_layout = MakeStateLayout(target->card(), "m", "d");
   EXPECT_NE(source_layout.window_rows, target_layout.window_rows);
   CacheLease lease = *source->caches().Reserve(400);
-  decode(*source, lease, sampling, RandomTokens(4, 75, model.options().vocab_size), 20);
+  Decode(*source, lease, sampling, RandomTokens(4, 75, model.options().vocab_size), 20);
   auto saved = source->caches().Save(lease, lease.position());
   ASSERT_TRUE(saved.ok() && source->Copy(std::span(&saved->copy, 1)).ok());
   const auto image = source->ExportState(saved->state.host_id());
   ASSERT_TRUE(image->draft.has_value());
   ASSERT_TRUE(WriteStateFile(folder.File("a"), source_layout, *image, kNotes).ok());
-  const std::vector<int32_t> expected = decode(*source, lease, sampling, {}, 60);
+  const std::vector<int32_t> expected = Decode(*source, lease, sampling, {}, 60);
 
   const auto read = ReadStateFile(folder.File("a"), target_layout, {.check_values = true});
   ASSERT_TRUE(read.ok()) << read.status();
@@ -418,7 +421,74 @@ TEST_P(StateFileEngineTest, ContinuesWithTheSameBits) {
   CacheLease loaded = *target->caches().Reserve(400);
   const CacheCopy load = target->caches().Load(stored, loaded);
   ASSERT_TRUE(target->Copy(std::span(&load, 1)).ok());
-  EXPECT_EQ(decode(*target, loaded, sampling, {}, 60), expected);
+  EXPECT_EQ(Decode(*target, loaded, sampling, {}, 60), expected);
+}
+
+// What lies in a slot and in blocks beside a sequence's own rows is another's and does not leave
+// the engine: an image is a function of its sequence alone.
+TEST_P(StateFileEngineTest, AnImageHoldsNothingOfTheSlotsFormerUser) {
+  const TinyModel model({.family = GetParam()}), draft({.family = GetParam(), .seed = 3});
+  const SamplingParams sampling = {.temperature = 0.9f, .frequency_penalty = 0.7f};
+  const auto export_after = [&](uint64_t former_user, int num_tokens) {
+    const auto engine = MakeDeterministicEngine(model,
+                                                {.draft_folder = draft.folder(),
+                                                 .max_sequences = 1,
+                                                 .max_tokens_per_step = 1024,
+                                                 .kv_bytes = 8 << 20,
+                                                 .store_bytes = 16 << 20},
+                                                "cpu");
+    const int32_t vocab_size = model.options().vocab_size;
+    {
+      CacheLease lease = *engine->caches().Reserve(400);
+      Decode(*engine, lease, sampling, RandomTokens(former_user, 75, vocab_size), 200);
+    }
+    CacheLease lease = *engine->caches().Reserve(400);
+    Decode(*engine, lease, sampling, RandomTokens(4, 75, vocab_size), num_tokens);
+    auto saved = engine->caches().Save(lease, lease.position());
+    EXPECT_TRUE(saved.ok() && engine->Copy(std::span(&saved->copy, 1)).ok());
+    return std::pair(engine->ExportState(saved->state.host_id()),
+                     MakeStateLayout(engine->card(), "m", "d"));
+  };
+  for (const int num_tokens : {1, 2, 20, 50}) {
+    SCOPED_TRACE(num_tokens);
+    const auto [image, layout] = export_after(100, num_tokens);
+    EXPECT_EQ(Bytes(*image), Bytes(*export_after(101, num_tokens).first));
+    ASSERT_TRUE(image->draft.has_value());
+    const std::string bytes = Bytes(*image);
+    size_t at = 0;
+    int num_zeroed = 0;
+    for (const StateComponent& component : layout.components) {
+      const bool is_draft = component.name.starts_with("draft.");
+      const int64_t begin = is_draft ? image->draft->base : image->base;
+      const int64_t end = is_draft ? image->draft->position : image->position;
+      at += static_cast<size_t>(component.base_bytes);
+      const auto row_bytes = static_cast<size_t>(component.row_bytes);
+      if (component.windowed()) {
+        const int64_t num_rows = std::min(image->position, layout.window_rows);
+        std::vector<bool> held(static_cast<size_t>(num_rows));
+        for (int64_t token = begin; token < end; ++token) {
+          held[static_cast<size_t>(token % layout.window_rows)] = true;
+        }
+        for (const bool is_held : held) {
+          const std::string row = bytes.substr(at, row_bytes);
+          EXPECT_EQ(row == std::string(row_bytes, '\0'), !is_held) << component.name;
+          num_zeroed += !is_held;
+          at += row_bytes;
+        }
+      }
+      if (component.paged()) {
+        // Rows are not apart in a block, but as many bytes of it as they have are zeros.
+        const int64_t num_blocks = (image->position + kPagedBlock - 1) / kPagedBlock;
+        const size_t size = static_cast<size_t>(num_blocks * kPagedBlock) * row_bytes;
+        const auto num_zeros = std::ranges::count(bytes.substr(at, size), '\0');
+        EXPECT_GE(num_zeros, (num_blocks * kPagedBlock - end) * component.row_bytes);
+        num_zeroed += num_blocks * kPagedBlock > end;
+        at += size;
+      }
+    }
+    EXPECT_EQ(at, bytes.size());
+    EXPECT_GT(num_zeroed, 0);
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Families, StateFileEngineTest,
