@@ -282,9 +282,7 @@ absl::Status SessionRegistry::LoadFromDisk(const std::string& id, const std::str
                                            SessionKey key) {
   absl::StatusOr<StateFile> read = ReadStateFile(file, layout_);
   if (!read.ok()) return WithoutPath(read.status(), file, absl::StrCat("session ", id));
-  RETURN_IF_ERROR(OnEngine([&](SessionTable& sessions, StepExecutor& executor) {
-    return sessions.Import(key, read->image->position, read->image, executor);
-  }));
+  RETURN_IF_ERROR(ImportState(key, read->image));
   std::lock_guard<std::mutex> lock(mutex_);
   ++counts_.num_from_disk;
   const auto found = entries_.find(id);
@@ -467,9 +465,7 @@ absl::StatusOr<SessionView> SessionRegistry::Restore(const std::string& tenant,
     std::lock_guard<std::mutex> lock(mutex_);
     key = next_key_++;
   }
-  RETURN_IF_ERROR(OnEngine([&](SessionTable& sessions, StepExecutor& executor) {
-    return sessions.Import(key, file->image->position, file->image, executor);
-  }));
+  RETURN_IF_ERROR(ImportState(key, file->image));
   std::lock_guard<std::mutex> lock(mutex_);
   const absl::StatusOr<Entry*> added = Add(tenant, ttl);
   if (!added.ok()) {
@@ -545,7 +541,9 @@ void SessionRegistry::Maintain() {
       if (stopping_) return;
       ExpireIdle();
     }
-    spilled = SpillOldest();
+    const SessionStats stats = loop_.stats().sessions;
+    const auto limit = static_cast<double>(stats.store_bytes_total) * kSpillAbove;
+    spilled = static_cast<double>(stats.store_bytes_used) > limit && SpillOldest();
   }
 }
 
@@ -559,33 +557,55 @@ void SessionRegistry::ExpireIdle() {
   }
 }
 
+absl::Status SessionRegistry::ImportState(SessionKey key,
+                                          const std::shared_ptr<const StateImage>& image) {
+  while (true) {
+    const absl::Status status = OnEngine([&](SessionTable& sessions, StepExecutor& executor) {
+      return sessions.Import(key, image->position, image, executor);
+    });
+    const bool may_fit = image->num_bytes <= loop_.stats().sessions.store_bytes_total;
+    if (!absl::IsResourceExhausted(status) || !may_fit || !SpillOldest()) return status;
+  }
+}
+
 // True: one has gone to the disk, and more may have to.
 bool SessionRegistry::SpillOldest() {
-  const SessionStats stats = loop_.stats().sessions;
-  if (limits_.folder.empty() || stats.store_bytes_total == 0) return false;
-  const auto limit = static_cast<double>(stats.store_bytes_total) * kSpillAbove;
-  if (static_cast<double>(stats.store_bytes_used) <= limit) return false;
-  SessionKey key = 0;
-  int64_t version = 0;
-  std::string id, file;
-  StateNotes notes;
+  if (limits_.folder.empty()) return false;
+  std::lock_guard<std::mutex> spilling(spilling_);
+  struct Candidate {
+    TimeNs last_used = 0;
+    SessionKey key = 0;
+    int64_t version = 0;
+    std::string id;
+    StateNotes notes;
+  };
+  std::vector<Candidate> candidates;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    const Entry* oldest = nullptr;
     for (const auto& [entry_id, entry] : entries_) {
       if (stopping_ || entry.busy || entry.key == 0) continue;
-      if (oldest == nullptr || entry.last_used < oldest->last_used) oldest = &entry;
+      candidates.push_back({entry.last_used, entry.key, entry.version, entry.id, entry.notes});
     }
-    if (oldest == nullptr) return false;
-    key = oldest->key;
-    version = oldest->version;
-    id = oldest->id;
-    notes = oldest->notes;
-    file = absl::StrCat(limits_.folder, "/idle/", key, kExtension);
   }
-  const auto image = Export(key);
-  if (!image.ok()) return false;
-  const absl::StatusOr<int64_t> num_bytes = WriteFile(file, **image, notes);
+  std::sort(candidates.begin(), candidates.end(),
+            [](const Candidate& a, const Candidate& b) { return a.last_used < b.last_used; });
+  // One on the device takes no host memory, and could need some to be copied.
+  auto oldest = candidates.begin();
+  std::shared_ptr<const StateImage> image;
+  const absl::Status exported =
+      OnEngine([&](SessionTable& sessions, StepExecutor& executor) -> absl::Status {
+        while (oldest != candidates.end() &&
+               sessions.place(oldest->key) != SessionTable::Place::kHost) {
+          ++oldest;
+        }
+        if (oldest == candidates.end()) return absl::NotFoundError("no session in host memory");
+        ASSIGN_OR_RETURN(image, sessions.Export(oldest->key, executor));
+        return absl::OkStatus();
+      });
+  if (!exported.ok()) return false;
+  const auto& [last_used, key, version, id, notes] = *oldest;
+  const std::string file = absl::StrCat(limits_.folder, "/idle/", key, kExtension);
+  const absl::StatusOr<int64_t> num_bytes = WriteFile(file, *image, notes);
   if (!num_bytes.ok()) return false;
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -602,8 +622,8 @@ bool SessionRegistry::SpillOldest() {
     ++counts_.num_to_disk;
   }
   // In order before the next look at what is used.
-  return OnEngine([key](SessionTable& sessions, StepExecutor&) {
-           sessions.Erase(key);
+  return OnEngine([&oldest](SessionTable& sessions, StepExecutor&) {
+           sessions.Erase(oldest->key);
            return absl::OkStatus();
          })
       .ok();

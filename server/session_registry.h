@@ -158,7 +158,10 @@ class SessionRegistry {
   void CountDiskError();
   void Maintain();
   void ExpireIdle();
+  // Of the sessions in host memory; one at a time.
   bool SpillOldest();
+  // Sessions go to the disk until the state has room. RESOURCE_EXHAUSTED: no more can.
+  absl::Status ImportState(SessionKey key, const std::shared_ptr<const StateImage>& image);
 
   const SessionLimits limits_;
   const StateLayout layout_;
@@ -173,7 +176,8 @@ class SessionRegistry {
   int64_t disk_bytes_ = 0;
   bool stopping_ = false;
   std::condition_variable wake_;
-  std::mutex files_;  // held while a snapshot's file is put in place or removed
+  std::mutex spilling_;  // held while a session moves to the disk; taken before any other
+  std::mutex files_;     // held while a snapshot's file is put in place or removed
   std::thread maintenance_;
 };
 

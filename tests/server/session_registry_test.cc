@@ -259,6 +259,32 @@ TEST_P(SessionRegistryTest, StatesGoThroughAllTiersOldestFirstAndComeBackEqual) 
   EXPECT_EQ(NumFiles(folder_.File("sessions")), 0);
 }
 
+// Host memory is far from full, and yet a state has no room: the disk takes another at once.
+TEST_P(SessionRegistryTest, AStateLargerThanTheRestOfHostMemorySendsAnotherToDisk) {
+  Sessions sessions(model_, Limits(), StoreFor(19) / 10);
+  {
+    const std::string id = sessions.Create();
+    sessions.Turn(id, Prompt(0));
+    ASSERT_TRUE(sessions.Save(kTenant, id, "a").ok());
+    ASSERT_TRUE(sessions.registry().Delete(kTenant, id).ok());
+  }
+  std::vector<std::string> ids;
+  for (int index = 0; index < 3; ++index) {
+    const auto restored = sessions.registry().Restore(kTenant, "a", std::nullopt);
+    ASSERT_TRUE(restored.ok()) << restored.status();
+    ids.push_back(restored->id);
+  }
+  EXPECT_EQ(sessions.OnDisk(ids), (std::vector<bool>{true, true, false}));
+  const Ids expected = SecondTurns(1).front();
+  for (const std::string& id : ids) {
+    const absl::StatusOr<Ids> answer = sessions.Turn(kTenant, id, {4, 5, 6});
+    ASSERT_TRUE(answer.ok()) << answer.status();
+    EXPECT_EQ(*answer, expected);
+  }
+  EXPECT_EQ(sessions.registry().stats().num_disk_errors, 0);
+  EXPECT_EQ(sessions.stats().sessions.num_dropped, 0);
+}
+
 TEST_P(SessionRegistryTest, AnIdleSessionExpiresInEveryTierAndABusyOneDoesNot) {
   SessionLimits limits = Limits();
   limits.ttl_ms = 3000;
