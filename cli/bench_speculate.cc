@@ -192,34 +192,6 @@ absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const ModelFlags& flags, int6
   return Engine::Create(options, std::move(backend));
 }
 
-GenerateRequest MakeRequest(std::vector<int32_t> prompt, float temperature, uint64_t seed,
-                            int64_t max_tokens) {
-  GenerateRequest request = {
-      .token_ids = std::move(prompt), .seed = seed, .max_tokens = max_tokens};
-  request.sampling.temperature = temperature;
-  return request;
-}
-
-// What the target itself writes from the beginning of a text: the bench needs no files, and drafts
-// meet the text they serve.
-absl::StatusOr<std::vector<std::vector<int32_t>>> MakePrompts(Engine& engine,
-                                                              const BenchSpeculateFlags& flags,
-                                                              int64_t count) {
-  std::vector<GenerateRequest> requests;
-  const int32_t start = engine.card().config.bos_token_id.value_or(0);
-  for (int64_t index = 0; index < count; ++index) {
-    requests.push_back(MakeRequest({start}, 1, flags.seed + static_cast<uint64_t>(index),
-                                   flags.prompt_length - 1));
-  }
-  ASSIGN_OR_RETURN(const DrivenRun run, Drive(engine, std::move(requests), 0));
-  std::vector<std::vector<int32_t>> prompts;
-  for (const DrivenOutput& output : run.outputs) {
-    std::vector<int32_t>& prompt = prompts.emplace_back(1, start);
-    for (const SampledToken& token : output.tokens) prompt.push_back(token.token_id);
-  }
-  return prompts;
-}
-
 absl::StatusOr<DrivenRun> RunUnit(Engine& engine, const BenchSpeculateFlags& flags,
                                   std::span<const std::vector<int32_t>> prompts, uint64_t seed,
                                   const Arm& arm) {
@@ -258,8 +230,8 @@ absl::StatusOr<std::vector<Arm>> RunArms(const Engines& engines, const BenchSpec
                                          int64_t batch, Texts& texts) {
   std::vector<Arm> arms = MakeArms(flags, engines.engine->card());
   const int64_t num_units = std::max(flags.num_prompts / batch, kMinUnits);
-  ASSIGN_OR_RETURN(const auto prompts,
-                   MakePrompts(*engines.engine, flags, batch * (num_units + 1)));
+  ASSIGN_OR_RETURN(const auto prompts, WritePrompts(*engines.engine, flags.seed,
+                                                    batch * (num_units + 1), flags.prompt_length));
   for (int64_t index = -1; index < num_units; ++index) {
     const auto first = static_cast<size_t>((index + 1) * batch);
     const auto unit_prompts = std::span(prompts).subspan(first, static_cast<size_t>(batch));

@@ -5,6 +5,7 @@
 #include <fstream>
 #include <iostream>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -12,7 +13,8 @@
 #include "absl/strings/str_format.h"
 #include "cli/command.h"
 #include "cli/model_flags.h"
-#include "engine/offline.h"
+#include "cli/step_driver.h"
+#include "engine/engine.h"
 #include "engine/safetensors.h"
 #include "kernels/base/status.h"
 #include "tokenizer/tokenizer.h"
@@ -22,7 +24,7 @@ namespace {
 
 struct RecordFlags {
   ModelFlags model;
-  int64_t num_prompts = 100, prompt_length = 64, num_tokens = 128;
+  int64_t num_prompts = 100, prompt_length = 64, num_tokens = 128, batch = 1;
   std::string prompts, output;
   int max_drafts = 12;
   SamplingParams sampling = {.temperature = 1};
@@ -61,15 +63,6 @@ struct Records {
   }
 };
 
-// What the target itself writes from the beginning of a text, at temperature 1.
-absl::StatusOr<std::vector<int32_t>> WritePrompt(Engine& engine, uint64_t seed, int64_t length) {
-  std::vector<int32_t> prompt = {engine.card().config.bos_token_id.value_or(0)};
-  OfflineGenerateOptions options = {.seed = seed, .max_tokens = length - 1, .ignore_eos = true};
-  ASSIGN_OR_RETURN(const OfflineGenerateResult result, GenerateOffline(engine, prompt, options));
-  for (const SampledToken& token : result.tokens) prompt.push_back(token.token_id);
-  return prompt;
-}
-
 // One prompt a line of the file.
 absl::StatusOr<std::vector<std::vector<int32_t>>> ReadPrompts(const RecordFlags& flags) {
   std::string error;
@@ -85,47 +78,49 @@ absl::StatusOr<std::vector<std::vector<int32_t>>> ReadPrompts(const RecordFlags&
   return prompts;
 }
 
-absl::Status RecordPrompt(Engine& engine, const RecordFlags& flags,
-                          const std::vector<int32_t>& prompt, int32_t index, int32_t& num_rounds,
-                          Records& records) {
-  OfflineGenerateOptions options = {.sampling = flags.sampling,
-                                    .seed = flags.seed + static_cast<uint64_t>(index),
-                                    .max_tokens = flags.num_tokens,
-                                    .ignore_eos = true,
-                                    .max_draft_tokens = flags.max_drafts,
-                                    .coupled = false};
-  options.on_round = [&] {
-    for (const RecordedDraft& draft : engine.recorded()) records.Add(draft, num_rounds, index);
-    ++num_rounds;
-  };
-  return GenerateOffline(engine, prompt, options).status();
+// The seed of a request tells which prompt a row of a step goes on from.
+GenerateRequest MakeRecordedRequest(const RecordFlags& flags, std::vector<int32_t> prompt,
+                                    int32_t index) {
+  GenerateRequest request =
+      MakeRequest(std::move(prompt), flags.sampling.temperature,
+                  flags.seed + static_cast<uint64_t>(index), flags.num_tokens);
+  request.sampling = flags.sampling;
+  request.seed_is_given = false;
+  request.max_draft_tokens = flags.max_drafts;
+  return request;
 }
 
 absl::StatusOr<Records> RecordAll(Engine& engine, const RecordFlags& flags) {
   std::vector<std::vector<int32_t>> prompts;
-  if (!flags.prompts.empty()) {
+  if (flags.prompts.empty()) {
+    ASSIGN_OR_RETURN(prompts,
+                     WritePrompts(engine, flags.seed, flags.num_prompts, flags.prompt_length));
+  } else {
     ASSIGN_OR_RETURN(prompts, ReadPrompts(flags));
   }
-  const int64_t count = flags.prompts.empty() ? flags.num_prompts : std::ssize(prompts);
+  std::vector<GenerateRequest> requests;
+  for (std::vector<int32_t>& prompt : prompts) {
+    requests.push_back(
+        MakeRecordedRequest(flags, std::move(prompt), static_cast<int32_t>(requests.size())));
+  }
   Records records = {.hidden_size = engine.card().draft_config.d_model};
   int32_t num_rounds = 0;
-  for (int32_t index = 0; index < count; ++index) {
-    if (flags.prompts.empty()) {
-      ASSIGN_OR_RETURN(
-          prompts.emplace_back(),
-          WritePrompt(engine, flags.seed + static_cast<uint64_t>(index), flags.prompt_length));
+  const auto on_step = [&](std::span<const BatchRow> rows, const StepResult&) {
+    int32_t last_row = -1;
+    for (const RecordedDraft& draft : engine.recorded()) {
+      if (draft.batch_row != last_row) ++num_rounds;
+      last_row = draft.batch_row;
+      const uint64_t seed = rows[static_cast<size_t>(draft.batch_row)].outputs[0].seed;
+      records.Add(draft, num_rounds - 1, static_cast<int32_t>(seed - flags.seed));
     }
-    RETURN_IF_ERROR(RecordPrompt(engine, flags, prompts[static_cast<size_t>(index)], index,
-                                 num_rounds, records));
-    std::cerr << absl::StrFormat("\rprompt %d of %d", index + 1, count);
-  }
-  std::cerr << std::endl;
+  };
+  RETURN_IF_ERROR(Drive(engine, std::move(requests), flags.batch, on_step).status());
   return records;
 }
 
 int RunRecord(const RecordFlags& flags) {
   EngineOptions engine_options = OfflineOptions(flags.model);
-  engine_options.max_sequences = 1;
+  engine_options.max_sequences = flags.batch;
   engine_options.records_rounds = true;
   auto backend = OpenBackend(flags.model);
   if (!backend.ok()) return Report(backend.status(), kCannotLoad);
@@ -167,6 +162,7 @@ void AddRecordCommand(CLI::App& app, int& exit_code) {
   command
       ->add_option("--prompt-length", flags->prompt_length, "tokens of those that the model writes")
       ->check(CLI::Range(2, 100'000));
+  command->add_option("--batch", flags->batch, "prompts at a time")->check(CLI::Range(1, 1024));
   command->add_option("--tokens", flags->num_tokens, "generated after each prompt")
       ->check(CLI::Range(2, 1'000'000));
   command->add_option("--max-drafts", flags->max_drafts, "of every round")

@@ -27,8 +27,9 @@ SchedulerOptions OptionsFor(const Engine& engine, size_t num_requests) {
 
 class Driver {
  public:
-  Driver(Engine& engine, std::vector<GenerateRequest> requests, int64_t concurrency)
+  Driver(Engine& engine, std::vector<GenerateRequest> requests, int64_t concurrency, OnStep on_step)
       : engine_(engine),
+        on_step_(std::move(on_step)),
         requests_(std::move(requests)),
         concurrency_(concurrency > 0 ? concurrency : std::ssize(requests_)),
         scheduler_(OptionsFor(engine, requests_.size()), engine.caches()) {
@@ -102,6 +103,7 @@ class Driver {
       run_.verify_seconds += result.forward_seconds - result.draft_seconds;
     }
     done_before_[0] = std::exchange(done_before_[1], num_done_);
+    if (on_step_) on_step_(step.plan.rows, result);
     scheduler_.Apply(std::move(step.plan), std::move(result), Now());
     const TimeNs end = Now();
     if (step.only_decodes) {
@@ -137,6 +139,7 @@ class Driver {
   }
 
   Engine& engine_;
+  const OnStep on_step_;
   std::vector<GenerateRequest> requests_;
   const int64_t concurrency_;
   Scheduler scheduler_;
@@ -152,9 +155,33 @@ class Driver {
 }  // namespace
 
 absl::StatusOr<DrivenRun> Drive(Engine& engine, std::vector<GenerateRequest> requests,
-                                int64_t concurrency) {
+                                int64_t concurrency, OnStep on_step) {
   for (const GenerateRequest& request : requests) GODWIT_CHECK(request.num_outputs == 1);
-  return Driver(engine, std::move(requests), concurrency).Run();
+  return Driver(engine, std::move(requests), concurrency, std::move(on_step)).Run();
+}
+
+GenerateRequest MakeRequest(std::vector<int32_t> prompt, float temperature, uint64_t seed,
+                            int64_t max_tokens) {
+  GenerateRequest request = {
+      .token_ids = std::move(prompt), .seed = seed, .max_tokens = max_tokens};
+  request.sampling.temperature = temperature;
+  return request;
+}
+
+absl::StatusOr<std::vector<std::vector<int32_t>>> WritePrompts(Engine& engine, uint64_t seed,
+                                                               int64_t count, int64_t length) {
+  std::vector<GenerateRequest> requests;
+  const int32_t start = engine.card().config.bos_token_id.value_or(0);
+  for (int64_t index = 0; index < count; ++index) {
+    requests.push_back(MakeRequest({start}, 1, seed + static_cast<uint64_t>(index), length - 1));
+  }
+  ASSIGN_OR_RETURN(const DrivenRun run, Drive(engine, std::move(requests), 0));
+  std::vector<std::vector<int32_t>> prompts;
+  for (const DrivenOutput& output : run.outputs) {
+    std::vector<int32_t>& prompt = prompts.emplace_back(1, start);
+    for (const SampledToken& token : output.tokens) prompt.push_back(token.token_id);
+  }
+  return prompts;
 }
 
 }  // namespace godwit::cli

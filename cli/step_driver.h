@@ -3,6 +3,8 @@
 // path without server and clients, for benches and checks.
 
 #include <cstdint>
+#include <functional>
+#include <span>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -35,10 +37,21 @@ struct DrivenRun {
   int64_t num_preemptions = 0;
 };
 
+// Called with a step's rows and what came of them, before the scheduler hears of it.
+using OnStep = std::function<void(std::span<const BatchRow> rows, const StepResult& result)>;
+
 // Adds the requests in order, at most `concurrency` at a time (0: all at once), each two steps
 // after one that has ended, and runs them to their ends. Each has one output; its stream is set
-// here. The first error ends all.
+// here. The first error ends all. on_step may be empty.
 absl::StatusOr<DrivenRun> Drive(Engine& engine, std::vector<GenerateRequest> requests,
-                                int64_t concurrency);
+                                int64_t concurrency, OnStep on_step = {});
+
+GenerateRequest MakeRequest(std::vector<int32_t> prompt, float temperature, uint64_t seed,
+                            int64_t max_tokens);
+
+// What the target itself writes from the beginning of a text, `length` tokens each: benches and
+// recordings need no files, and drafts meet the text they serve.
+absl::StatusOr<std::vector<std::vector<int32_t>>> WritePrompts(Engine& engine, uint64_t seed,
+                                                               int64_t count, int64_t length);
 
 }  // namespace godwit::cli
