@@ -6,6 +6,7 @@
 // units and counted on the other, both ways.
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <fstream>
 #include <iostream>
@@ -39,6 +40,7 @@ constexpr int64_t kMinUnits = 6;
 struct BenchSpeculateFlags {
   ModelFlags model;
   int64_t num_prompts = 40, prompt_length = 64, num_tokens = 128;
+  int64_t max_seconds = 1'000'000;
   std::vector<int64_t> batches = {1};
   std::vector<int> fixed;  // numbers of drafts; empty: all up to max_drafts
   int max_drafts = 12;
@@ -232,7 +234,9 @@ absl::StatusOr<std::vector<Arm>> RunArms(const Engines& engines, const BenchSpec
   const int64_t num_units = std::max(flags.num_prompts / batch, kMinUnits);
   ASSIGN_OR_RETURN(const auto prompts, WritePrompts(*engines.engine, flags.seed,
                                                     batch * (num_units + 1), flags.prompt_length));
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(flags.max_seconds);
   for (int64_t index = -1; index < num_units; ++index) {
+    if (index >= kMinUnits && std::chrono::steady_clock::now() > end) break;
     const auto first = static_cast<size_t>((index + 1) * batch);
     const auto unit_prompts = std::span(prompts).subspan(first, static_cast<size_t>(batch));
     for (size_t turn = 0; turn < arms.size(); ++turn) {
@@ -493,7 +497,7 @@ absl::StatusOr<Json> RunLoad(const BenchSpeculateFlags& flags, int64_t batch, Js
   Texts texts;
   ASSIGN_OR_RETURN(const std::vector<Arm> arms, RunArms(engines, flags, batch, texts));
   std::mt19937_64 random(flags.seed);
-  Json load = {{"batch", batch}};
+  Json load = {{"batch", batch}, {"units", arms[0].runs.size()}};
   for (const Arm& arm : arms) load["arms"].push_back(ArmToJson(arm, arms[0], random));
   // A draft, and a verified row on average, in units of a plain step; and a step, by drafts.
   const RoundCosts costs = MeasuredCosts(arms, batch);
@@ -546,9 +550,9 @@ void PrintComparisons(const Json& of) {
 
 void PrintLoad(const Json& load) {
   std::cout << absl::StrFormat(
-      "batch %d: a draft pass costs %.3f of a plain step, a verified row %.4f; a step with "
-      "1, 2, ... drafts:",
-      load["batch"].get<int64_t>(), load["draft_cost"].get<double>(),
+      "batch %d, %d units: a draft pass costs %.3f of a plain step, a verified row %.4f; a step "
+      "with 1, 2, ... drafts:",
+      load["batch"].get<int64_t>(), load["units"].get<int64_t>(), load["draft_cost"].get<double>(),
       load["row_cost"].get<double>());
   for (size_t drafts = 1; drafts < load["verify_cost"].size(); ++drafts) {
     std::cout << absl::StrFormat(" %.2f", load["verify_cost"][drafts].get<double>());
@@ -647,6 +651,8 @@ void AddBenchSpeculateCommand(CLI::App& bench, int& exit_code) {
   AddDraftModelFlag(*command, flags->model)->required();
   command->add_option("--prompts", flags->num_prompts, "that the model writes itself")
       ->check(CLI::Range(2, 100'000));
+  command->add_option("--seconds", flags->max_seconds, "of a load; then no more prompts begin")
+      ->check(CLI::Range(1, 1'000'000));
   command->add_option("--prompt-length", flags->prompt_length, "tokens")
       ->check(CLI::Range(2, 100'000));
   command->add_option("--tokens", flags->num_tokens, "generated after each prompt")
