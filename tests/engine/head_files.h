@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "engine/acceptance_head.h"
 #include "engine/safetensors.h"
 #include "gtest/gtest.h"
 #include "tests/kernels/device_arena.h"
@@ -45,5 +46,34 @@ struct HeadFiles {
     std::erase_if(tensors, [&](const NamedTensor& tensor) { return tensor.name == name; });
   }
 };
+
+inline std::string HeadConfig(const std::string& kind, const std::string& label, int64_t hidden,
+                              const std::string& more = "") {
+  return "{\"kind\": \"" + kind + "\", \"label\": \"" + label +
+         "\", \"hidden_size\": " + std::to_string(hidden) + more + "}";
+}
+
+// Of random weights: it stops anywhere.
+inline HeadFiles RandomHead(HeadKind kind, HeadLabel label, int64_t hidden) {
+  HeadFiles files;
+  if (kind == HeadKind::kSpecDecPP) {
+    files.json = HeadConfig("specdecpp", label == HeadLabel::kPost ? "post" : "pre", hidden,
+                            ", \"num_layers\": 2, \"reject_weight\": 3");
+    files.AddRandom("model.0.linear.weight", {hidden, hidden}, 1);
+    files.AddRandom("model.0.linear.bias", {hidden}, 2);
+    files.AddRandom("model.2.weight", {2, hidden}, 3);
+    files.AddRandom("model.2.bias", {2}, 4);
+  } else {
+    const int64_t width = 8;
+    files.json = HeadConfig("mlp", "pre", hidden, ", \"width\": 8");
+    files.AddRandom("hidden.weight", {width, hidden}, 1);
+    files.AddRandom("hidden.features", {kNumHeadFeatures, width}, 2);
+    files.AddRandom("hidden.bias", {width}, 3);
+    files.AddRandom("readout.weight", {1, width}, 4);
+    for (float& weight : files.values.back()) weight *= 10;
+    files.AddRandom("readout.bias", {1}, 5);
+  }
+  return files;
+}
 
 }  // namespace godwit

@@ -15,42 +15,13 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
-#include "tests/chi_square.h"
 #include "tests/engine/engine_driver.h"
 #include "tests/engine/gpu.h"
 #include "tests/engine/head_files.h"
+#include "tests/engine/toy_texts.h"
 
 namespace godwit {
 namespace {
-
-std::string Config(const std::string& kind, const std::string& label, int64_t hidden,
-                   const std::string& more = "") {
-  return "{\"kind\": \"" + kind + "\", \"label\": \"" + label +
-         "\", \"hidden_size\": " + std::to_string(hidden) + more + "}";
-}
-
-// Of random weights: it stops anywhere.
-HeadFiles RandomHead(HeadKind kind, HeadLabel label, int64_t hidden) {
-  HeadFiles files;
-  if (kind == HeadKind::kSpecDecPP) {
-    files.json = Config("specdecpp", label == HeadLabel::kPost ? "post" : "pre", hidden,
-                        ", \"num_layers\": 2, \"reject_weight\": 3");
-    files.AddRandom("model.0.linear.weight", {hidden, hidden}, 1);
-    files.AddRandom("model.0.linear.bias", {hidden}, 2);
-    files.AddRandom("model.2.weight", {2, hidden}, 3);
-    files.AddRandom("model.2.bias", {2}, 4);
-  } else {
-    const int64_t width = 8;
-    files.json = Config("mlp", "pre", hidden, ", \"width\": 8");
-    files.AddRandom("hidden.weight", {width, hidden}, 1);
-    files.AddRandom("hidden.features", {kNumHeadFeatures, width}, 2);
-    files.AddRandom("hidden.bias", {width}, 3);
-    files.AddRandom("readout.weight", {1, width}, 4);
-    for (float& weight : files.values.back()) weight *= 10;
-    files.AddRandom("readout.bias", {1}, 5);
-  }
-  return files;
-}
 
 // That always says the logit `first` + place * `slope`.
 HeadFiles ScriptedHead(HeadLabel label, int64_t hidden, float first, float slope) {
@@ -59,13 +30,13 @@ HeadFiles ScriptedHead(HeadLabel label, int64_t hidden, float first, float slope
     return std::vector<float>(static_cast<size_t>(count), 0.0f);
   };
   if (label == HeadLabel::kPost) {
-    files.json = Config("specdecpp", "post", hidden, ", \"num_layers\": 1");
+    files.json = HeadConfig("specdecpp", "post", hidden, ", \"num_layers\": 1");
     files.Add("model.0.linear.weight", {hidden, hidden}, zeros(hidden * hidden));
     files.Add("model.0.linear.bias", {hidden}, zeros(hidden));
     files.Add("model.1.weight", {2, hidden}, zeros(2 * hidden));
     files.Add("model.1.bias", {2}, {0, first});
   } else {
-    files.json = Config("linear", "pre", hidden);
+    files.json = HeadConfig("linear", "pre", hidden);
     files.Add("readout.weight", {1, hidden}, zeros(hidden));
     files.Add("readout.features", {1, kNumHeadFeatures}, {0, 0, 0, 0, slope});
     files.Add("readout.bias", {1}, {first});
@@ -243,8 +214,7 @@ TEST_P(HeadSpeculationTest, GreedyAndSeededTextsEqualNoneOnTheGpu) {
 // Three-token texts of a pair with 8 tokens, sampled without a seed, follow the target; heads stop
 // the drafts for what they see of them.
 TEST_P(HeadSpeculationTest, SampledTextsFollowTheTarget) {
-  constexpr int kVocab = 8;
-  const TinyModelOptions small = {.vocab_size = kVocab, .num_layers = 2, .scale = 1.0};
+  const TinyModelOptions small = {.vocab_size = 8, .num_layers = 2, .scale = 1.0};
   TinyModelOptions other = small;
   other.seed = 5;
   const TinyModel target(small), draft(other);
@@ -252,54 +222,26 @@ TEST_P(HeadSpeculationTest, SampledTextsFollowTheTarget) {
       RandomHead(GetParam().kind, GetParam().label, other.d_model).Write(draft.folder()).ok());
   const auto engine = MakeEngine(
       target, {.draft_folder = draft.folder(), .dtype = DType::kF32, .max_sequences = 256});
-  const std::vector<int32_t> prompt = {3, 4, 5, 6, 7};
-  const auto next = [&](const std::vector<int32_t>& text) {
-    std::vector<int32_t> tokens = prompt;
-    tokens.insert(tokens.end(), text.begin(), text.end());
-    CacheLease lease = *engine->caches().Reserve(16);
-    std::vector<float> logits(tokens.size() * kVocab);
-    const BatchRow row = {.token_ids = tokens,
-                          .prompt_length = std::ssize(tokens),
-                          .lease = &lease,
-                          .logits = logits.data()};
-    EXPECT_TRUE(engine->Collect(*engine->Submit(std::span(&row, 1))).ok());
-    std::vector<double> p(logits.end() - kVocab, logits.end());
-    double sum = 0;
-    for (double& value : p) sum += value = std::exp(value);
-    for (double& value : p) value /= sum;
-    return p;
-  };
-  std::vector<double> probabilities;
-  const std::vector<double> first = next({});
-  for (int32_t a = 0; a < kVocab; ++a) {
-    const std::vector<double> second = next({a});
-    for (int32_t b = 0; b < kVocab; ++b) {
-      for (const double third : next({a, b})) {
-        probabilities.push_back(first[static_cast<size_t>(a)] * second[static_cast<size_t>(b)] *
-                                third);
-      }
-    }
-  }
-  std::vector<int64_t> counts(probabilities.size());
+  const DriverRequest request = {
+      .prompt = {3, 4, 5, 6, 7}, .max_tokens = 5, .draft_tokens = {3}, .coupled = false};
+  ToyTexts texts(*engine, request);
   int64_t num_drafts = 0, num_accepted = 0;
   for (uint64_t run = 0; run < 20; ++run) {
-    std::vector<DriverRequest> requests(256, {.prompt = prompt, .seed = run, .max_tokens = 5});
+    std::vector<DriverRequest> requests(256, request);
     for (size_t index = 0; index < requests.size(); ++index) {
+      requests[index].seed = run;
       requests[index].output_index = static_cast<int32_t>(index);
-      requests[index].coupled = false;
-      requests[index].draft_tokens = {3};
       requests[index].draft_policy =
           index % 4 == 0 ? DraftPolicy::kThroughput : DraftPolicy::kSpecDecPP;
       requests[index].draft_threshold = 0.2f * static_cast<float>(index % 4);
     }
     for (const DriverOutput& output : Drive(*engine, 1, requests)) {
-      const std::vector<int32_t> ids = output.ids();
-      ++counts[static_cast<size_t>((ids[0] * kVocab + ids[1]) * kVocab + ids[2])];
+      texts.Count(output.ids());
       num_drafts += output.num_drafts;
       num_accepted += output.num_accepted;
     }
   }
-  EXPECT_GT(ChiSquarePValue(counts, probabilities), 1e-6);
+  EXPECT_GT(texts.PValue(), 1e-6);
   EXPECT_GT(num_accepted, num_drafts / 10) << "something is accepted";
   EXPECT_LT(num_accepted, num_drafts * 9 / 10) << "and something rejected";
 }

@@ -13,8 +13,8 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
-#include "tests/chi_square.h"
 #include "tests/engine/engine_driver.h"
+#include "tests/engine/toy_texts.h"
 
 namespace godwit {
 namespace {
@@ -281,71 +281,36 @@ INSTANTIATE_TEST_SUITE_P(
 // The whole engine, sampled without a seed: three-token texts of a model with 8 tokens against
 // their probabilities from its own logits.
 TEST(StandardRuleTest, TextsOfAnEngineFollowItsModel) {
-  constexpr int kVocab = 8;
-  const TinyModelOptions small = {.vocab_size = kVocab, .num_layers = 2, .scale = 1.0};
+  const TinyModelOptions small = {.vocab_size = 8, .num_layers = 2, .scale = 1.0};
   TinyModelOptions other = small;
   other.seed = 5;
   const TinyModel target(small), draft(other);
   const auto engine = MakeEngine(
       target, {.draft_folder = draft.folder(), .dtype = DType::kF32, .max_sequences = 256});
-  const std::vector<int32_t> prompt = {3, 4, 5, 6, 7};
-  const float penalty = 0.4f;
-
-  const auto next = [&](const std::vector<int32_t>& text) {
-    std::vector<int32_t> tokens = prompt;
-    tokens.insert(tokens.end(), text.begin(), text.end());
-    CacheLease lease = *engine->caches().Reserve(16);
-    std::vector<float> logits(tokens.size() * kVocab);
-    const BatchRow row = {.token_ids = tokens,
-                          .prompt_length = std::ssize(tokens),
-                          .lease = &lease,
-                          .logits = logits.data()};
-    EXPECT_TRUE(engine->Collect(*engine->Submit(std::span(&row, 1))).ok());
-    std::vector<double> p(logits.end() - kVocab, logits.end());
-    double sum = 0;
-    for (int32_t id = 0; id < kVocab; ++id) {
-      double& value = p[static_cast<size_t>(id)];
-      value -= static_cast<double>(penalty) *
-               static_cast<double>(std::count(text.begin(), text.end(), id));
-      sum += value = std::exp(value);
-    }
-    for (double& value : p) value /= sum;
-    return p;
-  };
-  std::vector<double> probabilities;
-  const std::vector<double> first = next({});
-  for (int32_t a = 0; a < kVocab; ++a) {
-    const std::vector<double> second = next({a});
-    for (int32_t b = 0; b < kVocab; ++b) {
-      for (const double third : next({a, b})) {
-        probabilities.push_back(first[static_cast<size_t>(a)] * second[static_cast<size_t>(b)] *
-                                third);
-      }
-    }
-  }
-
-  std::vector<int64_t> counts(probabilities.size());
+  DriverRequest request = {.prompt = {3, 4, 5, 6, 7},
+                           .max_tokens = 5,
+                           .draft_tokens = {3},
+                           .draft_threshold = 0.4f,
+                           .coupled = false};
+  request.sampling.frequency_penalty = 0.4f;
+  ToyTexts texts(*engine, request);
   int64_t num_drafts = 0, num_accepted = 0, num_dropped = 0;
   for (uint64_t run = 0; run < 60; ++run) {
-    std::vector<DriverRequest> requests(256, {.prompt = prompt, .seed = run, .max_tokens = 5});
+    std::vector<DriverRequest> requests(256, request);
     for (size_t index = 0; index < requests.size(); ++index) {
+      requests[index].seed = run;
       requests[index].output_index = static_cast<int32_t>(index);
-      requests[index].sampling.frequency_penalty = penalty;
-      requests[index].coupled = false;
-      requests[index].draft_tokens = {3};
       requests[index].draft_policy = static_cast<DraftPolicy>(index % 3);
-      requests[index].draft_threshold = 0.4f;
     }
     for (const DriverOutput& output : Drive(*engine, 1, requests)) {
-      const std::vector<int32_t> ids = output.ids();
-      ++counts[static_cast<size_t>((ids[0] * kVocab + ids[1]) * kVocab + ids[2])];
+      texts.Count(output.ids());
       num_drafts += output.num_drafts;
       num_accepted += output.num_accepted;
       num_dropped += output.num_dropped;
     }
   }
   EXPECT_GT(num_dropped, 0) << "some are drawn and not verified";
-  EXPECT_GT(ChiSquarePValue(counts, probabilities), 1e-6);
+  EXPECT_GT(texts.PValue(), 1e-6);
   EXPECT_GT(num_accepted, num_drafts / 10) << "something is accepted";
   EXPECT_LT(num_accepted, num_drafts * 9 / 10) << "and something rejected";
 }
