@@ -4,8 +4,8 @@
 //
 // Whether a draft is verified may depend on the distribution that it is drawn from, on all before
 // it, and on earlier rounds, but never on the drawn token: else what remains is no longer
-// distributed as the target (a retrospective trim; tests/kernels/cpu/verify_tokens_test.cc plants
-// it). So scores are of the distribution, and places are decided one after the other.
+// distributed as the target (a retrospective trim; tests/engine/lossless_test.cc plants it). So
+// scores are of the distribution, and places are decided one after the other.
 
 #include <cstdint>
 #include <optional>

@@ -277,6 +277,7 @@ class Driver {
 
   void Probe(Sequence& sequence, size_t output) {
     CacheLease& lease = sequence.leases[output];
+    if (!sequence.request->is_probed) return;
     if (lease.bounded()) return;  // reads no more than its prompt
     const auto vocab = static_cast<int32_t>(engine_.card().config.vocab_size);
     const std::vector<int32_t> tokens = {sequence.outputs[output].tokens.back().token_id, 7 % vocab,

@@ -34,13 +34,15 @@ struct DriverRequest {
   DraftPolicy draft_policy = DraftPolicy::kFixed;
   float draft_threshold = 0.5f;
   bool coupled = true;
+  bool is_probed = true;
 };
 
 // Everything that can be seen of one output; equal operator compares bits of logits and
 // log-probabilities.
 struct DriverOutput {
   std::vector<SampledToken> tokens;
-  // Logits of three fixed tokens computed after the last one; none of a bounded sequence.
+  // Logits of three fixed tokens computed after the last one; none of a bounded sequence, and where
+  // the request is not probed.
   std::vector<float> probe;
   int64_t num_drafts = 0, num_accepted = 0, num_dropped = 0;
 

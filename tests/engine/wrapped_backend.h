@@ -1,6 +1,6 @@
 #pragma once
-// A back end around another: records and replays steps as a GPU does, and fails when a test says
-// so.
+// A back end around another: records and replays steps as a GPU does, fails when a test says so,
+// and makes the mistakes that a test plants.
 
 #include <cstdint>
 #include <functional>
@@ -22,6 +22,12 @@ struct WrapOptions {
   // Asked before each op, and each allocation, by name ("Linear", "Allocate", "AllocateHost",
   // "AllocateMatrix"); what is not ok is the result. May be empty.
   std::function<OpStatus(const char* op)> fault;
+  // Run in place of the op of the back end around which this is. May be empty.
+  std::function<OpStatus(Backend& inner, const SampleArgs& args)> sample;
+  std::function<OpStatus(Backend& inner, const VerifyTokensArgs& args)> verify;
+  // The seconds that a mark notes down, so that times can be a function of what ran. May be empty:
+  // those of the device.
+  std::function<double()> clock;
 };
 
 class WrappedBackend final : public Backend {
@@ -105,12 +111,14 @@ class WrappedBackend final : public Backend {
   OpStatus CountTokens(const CountTokensArgs& args) override {
     return Op("CountTokens", &Backend::CountTokens, args);
   }
-  OpStatus Sample(const SampleArgs& args) override { return Op("Sample", &Backend::Sample, args); }
+  OpStatus Sample(const SampleArgs& args) override {
+    return Op("Sample", &Backend::Sample, args, &options_.sample);
+  }
   OpStatus AcceptanceHead(const AcceptanceHeadArgs& args) override {
     return Op("AcceptanceHead", &Backend::AcceptanceHead, args);
   }
   OpStatus VerifyTokens(const VerifyTokensArgs& args) override {
-    return Op("VerifyTokens", &Backend::VerifyTokens, args);
+    return Op("VerifyTokens", &Backend::VerifyTokens, args, &options_.verify);
   }
   OpStatus ScoreTokens(const ScoreTokensArgs& args) override {
     return Op("ScoreTokens", &Backend::ScoreTokens, args);
@@ -135,10 +143,15 @@ class WrappedBackend final : public Backend {
     return std::exchange(recording_, false) ? RunRecorded(*open) : OpStatus();
   }
 
-  OpStatus SetMark(int mark) override { return inner_->SetMark(mark); }
+  OpStatus SetMark(int mark) override {
+    if (options_.clock) marks_[mark] = options_.clock();
+    return inner_->SetMark(mark);
+  }
   OpStatus WaitMark(int mark) override { return inner_->WaitMark(mark); }
   OpStatus SecondsBetween(int from, int to, double* seconds) override {
-    return inner_->SecondsBetween(from, to, seconds);
+    if (!options_.clock) return inner_->SecondsBetween(from, to, seconds);
+    *seconds = marks_[to] - marks_[from];
+    return {};
   }
   OpStatus Synchronize() override { return inner_->Synchronize(); }
   void Destroy() override { delete this; }
@@ -157,10 +170,12 @@ class WrappedBackend final : public Backend {
   }
 
   template <typename Args>
-  OpStatus Op(const char* name, OpStatus (Backend::*op)(const Args&), const Args& args) {
-    const auto run = [this, name, op, args] {
+  OpStatus Op(const char* name, OpStatus (Backend::*op)(const Args&), const Args& args,
+              const std::function<OpStatus(Backend&, const Args&)>* instead = nullptr) {
+    const auto run = [this, name, op, args, instead] {
       const OpStatus status = options_.fault ? options_.fault(name) : OpStatus();
-      return status.ok() ? (inner_.get()->*op)(args) : status;
+      if (!status.ok()) return status;
+      return instead != nullptr && *instead ? (*instead)(*inner_, args) : (inner_.get()->*op)(args);
     };
     if (!recording_) {
       num_unrecorded_ops_ += open_ == nullptr;
@@ -182,6 +197,7 @@ class WrappedBackend final : public Backend {
   std::map<uint64_t, Recording> recordings_;
   Recording* open_ = nullptr;  // between BeginReplay and EndReplay
   bool recording_ = false;
+  double marks_[kNumMarks] = {};  // of the test's clock
   int64_t num_unrecorded_ops_ = 0, num_replays_ = 0, num_host_copies_ = 0, num_allocations_ = 0;
 };
 
