@@ -22,6 +22,40 @@ namespace {
 // output.
 constexpr int kPoison = 0xff;
 
+template <typename Element>
+void Transpose(const char* from, int64_t rows, int64_t columns, char* to) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < columns; ++column) {
+      std::memcpy(to + (column * rows + row) * int64_t{sizeof(Element)},
+                  from + (row * columns + column) * int64_t{sizeof(Element)}, sizeof(Element));
+    }
+  }
+}
+
+// A block with its keys transposed, a head at a time; its values as they are. To columns: from
+// [kPagedBlock, head_dim] to [head_dim, kPagedBlock].
+void TurnBlock(const StateComponent& component, const char* from, bool to_columns, char* to) {
+  const int64_t head_dim = component.head_bytes / component.element_bytes;
+  const int64_t rows = to_columns ? kPagedBlock : head_dim;
+  const int64_t columns = to_columns ? head_dim : kPagedBlock;
+  const int64_t plane_bytes = kPagedBlock * component.head_bytes;
+  const int64_t half_bytes = kPagedBlock * component.row_bytes / 2;
+  for (int64_t at = 0; at < half_bytes; at += plane_bytes) {
+    if (component.element_bytes == 2) Transpose<uint16_t>(from + at, rows, columns, to + at);
+    if (component.element_bytes == 4) Transpose<uint32_t>(from + at, rows, columns, to + at);
+  }
+  std::memcpy(to + half_bytes, from + half_bytes, static_cast<size_t>(half_bytes));
+}
+
+// Rows of a block in an image: a head's lie together, keys and values alike.
+void ZeroBlockFrom(int64_t first_row, const StateComponent& component, char* block) {
+  const int64_t plane_bytes = kPagedBlock * component.head_bytes;
+  const int64_t begin = first_row * component.head_bytes;
+  for (int64_t at = 0; at < kPagedBlock * component.row_bytes; at += plane_bytes) {
+    std::memset(block + at + begin, 0, static_cast<size_t>(plane_bytes - begin));
+  }
+}
+
 bool PoisonsWindows() {
   bool debug_build = false;
   assert((debug_build = true));
@@ -56,6 +90,11 @@ absl::StatusOr<std::unique_ptr<CachePool>> CachePool::Create(Backend& backend,
   };
   const int64_t num_slots = geometry.num_slots + geometry.num_snapshots;
   for (const StateComponent& component : geometry.components) {
+    if (component.paged()) {
+      GODWIT_CHECK(component.element_bytes == 2 || component.element_bytes == 4);
+      GODWIT_CHECK(component.head_bytes > 0 && component.head_bytes % component.element_bytes == 0);
+      GODWIT_CHECK(component.row_bytes % (2 * component.head_bytes) == 0);
+    }
     Storage& storage = pool->storage_.emplace_back();
     RETURN_IF_ERROR(allocate(num_slots * component.base_bytes, storage.bases));
     if (component.windowed()) {
@@ -119,17 +158,18 @@ absl::Status CachePool::ForEachRange(int32_t slot, std::span<const int32_t> bloc
     const Storage& storage = storage_[index];
     if (component.base_bytes > 0) {
       RETURN_IF_ERROR(
-          visit(storage.bases.bytes() + slot * component.base_bytes, component.base_bytes));
+          visit(Range{storage.bases.bytes() + slot * component.base_bytes, component.base_bytes}));
     }
     if (component.windowed() && live_rows > 0) {
       RETURN_IF_ERROR(
-          visit(storage.windows.bytes() + slot * geometry_.window_rows * component.row_bytes,
-                live_rows * component.row_bytes));
+          visit(Range{storage.windows.bytes() + slot * geometry_.window_rows * component.row_bytes,
+                      live_rows * component.row_bytes}));
     }
     if (!component.paged()) continue;
     const int64_t block_bytes = kPagedBlock * component.row_bytes;
     for (const int32_t block : blocks) {
-      RETURN_IF_ERROR(visit(storage.blocks.bytes() + block * block_bytes, block_bytes));
+      RETURN_IF_ERROR(
+          visit(Range{storage.blocks.bytes() + block * block_bytes, block_bytes, &component}));
     }
   }
   return absl::OkStatus();
@@ -137,17 +177,17 @@ absl::Status CachePool::ForEachRange(int32_t slot, std::span<const int32_t> bloc
 
 absl::Status CachePool::Fork(const CacheCopy& copy) {
   std::vector<CopyRange> ranges;
-  RETURN_IF_ERROR(ForEachRange(copy.from_slot, copy.from_blocks, copy.position,
-                               [&](char* data, int64_t num_bytes) {
-                                 ranges.push_back({.from = data, .num_bytes = num_bytes});
-                                 return absl::OkStatus();
-                               }));
+  RETURN_IF_ERROR(
+      ForEachRange(copy.from_slot, copy.from_blocks, copy.position, [&](const Range& range) {
+        ranges.push_back({.from = range.data, .num_bytes = range.num_bytes});
+        return absl::OkStatus();
+      }));
   size_t next = 0;
   RETURN_IF_ERROR(
-      ForEachRange(copy.to_slot, copy.to_blocks, copy.position, [&](char* data, int64_t num_bytes) {
-        CopyRange& range = ranges[next++];
-        GODWIT_CHECK(range.num_bytes == num_bytes);
-        range.to = data;
+      ForEachRange(copy.to_slot, copy.to_blocks, copy.position, [&](const Range& range) {
+        CopyRange& copied = ranges[next++];
+        GODWIT_CHECK(copied.num_bytes == range.num_bytes);
+        copied.to = range.data;
         return absl::OkStatus();
       }));
   return ToStatus(backend_.CopyRanges(ranges.data(), std::ssize(ranges)));
@@ -155,8 +195,8 @@ absl::Status CachePool::Fork(const CacheCopy& copy) {
 
 absl::Status CachePool::ToHost(const CacheCopy& copy) {
   int64_t total = 0;
-  const auto count = [&](char*, int64_t num_bytes) {
-    total += num_bytes;
+  const auto count = [&](const Range& range) {
+    total += range.num_bytes;
     return absl::OkStatus();
   };
   RETURN_IF_ERROR(ForEachRange(copy.from_slot, copy.from_blocks, copy.position, count));
@@ -166,29 +206,22 @@ absl::Status CachePool::ToHost(const CacheCopy& copy) {
         absl::StrCat("no host memory for a state of ", FormatBytes(total)));
   }
   int64_t offset = 0;
-  RETURN_IF_ERROR(ForEachRange(copy.from_slot, copy.from_blocks, copy.position,
-                               [&](char* data, int64_t num_bytes) {
-                                 char* to = bytes.get() + std::exchange(offset, offset + num_bytes);
-                                 return ToStatus(backend_.CopyToHost(to, data, num_bytes));
-                               }));
+  std::vector<Range> blocks_to_turn;
+  const auto fetch = [&](const Range& range) {
+    char* to = bytes.get() + std::exchange(offset, offset + range.num_bytes);
+    if (range.block_of != nullptr && keys_by_column_ && copy.kind == CacheCopy::Kind::kSave) {
+      blocks_to_turn.push_back({to, range.num_bytes, range.block_of});
+    }
+    return ToStatus(backend_.CopyToHost(to, range.data, range.num_bytes));
+  };
+  RETURN_IF_ERROR(ForEachRange(copy.from_slot, copy.from_blocks, copy.position, fetch));
   RETURN_IF_ERROR(backend_.Synchronize());
+  for (const Range& range : blocks_to_turn) {
+    turned_block_.assign(range.data, range.data + range.num_bytes);
+    TurnBlock(*range.block_of, turned_block_.data(), false, range.data);
+  }
   host_copies_[copy.host_id] = {.bytes = std::move(bytes), .num_bytes = total};
   return absl::OkStatus();
-}
-
-void CachePool::ZeroBlockFrom(int64_t first_row, const StateComponent& component,
-                              const HeldRows& held, char* block) const {
-  const int64_t plane_bytes = kPagedBlock * held.head_bytes;
-  const int64_t num_planes = kPagedBlock * component.row_bytes / plane_bytes;  // keys, then values
-  for (int64_t index = 0; index < num_planes; ++index) {
-    const bool by_column = keys_by_column_ && index < num_planes / 2;
-    const int64_t line_bytes = by_column ? kPagedBlock * held.element_bytes : plane_bytes;
-    const int64_t begin = first_row * (by_column ? held.element_bytes : held.head_bytes);
-    char* const plane = block + index * plane_bytes;
-    for (char* line = plane; line < plane + plane_bytes; line += line_bytes) {
-      std::memset(line + begin, 0, static_cast<size_t>(line_bytes - begin));
-    }
-  }
 }
 
 void CachePool::ZeroRowsNotHeld(const CacheCopy& copy, std::span<const HeldRows> held) {
@@ -199,7 +232,7 @@ void CachePool::ZeroRowsNotHeld(const CacheCopy& copy, std::span<const HeldRows>
   const int64_t num_rows = std::min(copy.position, geometry_.window_rows);
   for (size_t index = 0; index < held.size(); ++index) {
     const StateComponent& component = geometry_.components[index];
-    const auto& [begin, end, head_bytes, element_bytes] = held[index];
+    const auto& [begin, end] = held[index];
     GODWIT_CHECK(0 <= begin && begin <= end && end <= copy.position);
     at += component.base_bytes;
     if (component.windowed()) {
@@ -214,7 +247,7 @@ void CachePool::ZeroRowsNotHeld(const CacheCopy& copy, std::span<const HeldRows>
     if (!component.paged()) continue;
     for (int64_t block = 0; block < std::ssize(copy.from_blocks); ++block) {
       const int64_t num_held = std::clamp<int64_t>(end - block * kPagedBlock, 0, kPagedBlock);
-      if (num_held < kPagedBlock) ZeroBlockFrom(num_held, component, held[index], at);
+      if (num_held < kPagedBlock) ZeroBlockFrom(num_held, component, at);
       at += kPagedBlock * component.row_bytes;
     }
   }
@@ -227,10 +260,15 @@ absl::Status CachePool::FromHost(const CacheCopy& copy) {
   const HostCopy& host = found->second;
   int64_t offset = 0;
   RETURN_IF_ERROR(
-      ForEachRange(copy.to_slot, copy.to_blocks, copy.position, [&](char* data, int64_t num_bytes) {
-        const char* from = host.bytes.get() + std::exchange(offset, offset + num_bytes);
+      ForEachRange(copy.to_slot, copy.to_blocks, copy.position, [&](const Range& range) {
+        const char* from = host.bytes.get() + std::exchange(offset, offset + range.num_bytes);
         GODWIT_CHECK(offset <= host.num_bytes);
-        return ToStatus(backend_.CopyFromHost(data, from, num_bytes));
+        if (range.block_of != nullptr && keys_by_column_ && copy.kind == CacheCopy::Kind::kLoad) {
+          turned_block_.resize(static_cast<size_t>(range.num_bytes));
+          TurnBlock(*range.block_of, from, true, turned_block_.data());
+          from = turned_block_.data();  // read before CopyFromHost returns
+        }
+        return ToStatus(backend_.CopyFromHost(range.data, from, range.num_bytes));
       }));
   GODWIT_CHECK(offset == host.num_bytes);
   return absl::OkStatus();

@@ -33,7 +33,8 @@ class CachePool {
   absl::Status ZeroSlots(std::span<const int32_t> slots);
 
   // Bases, rows that were written, blocks. A swap-out or save keeps the bytes under host_id until swapped in or dropped;
-  // RESOURCE_EXHAUSTED without host memory for them.
+  // RESOURCE_EXHAUSTED without host memory for them. A swapped state comes back to this pool and keeps the device's layout;
+  // what a save keeps and a load reads is the same on every device (StateImage).
   absl::Status Copy(const CacheCopy& copy);
   // The bytes under a host id, shared with whoever keeps them; and the other way, bytes of that many tokens made elsewhere.
   struct HostCopy {
@@ -41,11 +42,9 @@ class CachePool {
     int64_t num_bytes = 0;
   };
   const HostCopy& host_copy(int64_t host_id) const;
-  // What a state holds in a component's rows: those of tokens [begin, end). For paged ones also how a block is made up:
-  // heads of kPagedBlock rows of head_bytes, of elements of element_bytes.
+  // What a state holds in a component's rows: those of tokens [begin, end).
   struct HeldRows {
     int64_t begin = 0, end = 0;
-    int64_t head_bytes = 0, element_bytes = 0;
   };
   // Zeros all rows but those held (one HeldRows a component) in what a kSave just copied: the others are never read, but
   // may be rejected drafts or another sequence's, and the copy may leave the engine. Before anyone shares the bytes.
@@ -58,19 +57,25 @@ class CachePool {
   struct Storage;
   CachePool(Backend& backend, const CacheGeometry& geometry);
 
-  // Calls visit(device data, num_bytes) for each range that a state at `position` occupies, in one fixed order.
+  // One range of the device that a state occupies.
+  struct Range {
+    char* data = nullptr;
+    int64_t num_bytes = 0;
+    const StateComponent* block_of = nullptr;  // a KV block of this component
+  };
+  // Calls visit(range) for each that a state at `position` occupies, in one fixed order.
   template <typename Visit>
   absl::Status ForEachRange(int32_t slot, std::span<const int32_t> blocks, int64_t position, const Visit& visit) const;
   absl::Status Fork(const CacheCopy& copy);
   absl::Status ToHost(const CacheCopy& copy);
   absl::Status FromHost(const CacheCopy& copy);
-  void ZeroBlockFrom(int64_t first_row, const StateComponent& component, const HeldRows& held, char* block) const;
 
   Backend& backend_;
   CacheGeometry geometry_;
   // Keys of a block are [head_dim, kPagedBlock] a head, as the CPU keeps them (kernels/cpu/paged_attention.cc); else they
-  // are [kPagedBlock, head_dim], as values are everywhere.
+  // are [kPagedBlock, head_dim], as values are everywhere and as keys are in an image.
   bool keys_by_column_;
+  std::vector<char> turned_block_;  // scratch of one
   std::vector<Storage> storage_;              // per component
   std::vector<ByteRange> zeroed_;             // of ZeroSlots: kept for its memory
   std::vector<char> poison_;                  // NaNs for one window; empty in release builds

@@ -966,22 +966,18 @@ absl::Status Engine::Impl::Trim(const CacheCopy& copy) {
 // A stored state may be exported (a swapped one is not). Rows from the base to the position are
 // read again; the draft's by its own.
 void Engine::Impl::ZeroRowsNotHeld(const CacheCopy& copy, const SlotState& from) {
-  const DType dtype = card.dtype == "f32" ? DType::kF32 : DType::kBF16;
-  const auto add = [&](const Model& of, const std::vector<StateComponent>& components, int64_t base,
-                       int64_t position, std::vector<CachePool::HeldRows>& held) {
+  const auto add = [](const std::vector<StateComponent>& components, int64_t base, int64_t position,
+                      std::vector<CachePool::HeldRows>& held) {
     for (const StateComponent& component : components) {
-      held.push_back({.begin = component.paged() ? 0 : base,
-                      .end = position,
-                      .head_bytes = of.config().head_dim * DTypeBytes(dtype),
-                      .element_bytes = DTypeBytes(dtype)});
+      held.push_back({.begin = component.paged() ? 0 : base, .end = position});
     }
   };
   std::vector<CachePool::HeldRows> held;
-  add(*model, model->state_components(), from.base, from.position, held);
+  add(model->state_components(), from.base, from.position, held);
   held.emplace_back();  // penalty counts have no rows
   if (draft != nullptr) {
     const DraftImage image = speculator->Export(copy.host_id).value_or(DraftImage{});
-    add(*draft, draft->state_components(), image.base, image.position, held);
+    add(draft->state_components(), image.base, image.position, held);
   }
   pool->ZeroRowsNotHeld(copy, held);
 }

@@ -22,6 +22,9 @@ struct StateComponent {
   int lag = 0;
   int64_t retain = 0;         // kRetainAll: every row is kept, in paged blocks of kPagedBlock rows
   ShardAxis shard = ShardAxis::kNone;
+  // Of paged rows: keys of some heads, then their values, of so many bytes a head; and the bytes of
+  // one element. What a back end may lay out in a way of its own (CachePool).
+  int64_t head_bytes = 0, element_bytes = 0;
 
   bool paged() const { return row_bytes > 0 && retain == kRetainAll; }
   bool windowed() const { return row_bytes > 0 && retain != kRetainAll; }

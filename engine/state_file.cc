@@ -40,7 +40,8 @@ constexpr size_t kDigestDigits = 64;
 constexpr int64_t kMaxHeaderBytes = 16 << 20;
 constexpr int64_t kPieceBytes = 4 << 20;  // hashed while it is in the cache
 constexpr int64_t kMaxHashThreads = 8;
-constexpr char kFormat[] = "godwit-state-1";
+// 1 had the keys of KV blocks as its device kept them.
+constexpr char kFormat[] = "godwit-state-2";
 // A window that was never behind by more than one round of drafts.
 constexpr int64_t kMaxBaseLag = kWindow - 1 + kMaxDraftTokens + 1;
 

@@ -4,6 +4,7 @@
 // named "draft."), and a manifest in __metadata__: SHA-256 of the whole file with its own digits as
 // zeros (over the SHA-256 of each 4 MiB of it, 32 bytes each), model, type, rotation, position,
 // token after the state, the draft's bookkeeping. Penalty counts are a component like the others.
+// A file goes from one kind of device to another: an image's layout is no device's own.
 // Any thread.
 
 #include <cstdint>

@@ -26,7 +26,8 @@ struct StateImage {
   std::optional<DraftImage> draft;
   // Component by component in the order of the geometry: base, rows of the ring up to the position
   // or the ring's end, blocks (StateBytes of the manager in all). What an engine exports has zeros
-  // in rows of no token in [base, position), the draft's in [its base, its position).
+  // in rows of no token in [base, position), the draft's in [its base, its position). The same
+  // layout on every device: a block is [2, num_kv_heads, kPagedBlock, head_dim], keys, then values.
   std::shared_ptr<const char[]> bytes;
   int64_t num_bytes = 0;
 };

@@ -128,7 +128,9 @@ class Llama final : public Model {
     components_.push_back({.name = absl::StrCat("layers.", index, ".kv"),
                            .row_bytes = 2 * kv_width_ * DTypeBytes(options_.dtype),
                            .retain = kRetainAll,
-                           .shard = ShardAxis::kHeads});
+                           .shard = ShardAxis::kHeads,
+                           .head_bytes = config_.head_dim * DTypeBytes(options_.dtype),
+                           .element_bytes = DTypeBytes(options_.dtype)});
     layers_.push_back(layer);
     return absl::OkStatus();
   }

@@ -18,19 +18,25 @@ namespace {
 
 constexpr int64_t kBaseBytes = 256;
 constexpr int64_t kWindowRowBytes = 24;
-constexpr int64_t kKvRowBytes = 40;
+constexpr int64_t kHeadBytes = 10;
+constexpr int64_t kKvRowBytes = 4 * kHeadBytes;  // two heads' keys, two heads' values
 
 CacheGeometry Geometry() {
   return {.components = {{.name = "layers.0.lightning",
                           .base_bytes = kBaseBytes,
                           .row_bytes = kWindowRowBytes,
                           .block = kWindow},
-                         {.name = "layers.1.kv", .row_bytes = kKvRowBytes, .retain = kRetainAll},
+                         {.name = "layers.1.kv",
+                          .row_bytes = kKvRowBytes,
+                          .retain = kRetainAll,
+                          .head_bytes = kHeadBytes,
+                          .element_bytes = 2},
                          {.name = "penalties", .base_bytes = 64}},
           .window_rows = 47,
           .num_slots = 4,
           .num_blocks = 12,
-          .swap_bytes = 1 << 20};
+          .swap_bytes = 1 << 20,
+          .store_bytes = 1 << 20};
 }
 
 // A pool on the CPU, whose memory the test reads and writes itself.
@@ -131,6 +137,37 @@ TEST_F(CachePoolTest, SwappedOutAndInHasTheSameBytesElsewhere) {
   EXPECT_NE(lease.slot(), old_slot);
   EXPECT_EQ(Bytes(lease, 53), before);
   EXPECT_EQ(pool_->num_host_copies(), 0);
+}
+
+// The CPU keeps a head's keys [head_dim, kPagedBlock]; what leaves the device has a token's
+// together.
+TEST_F(CachePoolTest, AStoredStateHasOneLayoutWhateverTheDevices) {
+  CacheLease lease = Reserve(64), other = Reserve(64);
+  Fill(lease, 53, 5);
+  Fill(other, 53, 6);
+  lease.set_position(53);
+  const std::string before = Bytes(lease, 53);
+  auto saved = manager_->Save(lease, 53);
+  ASSERT_TRUE(saved.ok() && pool_->Copy(saved->copy).ok());
+  const CachePool::HostCopy& host = pool_->host_copy(saved->state.host_id());
+  ASSERT_EQ(host.num_bytes, std::ssize(before));
+  const char* image = host.bytes.get() + kBaseBytes + 47 * kWindowRowBytes;
+  for (int block = 0; block < 4; ++block) {
+    const char* device = static_cast<const char*>(pool_->blocks(1)) +
+                         lease.blocks()[static_cast<size_t>(block)] * kPagedBlock * kKvRowBytes;
+    for (int head = 0; head < 4; ++head) {  // 2 and 3: values
+      for (int token = 0; token < kPagedBlock; ++token) {
+        for (int d = 0; d < 5; ++d, image += 2) {
+          const int element = head < 2 ? d * kPagedBlock + token : token * 5 + d;
+          const char* const expected = device + head * kPagedBlock * kHeadBytes + element * 2;
+          ASSERT_EQ(std::string(image, 2), std::string(expected, 2))
+              << "block " << block << " head " << head << " token " << token << " d " << d;
+        }
+      }
+    }
+  }
+  ASSERT_TRUE(pool_->Copy(manager_->Load(saved->state, other)).ok());
+  EXPECT_EQ(Bytes(other, 53), before);
 }
 
 TEST_F(CachePoolTest, DropsTheHostCopyOfAReleasedLease) {

@@ -24,6 +24,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/ops.h"
+#include "kernels/ref/ref_backend.h"
 #include "tests/engine/engine_driver.h"
 #include "tests/engine/temp_folder.h"
 
@@ -35,17 +36,22 @@ using testing::HasSubstr;
 constexpr int64_t kVocab = 100;
 
 StateLayout Layout(int steps_in_flight = 1, bool draft = true) {
-  StateLayout layout = {
-      .components =
-          {{.name = "layers.0.lightning", .base_bytes = 256, .row_bytes = 24, .block = 16},
-           {.name = "layers.1.kv", .row_bytes = 40, .retain = kRetainAll},
-           {.name = "penalties", .base_bytes = kVocab * 4}},
-      .window_rows = WindowRows(steps_in_flight, kMaxDraftTokens),
-      .vocab_size = kVocab,
-      .dtype = "bf16",
-      .model = std::string(64, 'a'),
-      .draft = draft ? std::string(64, 'b') : "",
-      .max_position = 1000};
+  StateLayout layout = {.components = {{.name = "layers.0.lightning",
+                                        .base_bytes = 256,
+                                        .row_bytes = 24,
+                                        .block = 16},
+                                       {.name = "layers.1.kv",
+                                        .row_bytes = 40,
+                                        .retain = kRetainAll,
+                                        .head_bytes = 10,
+                                        .element_bytes = 2},
+                                       {.name = "penalties", .base_bytes = kVocab * 4}},
+                        .window_rows = WindowRows(steps_in_flight, kMaxDraftTokens),
+                        .vocab_size = kVocab,
+                        .dtype = "bf16",
+                        .model = std::string(64, 'a'),
+                        .draft = draft ? std::string(64, 'b') : "",
+                        .max_position = 1000};
   if (draft) {
     layout.components.push_back(
         {.name = "draft.layers.0.lightning", .base_bytes = 128, .row_bytes = 12, .block = 16});
@@ -422,6 +428,70 @@ TEST_P(StateFileEngineTest, ContinuesWithTheSameBits) {
   const CacheCopy load = target->caches().Load(stored, loaded);
   ASSERT_TRUE(target->Copy(std::span(&load, 1)).ok());
   EXPECT_EQ(Decode(*target, loaded, sampling, {}, 60), expected);
+}
+
+// A snapshot goes from one kind of device to another, which lays out KV blocks in its own way. The
+// state is then as good as the new device's own: its logits are off by no more than the two
+// devices' are anyway.
+TEST_P(StateFileEngineTest, AnotherKindOfDeviceContinuesIt) {
+  const TempFolder folder;
+  const TinyModel model({.family = GetParam()});
+  const auto vocab = static_cast<size_t>(model.options().vocab_size);
+  const std::vector<int32_t> prompt = RandomTokens(4, 75, model.options().vocab_size);
+  const std::vector<int32_t> question = {4, 5, 6};
+  const auto read = [&](Engine& engine, CacheLease& lease, std::span<const int32_t> token_ids,
+                        float* logits) {
+    const BatchRow row = {.token_ids = token_ids,
+                          .first_position = lease.position(),
+                          .confirmed_position = lease.position(),
+                          .prompt_length = 78,
+                          .lease = &lease,
+                          .logits = logits};
+    ASSERT_TRUE(engine.Collect(*engine.Submit(std::span(&row, 1))).ok());
+  };
+  const auto far_apart = [](const std::vector<float>& a, const std::vector<float>& b) {
+    float most = 0;
+    for (size_t at = 0; at < a.size(); ++at) most = std::max(most, std::abs(a[at] - b[at]));
+    return most;
+  };
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    const auto make = [&](bool is_ref) {
+      return MakeEngine(
+          model, {.dtype = dtype, .max_sequences = 4, .kv_bytes = 8 << 20, .store_bytes = 16 << 20},
+          is_ref ? CreateRefBackend() : *OpenDevice("cpu"));
+    };
+    const std::unique_ptr<Engine> engines[] = {make(false), make(true)};
+    std::vector<float> own[2];
+    for (const int device : {0, 1}) {
+      CacheLease lease = *engines[device]->caches().Reserve(100);
+      read(*engines[device], lease, prompt, nullptr);
+      auto saved = engines[device]->caches().Save(lease, 75);
+      ASSERT_TRUE(saved.ok() && engines[device]->Copy(std::span(&saved->copy, 1)).ok());
+      ASSERT_TRUE(WriteStateFile(folder.File(std::to_string(device)),
+                                 MakeStateLayout(engines[device]->card(), "m", ""),
+                                 *engines[device]->ExportState(saved->state.host_id()), kNotes)
+                      .ok());
+      own[device].resize(3 * vocab);
+      read(*engines[device], lease, question, own[device].data());
+    }
+    const float apart = far_apart(own[0], own[1]);
+    for (const int device : {0, 1}) {
+      Engine& target = *engines[device];
+      const auto file = ReadStateFile(folder.File(std::to_string(1 - device)),
+                                      MakeStateLayout(target.card(), "m", ""));
+      ASSERT_TRUE(file.ok()) << file.status();
+      StoredState stored = *target.caches().Store(75);
+      ASSERT_TRUE(target.ImportState(stored.host_id(), file->image).ok());
+      CacheLease lease = *target.caches().Reserve(100);
+      const CacheCopy load = target.caches().Load(stored, lease);
+      ASSERT_TRUE(target.Copy(std::span(&load, 1)).ok());
+      std::vector<float> logits(3 * vocab);
+      read(target, lease, question, logits.data());
+      EXPECT_LE(far_apart(logits, own[device]), 2 * apart + 1e-5f)
+          << (dtype == DType::kF32 ? "f32" : "bf16") << " to device " << device << ", apart "
+          << apart;
+    }
+  }
 }
 
 // What lies in a slot and in blocks beside a sequence's own rows is another's and does not leave
