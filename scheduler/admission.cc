@@ -291,8 +291,11 @@ bool Scheduler::Impl::MakeFit(const RequestGroup& group, StepPlan& plan) {
 }
 
 void Scheduler::Impl::FailStuck(TimeNs now) {
+  const bool refused = sessions_.TakeRefusal();
   if (queue_.empty() || !running_.empty() || !ending_.empty()) return;
   RequestGroup& group = *queue_.front();
+  if (waits_for_room() && !refused && now - group.queued_since < options_.max_wait) return;
+  sessions_.ForgetWanted();
   EndGroup(group,
            absl::ResourceExhaustedError(absl::StrCat(
                "nothing runs and the request does not fit: ", group.num_live(), " sequence(s) of ",

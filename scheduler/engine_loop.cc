@@ -200,7 +200,9 @@ void EngineLoop::Impl::Run() {
       Publish();
     } else {
       Publish();
-      if (!progressed && running && scheduler.idle()) Sleep();
+      // Whoever makes room posts work.
+      const bool waits = scheduler.idle() || scheduler.waits_for_room();
+      if (!progressed && running && waits) Sleep();
     }
   }
   // Everything has ended; what is still in flight is collected, so that the executor is left clean.

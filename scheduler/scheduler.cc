@@ -88,6 +88,7 @@ StepPlan Scheduler::Impl::Plan(TimeNs now) {
   AgeQueue(now);
   StepPlan plan = TakeSpare();
   plan.copies = sessions_.TakeCopies();
+  sessions_.ForgetWanted();
   Admit(plan, now);
   FailStuck(now);
   PlanDecodeRows(plan);
@@ -293,6 +294,7 @@ bool Scheduler::idle() const {
          !impl_->sessions_.has_copies();
 }
 
+bool Scheduler::waits_for_room() const { return impl_->waits_for_room(); }
 SchedulerStats Scheduler::stats() const { return impl_->Stats(); }
 SessionTable& Scheduler::sessions() { return impl_->sessions_; }
 

@@ -109,8 +109,10 @@ class Scheduler {
 
   // Reaps cancelled, expired and timed-out requests, admits, preempts, resumes, and plans one step.
   // If nothing runs and nothing can be admitted, the first request of the queue fails with
-  // RESOURCE_EXHAUSTED instead of the loop spinning. At most max_steps_in_flight plans with rows
-  // may be out.
+  // RESOURCE_EXHAUSTED instead of the loop spinning; unless states of sessions may not be dropped
+  // and one has no room in host memory: then it waits for that (waits_for_room), for max_wait at
+  // most, or until SessionTable::RefuseRoom. At most max_steps_in_flight plans with rows may be
+  // out.
   StepPlan Plan(TimeNs now);
 
   // The result of a step planned before, in order. Confirms tokens, finds stops, pushes events,
@@ -125,8 +127,11 @@ class Scheduler {
   void AbortAll(const absl::Status& status, TimeNs now);
 
   // No request and no step in flight. While there is a request each Plan has rows, ends a request
-  // or waits for a step in flight, so whoever calls Plan at every step boundary needs no timer.
+  // or waits for a step in flight or for room, so whoever calls Plan at every step boundary needs a
+  // timer in the last case only.
   bool idle() const;
+  // Nothing runs before a state in host memory goes elsewhere.
+  bool waits_for_room() const;
   SchedulerStats stats() const;
   SessionTable& sessions();  // on the same thread
 

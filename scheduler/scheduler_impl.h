@@ -56,6 +56,9 @@ struct Scheduler::Impl {
   void BeginSession(RequestGroup& group, StepPlan& plan, TimeNs now);
   bool MakeFit(const RequestGroup& group, StepPlan& plan);
   void FailStuck(TimeNs now);
+  bool waits_for_room() const {
+    return sessions_.wanted_bytes() > 0 && !queue_.empty() && running_.empty() && ending_.empty();
+  }
 
   // preemption.cc
   enum class Room { kMade, kPending, kNone };

@@ -43,6 +43,9 @@ SessionTable::Value* SessionTable::Oldest(bool on_device) const {
   Value* oldest = nullptr;
   for (const auto& [key, value] : sessions_) {
     if (!(on_device ? static_cast<bool>(value->lease) : static_cast<bool>(value->stored))) continue;
+    // Not one that stays on the device for want of a place that is large enough.
+    const bool fits = caches_.StateBytes(value->position) <= caches_.geometry().store_bytes;
+    if (on_device && !may_drop_ && !fits) continue;
     if (oldest == nullptr || value->last_use < oldest->last_use) oldest = value.get();
   }
   return oldest;
@@ -110,6 +113,7 @@ bool SessionTable::Evict(std::vector<CacheCopy>& copies) {
   Value* oldest = Oldest(/*on_device=*/true);
   if (oldest == nullptr) return false;
   absl::StatusOr<StoredState> stored = Store(oldest->position);
+  wanted_bytes_ = stored.ok() || may_drop_ ? 0 : caches_.StateBytes(oldest->position);
   if (stored.ok()) {
     copies.push_back(caches_.SaveTo(*stored, oldest->lease));
     oldest->stored = *std::move(stored);
@@ -148,6 +152,7 @@ SessionStats SessionTable::stats() const {
   SessionStats stats = counts_;
   stats.num_sessions = std::ssize(sessions_);
   stats.store_bytes_total = caches_.geometry().store_bytes;
+  stats.store_bytes_wanted = wanted_bytes_;
   std::set<const Value*> seen;
   for (const auto& [key, value] : sessions_) {
     if (!seen.insert(value.get()).second) continue;

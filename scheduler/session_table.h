@@ -26,11 +26,13 @@ struct SessionStats {
   int64_t num_sessions = 0, num_on_device = 0, num_on_host = 0;
   int64_t store_bytes_used = 0;   // of host memory, by sessions
   int64_t store_bytes_total = 0;  // for all stored states
-  int64_t num_to_host = 0;      // moved there for want of slots or blocks
-  int64_t num_from_device = 0;  // requests that started from a state on the device
-  int64_t num_from_host = 0;    // and from one in host memory
-  int64_t num_dropped = 0;      // states given up because host memory was full too
-  int64_t num_kept = 0;         // states that requests left
+  int64_t num_to_host = 0;        // moved there for want of slots or blocks
+  int64_t num_from_device = 0;    // requests that started from a state on the device
+  int64_t num_from_host = 0;      // and from one in host memory
+  int64_t num_dropped = 0;        // states given up because host memory was full too
+  int64_t store_bytes_wanted =
+      0;                 // by a state that has to leave the device; 0: none waits for room
+  int64_t num_kept = 0;  // states that requests left
 };
 
 // Owned and used by the engine thread. Copies are gathered; whoever runs the next ones on the
@@ -38,7 +40,8 @@ struct SessionStats {
 class SessionTable {
  public:
   // may_drop: with device and host memory full, the state used longest ago is given up. Else it
-  // stays where it is, and whoever needs its place waits.
+  // stays where it is, and whoever needs its place waits until someone erases a state in host
+  // memory (who has taken it elsewhere) or says RefuseRoom.
   SessionTable(CacheManager& caches, bool may_drop) : caches_(caches), may_drop_(may_drop) {}
 
   bool Has(SessionKey key) const { return sessions_.contains(key); }
@@ -53,6 +56,8 @@ class SessionTable {
   absl::Status Fork(SessionKey from, SessionKey to);
   void Erase(SessionKey key) { sessions_.erase(key); }
 
+  // What its state takes in host memory.
+  int64_t StateBytes(SessionKey key) const { return caches_.StateBytes(position(key)); }
   // The state's bytes. RESOURCE_EXHAUSTED: no host memory; NOT_FOUND, DATA_LOSS.
   absl::StatusOr<std::shared_ptr<const StateImage>> Export(SessionKey key, StepExecutor& executor);
   // A session with these bytes as its state. RESOURCE_EXHAUSTED: no host memory.
@@ -67,8 +72,14 @@ class SessionTable {
   void Keep(SessionKey key, CacheLease lease, int64_t position, int32_t next_token,
             std::vector<int32_t> dropped);
   // Moves the state on the device that was used longest ago to host memory. False: there is none,
-  // or no room.
+  // or no room. Where host memory as a whole would hold it, that room is wanted until Evict
+  // succeeds or ForgetWanted.
   bool Evict(std::vector<CacheCopy>& copies);
+  int64_t wanted_bytes() const { return wanted_bytes_; }
+  void ForgetWanted() { wanted_bytes_ = 0; }
+  // Nobody can make the room that is wanted now: whoever waits for it fails.
+  void RefuseRoom() { refused_ = wanted_bytes_ > 0; }
+  bool TakeRefusal() { return std::exchange(refused_, false); }
   // Copies that failed: the states they were to make are lost.
   void Lose(std::span<const CacheCopy> copies);
 
@@ -94,6 +105,8 @@ class SessionTable {
   std::map<SessionKey, std::shared_ptr<Value>> sessions_;
   std::vector<CacheCopy> copies_;
   int64_t next_use_ = 1;
+  int64_t wanted_bytes_ = 0;
+  bool refused_ = false;
   SessionStats counts_;  // the counters
 };
 

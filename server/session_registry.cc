@@ -140,8 +140,7 @@ absl::Status SessionRegistry::PrepareFolder() {
   return absl::OkStatus();
 }
 
-absl::Status SessionRegistry::OnEngine(
-    const std::function<absl::Status(SessionTable&, StepExecutor&)>& work) {
+absl::Status SessionRegistry::OnEngine(const EngineWork& work) {
   std::promise<absl::Status> promise;
   std::future<absl::Status> done = promise.get_future();
   const bool posted = loop_.Post([&](SessionTable& sessions, StepExecutor& executor) {
@@ -149,6 +148,14 @@ absl::Status SessionRegistry::OnEngine(
   });
   if (!posted) return absl::UnavailableError("the server is shutting down");
   return done.get();
+}
+
+absl::Status SessionRegistry::OnEngineWithRoom(const int64_t* num_bytes, const EngineWork& work) {
+  while (true) {
+    const absl::Status status = OnEngine(work);
+    const bool may_fit = *num_bytes <= loop_.stats().sessions.store_bytes_total;
+    if (!absl::IsResourceExhausted(status) || !may_fit || !SpillOldest()) return status;
+  }
 }
 
 void SessionRegistry::EraseState(SessionKey key) {
@@ -406,10 +413,13 @@ absl::StatusOr<int64_t> SessionRegistry::WriteFile(const std::string& path, cons
 
 absl::StatusOr<std::shared_ptr<const StateImage>> SessionRegistry::Export(SessionKey key) {
   std::shared_ptr<const StateImage> image;
-  RETURN_IF_ERROR(OnEngine([&](SessionTable& sessions, StepExecutor& executor) -> absl::Status {
+  int64_t num_bytes = 0;
+  const EngineWork work = [&](SessionTable& sessions, StepExecutor& executor) -> absl::Status {
+    num_bytes = sessions.StateBytes(key);
     ASSIGN_OR_RETURN(image, sessions.Export(key, executor));
     return absl::OkStatus();
-  }));
+  };
+  RETURN_IF_ERROR(OnEngineWithRoom(&num_bytes, work));
   return image;
 }
 
@@ -543,7 +553,10 @@ void SessionRegistry::Maintain() {
     }
     const SessionStats stats = loop_.stats().sessions;
     const auto limit = static_cast<double>(stats.store_bytes_total) * kSpillAbove;
-    spilled = static_cast<double>(stats.store_bytes_used) > limit && SpillOldest();
+    const bool wanted = stats.store_bytes_wanted > 0;
+    spilled = (wanted || static_cast<double>(stats.store_bytes_used) > limit) && SpillOldest();
+    if (!wanted || spilled) continue;
+    loop_.Post([](SessionTable& sessions, StepExecutor&) { sessions.RefuseRoom(); });
   }
 }
 
@@ -559,13 +572,9 @@ void SessionRegistry::ExpireIdle() {
 
 absl::Status SessionRegistry::ImportState(SessionKey key,
                                           const std::shared_ptr<const StateImage>& image) {
-  while (true) {
-    const absl::Status status = OnEngine([&](SessionTable& sessions, StepExecutor& executor) {
-      return sessions.Import(key, image->position, image, executor);
-    });
-    const bool may_fit = image->num_bytes <= loop_.stats().sessions.store_bytes_total;
-    if (!absl::IsResourceExhausted(status) || !may_fit || !SpillOldest()) return status;
-  }
+  return OnEngineWithRoom(&image->num_bytes, [&](SessionTable& sessions, StepExecutor& executor) {
+    return sessions.Import(key, image->position, image, executor);
+  });
 }
 
 // True: one has gone to the disk, and more may have to.

@@ -149,7 +149,11 @@ class SessionRegistry {
   void EraseState(SessionKey key);
   absl::Status LoadFromDisk(const std::string& id, const std::string& file, SessionKey key);
   absl::StatusOr<std::shared_ptr<const StateImage>> Export(SessionKey key);
-  absl::Status OnEngine(const std::function<absl::Status(SessionTable&, StepExecutor&)>& work);
+  using EngineWork = std::function<absl::Status(SessionTable&, StepExecutor&)>;
+  absl::Status OnEngine(const EngineWork& work);
+  // Again and again while `work` has no room in host memory for a state of *num_bytes (which it may
+  // set) and a session goes to the disk for it.
+  absl::Status OnEngineWithRoom(const int64_t* num_bytes, const EngineWork& work);
   absl::StatusOr<std::shared_ptr<const RopeTable>> RopeOf(const StateNotes& notes) const;
   std::string TenantFolder(const std::string& tenant) const;
   absl::StatusOr<std::string> PathOf(const std::string& tenant, const std::string& name) const;
@@ -160,7 +164,6 @@ class SessionRegistry {
   void ExpireIdle();
   // Of the sessions in host memory; one at a time.
   bool SpillOldest();
-  // Sessions go to the disk until the state has room. RESOURCE_EXHAUSTED: no more can.
   absl::Status ImportState(SessionKey key, const std::shared_ptr<const StateImage>& image);
 
   const SessionLimits limits_;

@@ -18,7 +18,8 @@ constexpr int64_t kStoreBytes = 1 << 20;
 
 HarnessOptions Options(int64_t num_slots, bool paged = false, int steps_in_flight = 1,
                        int64_t store_bytes = kStoreBytes, int64_t num_blocks = 1000) {
-  HarnessOptions options{.geometry = FakeGeometry(num_slots, paged, paged ? num_blocks : 0, 1 << 20)};
+  HarnessOptions options{.geometry =
+                             FakeGeometry(num_slots, paged, paged ? num_blocks : 0, 1 << 20)};
   options.geometry.store_bytes = store_bytes;
   options.scheduler.max_steps_in_flight = steps_in_flight;
   return options;
@@ -215,6 +216,69 @@ TEST(SessionTableTest, WhereNothingMayBeGivenUpARequestIsRefused) {
   EXPECT_EQ(client.status.code(), absl::StatusCode::kResourceExhausted);
   EXPECT_EQ(harness.scheduler->sessions().place(1), SessionTable::Place::kDevice);
   harness.scheduler->sessions().Erase(1);
+  harness.ExpectClean();
+}
+
+// One on the device has to make way and has no room, though host memory as a whole would hold it:
+// the request waits for whoever takes another elsewhere, but not for ever.
+TEST(SessionTableTest, WhereNothingMayBeGivenUpARequestWaitsForRoom) {
+  enum class Outcome { kRoom, kRefused, kLate };
+  for (const Outcome outcome : {Outcome::kRoom, Outcome::kRefused, Outcome::kLate}) {
+    HarnessOptions options = Options(1, false);
+    options.geometry.store_bytes = Harness(options).caches->StateBytes(20) * 3 / 2;
+    options.scheduler.may_drop_sessions = false;
+    options.scheduler.max_wait = 50 * kMillisecond;
+    Harness harness(options);
+    SessionTable& sessions = harness.scheduler->sessions();
+    for (SessionKey key = 1; key <= 2; ++key) {
+      GenerateRequest request = Harness::Request(10, 3, static_cast<uint64_t>(key));
+      request.keep_as = key;
+      harness.Add(request);
+      harness.Run();
+    }
+    EXPECT_EQ(sessions.place(1), SessionTable::Place::kHost);
+    const GenerateRequest request = Harness::Request(10, 3);
+    const Client& client = harness.Add(request);
+    for (int step = 0; step < 20; ++step) EXPECT_FALSE(harness.Step());
+    EXPECT_FALSE(client.done());
+    EXPECT_TRUE(harness.scheduler->waits_for_room());
+    EXPECT_EQ(sessions.stats().store_bytes_wanted, harness.caches->StateBytes(12));
+    if (outcome == Outcome::kRoom) sessions.Erase(1);
+    if (outcome == Outcome::kRefused) sessions.RefuseRoom();
+    if (outcome == Outcome::kLate) harness.now += 30 * kMillisecond;
+    harness.Run();
+    EXPECT_EQ(client.status.code(), outcome == Outcome::kRoom
+                                        ? absl::StatusCode::kOk
+                                        : absl::StatusCode::kResourceExhausted);
+    if (outcome == Outcome::kRoom) harness.ExpectReference(client, request);
+    EXPECT_EQ(sessions.place(2), outcome == Outcome::kRoom ? SessionTable::Place::kHost
+                                                           : SessionTable::Place::kDevice);
+    EXPECT_EQ(sessions.stats().store_bytes_wanted, 0);
+    EXPECT_FALSE(harness.scheduler->waits_for_room());
+    for (SessionKey key = 1; key <= 2; ++key) sessions.Erase(key);
+    harness.ExpectClean();
+  }
+}
+
+// One that host memory could never hold stays where it is, and does not keep the others there.
+TEST(SessionTableTest, AStateTooLargeForHostMemoryIsPassedOver) {
+  HarnessOptions options = Options(2, /*paged=*/true);
+  options.geometry.store_bytes = Harness(options).caches->StateBytes(100);
+  options.scheduler.may_drop_sessions = false;
+  Harness harness(options);
+  SessionTable& sessions = harness.scheduler->sessions();
+  for (const SessionKey key : {1, 2}) {
+    GenerateRequest request = Harness::Request(key == 1 ? 400 : 10, 3);
+    request.keep_as = key;
+    harness.Add(request);
+    harness.Run();
+  }
+  const Client& client = harness.Add(Harness::Request(10, 3));
+  harness.Run();
+  EXPECT_TRUE(client.status.ok()) << client.status;
+  EXPECT_EQ(sessions.place(1), SessionTable::Place::kDevice);
+  EXPECT_EQ(sessions.place(2), SessionTable::Place::kHost);
+  for (const SessionKey key : {1, 2}) sessions.Erase(key);
   harness.ExpectClean();
 }
 
