@@ -350,16 +350,21 @@ double Typical(std::vector<double>& values) {
 // not run lie on a line between their neighbours.
 RoundCosts MeasuredCosts(const std::vector<Arm>& arms, int64_t batch) {
   RoundCosts costs;
-  std::vector<double> passes;
+  std::vector<double> pass_seconds;  // of the arms with drafts
+  std::vector<int> pass_counts;
   int last = 0;
   for (const Arm& arm : arms) {
     if (arm.family != "off" && arm.family != "fixed") continue;
     const Run sum = Sum(arm, AllUnits(arm));
-    std::vector<double> steps;
+    std::vector<double> steps, passes;
     for (const DrivenStep& step : sum.steps) {
       if (step.num_rows != batch * (1 + arm.num_drafts)) continue;
       steps.push_back(step.seconds - step.draft_seconds);
-      if (arm.num_drafts > 0) passes.push_back(step.draft_seconds / arm.num_drafts);
+      passes.push_back(step.draft_seconds);
+    }
+    if (arm.num_drafts > 0 && !passes.empty()) {
+      pass_counts.push_back(arm.num_drafts);
+      pass_seconds.push_back(Typical(passes));
     }
     if (steps.empty())
       steps.push_back((sum.seconds - sum.draft_seconds) / static_cast<double>(sum.num_steps));
@@ -371,28 +376,33 @@ RoundCosts MeasuredCosts(const std::vector<Arm>& arms, int64_t batch) {
     costs.verify.push_back(step);
     last = arm.num_drafts;
   }
-  if (!passes.empty()) costs.pass = Typical(passes);
+  if (!pass_counts.empty()) {
+    const int few = pass_counts.front(), many = pass_counts.back();
+    costs.pass = many > few ? (pass_seconds.back() - pass_seconds.front()) / (many - few)
+                            : pass_seconds.front() / few;
+    costs.first_pass = pass_seconds.front() - (few - 1) * costs.pass;
+  }
   return costs;
 }
 
 // The same runs of one sequence, each of whose steps took what such a step typically takes: by its
-// rows, and by its passes as they took in that arm, with head and decisions. What is left is what
-// policies do, whatever else the machine did meanwhile.
+// rows, and by its passes, with head and decisions, as they took in that arm over those of fixed
+// numbers. What is left is what policies do, whatever else the machine did meanwhile.
 std::vector<Arm> AtTypicalCosts(std::vector<Arm> arms, const RoundCosts& costs) {
   for (Arm& arm : arms) {
-    std::vector<double> passes;
+    std::vector<double> ratios;
     for (const Run& run : arm.runs) {
       for (const DrivenStep& step : run.steps) {
         if (step.num_drawn() == 0) continue;
-        passes.push_back(step.draft_seconds / static_cast<double>(step.num_drawn()));
+        ratios.push_back(step.draft_seconds / costs.Passes(step.num_drawn()));
       }
     }
-    const double pass = passes.empty() ? costs.pass : Typical(passes);
+    const double ratio = ratios.empty() ? 1 : Typical(ratios);
     for (Run& run : arm.runs) {
       run.seconds = 0;
       for (const DrivenStep& step : run.steps) {
         run.seconds += costs.verify[static_cast<size_t>(step.num_rows - 1)] +
-                       pass * static_cast<double>(step.num_drawn());
+                       ratio * costs.Passes(step.num_drawn());
       }
     }
   }
@@ -448,6 +458,7 @@ Json OracleToJson(const std::vector<AcceptanceTrace>& traces, const RoundCosts& 
   }
   for (const double seconds : costs.verify) verify_ms.push_back(1e3 * seconds);
   return {{"mean_acceptance", Mean(traces)},
+          {"first_draft_ms", 1e3 * costs.first_pass},
           {"draft_ms", 1e3 * costs.pass},
           {"verify_ms", verify_ms},
           {"rounds",
@@ -502,6 +513,7 @@ absl::StatusOr<Json> RunLoad(const BenchSpeculateFlags& flags, int64_t batch, Js
   // A draft, and a verified row on average, in units of a plain step; and a step, by drafts.
   const RoundCosts costs = MeasuredCosts(arms, batch);
   const double most = static_cast<double>(costs.verify.size() - 1);
+  load["first_draft_cost"] = costs.first_pass / costs.verify[0];
   load["draft_cost"] = costs.pass / costs.verify[0];
   load["row_cost"] =
       (costs.verify.back() - costs.verify[0]) / most / static_cast<double>(batch) / costs.verify[0];
@@ -550,9 +562,10 @@ void PrintComparisons(const Json& of) {
 
 void PrintLoad(const Json& load) {
   std::cout << absl::StrFormat(
-      "batch %d, %d units: a draft pass costs %.3f of a plain step, a verified row %.4f; a step "
-      "with 1, 2, ... drafts:",
-      load["batch"].get<int64_t>(), load["units"].get<int64_t>(), load["draft_cost"].get<double>(),
+      "batch %d, %d units: the first draft pass of a step costs %.3f of a plain step, the next "
+      "%.3f, a verified row %.4f; a step with 1, 2, ... drafts:",
+      load["batch"].get<int64_t>(), load["units"].get<int64_t>(),
+      load["first_draft_cost"].get<double>(), load["draft_cost"].get<double>(),
       load["row_cost"].get<double>());
   for (size_t drafts = 1; drafts < load["verify_cost"].size(); ++drafts) {
     std::cout << absl::StrFormat(" %.2f", load["verify_cost"][drafts].get<double>());

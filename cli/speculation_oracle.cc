@@ -68,7 +68,7 @@ SimulatedRounds Simulate(std::span<const AcceptanceTrace> traces, const RoundCos
         const Round round = policy(rest.first(rest.size() - 1), num_would_stand);
         const int num_accepted = std::min(round.num_verified, num_would_stand);
         sum.seconds +=
-            costs.pass * round.num_drawn + costs.verify[static_cast<size_t>(round.num_verified)];
+            costs.Passes(round.num_drawn) + costs.verify[static_cast<size_t>(round.num_verified)];
         sum.num_tokens += 1 + num_accepted;
         sum.num_accepted += num_accepted;
         sum.num_drawn += round.num_drawn;
@@ -163,7 +163,7 @@ SimulatedRounds SimulateClairvoyant(std::span<const AcceptanceTrace> traces,
       double most_worth = 0;
       for (int count = 1; count <= limit; ++count) {
         const double seconds = costs.verify[static_cast<size_t>(count)] - costs.verify[0];
-        const double worth = count - rate * (seconds + count * costs.pass);
+        const double worth = count - rate * (seconds + costs.Passes(count));
         if (worth <= most_worth) continue;
         most_worth = worth;
         drafts = count;

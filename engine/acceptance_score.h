@@ -43,15 +43,18 @@ class OnlineLogistic {
   static constexpr int kFeatures = 4;
   using Features = std::array<double, kFeatures>;
 
-  explicit OnlineLogistic(const Features& prior) : weights_(prior) {}
+  // strength: of the prior, in each direction, as what observations add to the curvature: one is
+  // worth x^2 p (1 - p), a quarter at most where x is 1.
+  OnlineLogistic(const Features& prior, const Features& strength) : weights_(prior) {
+    for (size_t i = 0; i < kFeatures; ++i) hessian_[i][i] = strength[i];
+  }
   double Predict(const Features& x) const;
   void Observe(const Features& x, bool accepted);
 
  private:
   Features weights_;
   // Curvature, with the strength of the prior on its diagonal.
-  std::array<Features, kFeatures> hessian_ = {
-      {{4, 0, 0, 0}, {0, 4, 0, 0}, {0, 0, 4, 0}, {0, 0, 0, 4}}};
+  std::array<Features, kFeatures> hessian_ = {};
 };
 
 // By the head where there is one and the policy follows it (specdecpp, throughput), else by the
@@ -86,9 +89,11 @@ class AcceptanceScore {
  private:
   static constexpr size_t kRecent = 128;
   struct Class {
-    OnlineLogistic by_margin{{-0.7, 1.5, 0, 0}};  // untrained pairs of models lie near this
-    OnlineLogistic by_head{{0, 1, 0, 0}};
-    OnlineLogistic by_history{{0.5, 0, 0, 0.5}};
+    OnlineLogistic by_margin{{-0.7, 1.5, 0, 0}, {4, 4, 4, 4}};  // untrained pairs lie near this
+    // A head was trained on thousands of drafts: some hundred others do not overrule it. How much
+    // the sequence's own history says besides was not.
+    OnlineLogistic by_head{{0, 1, 0, 0}, {100, 100, 100, 20}};
+    OnlineLogistic by_history{{0.5, 0, 0, 0.5}, {4, 4, 4, 4}};
     double accepted = 1, total = 2;
     int64_t num_observed = 0;
     std::array<float, kRecent> recent{};

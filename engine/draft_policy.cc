@@ -11,8 +11,12 @@ namespace godwit {
 namespace {
 
 constexpr double kRateMemory = 0.998;  // per step: about 500 of them
-constexpr double kRowsWeight = 0.05;   // of a new step among those with as many rows
-constexpr int64_t kMinSteps = 3;       // of as many rows, before their time is believed
+constexpr double kRowsWeight = 0.1;    // of a new step among those with as many rows
+constexpr double kPaceWeight = 0.5;    // of a new step in the pace of all
+constexpr double kMostOff = 0.03;      // of either: what is further off counts as this
+constexpr double kHeldUp = 1.5;        // times what is expected: more counts as this
+constexpr int64_t kMinSteps = 3;       // of as many rows, the least of which is believed
+constexpr double kPriorOfPasses = 1;   // of equal cost, as a sum of squares
 
 constexpr size_t kMinRecent = 32;   // predictions, before a round is planned by them
 constexpr int kPlanQuantiles = 16;  // of predictions
@@ -65,34 +69,76 @@ int SpeculationCosts::BinOf(int64_t num_rows) {
   return std::min(kExact + static_cast<int>(eighths), kNumBins - 1);
 }
 
-void SpeculationCosts::Observe(const Step& step) {
-  // A step that something else held up tells little.
+void SpeculationCosts::Observe(Step step) {
   Bin& bin = bins_[BinOf(step.num_rows)];
+  step.verify_seconds /= pace_;
+  step.draft_seconds /= pace_;
+  // By the same measure as the bin below, so that what pushes both leaves the others where they
+  // are.
+  if (bin.num_steps >= kMinSteps && bin.seconds > 0) {
+    const double off = step.verify_seconds / bin.seconds - 1;
+    pace_ *= 1 + kPaceWeight * std::clamp(off, -kMostOff, kMostOff);
+  }
+  // A step that something else held up tells little.
   const double verify_seconds = bin.num_steps < kMinSteps
                                     ? step.verify_seconds
-                                    : std::min(step.verify_seconds, 2 * bin.seconds);
+                                    : std::min(step.verify_seconds, kHeldUp * bin.seconds);
   const auto passes = static_cast<double>(step.num_passes);
   const double draft_seconds =
       passes_ < 4 ? step.draft_seconds
-                  : std::min(step.draft_seconds, 3 * std::max(passes, 1.0) * seconds_per_pass());
+                  : std::min(step.draft_seconds,
+                             kHeldUp * SecondsOfPasses(std::max<int64_t>(step.num_passes, 1)));
   const auto rows = static_cast<double>(step.num_rows);
-  for (double* sum : {&tokens_, &seconds_, &passes_, &draft_seconds_, &steps_, &rows_,
-                      &rows_squared_, &verify_seconds_, &rows_seconds_}) {
+  for (double* sum :
+       {&tokens_, &seconds_, &drafted_, &passes_, &passes_squared_, &draft_seconds_,
+        &passes_seconds_, &steps_, &rows_, &rows_squared_, &verify_seconds_, &rows_seconds_}) {
     *sum *= kRateMemory;
   }
   ++num_steps_;
   tokens_ += static_cast<double>(step.num_tokens);
   seconds_ += draft_seconds + verify_seconds;
-  passes_ += passes;
-  if (step.num_passes > 0) draft_seconds_ += draft_seconds;
+  if (step.num_passes > 0) {
+    drafted_ += 1;
+    passes_ += passes;
+    passes_squared_ += passes * passes;
+    draft_seconds_ += draft_seconds;
+    passes_seconds_ += passes * draft_seconds;
+  }
   steps_ += 1;
   rows_ += rows;
   rows_squared_ += rows * rows;
   verify_seconds_ += verify_seconds;
   rows_seconds_ += rows * verify_seconds;
-  const double weight = std::max(1.0 / static_cast<double>(++bin.num_steps), kRowsWeight);
-  bin.seconds += weight * (verify_seconds - bin.seconds);
-  bin.rows += weight * (rows - bin.rows);
+  bin.Observe(rows, step.verify_seconds);
+}
+
+// The slope of a line through the steps, drawn towards the mean of all passes: where steps have
+// much the same number, they tell nothing else.
+double SpeculationCosts::SecondsOfFurtherPass() const {
+  const double mean = draft_seconds_ / passes_;
+  const double variance = passes_squared_ - passes_ * passes_ / drafted_;
+  const double covariance = passes_seconds_ - passes_ * draft_seconds_ / drafted_;
+  return std::clamp((covariance + kPriorOfPasses * mean) / (variance + kPriorOfPasses), 0.0, mean);
+}
+
+double SpeculationCosts::SecondsOfPasses(int64_t count) const {
+  if (count == 0) return 0;
+  const double further = SecondsOfFurtherPass();
+  return draft_seconds_ / drafted_ + (static_cast<double>(count) - passes_ / drafted_) * further;
+}
+
+// The least of the first few, then what about half of the steps take no longer than: a mean of few
+// steps is that of the one that something held up, and a number of rows that seems dear is not
+// tried again.
+void SpeculationCosts::Bin::Observe(double of_rows, double of_seconds) {
+  const double weight = std::max(1.0 / static_cast<double>(++num_steps), kRowsWeight);
+  rows += weight * (of_rows - rows);
+  if (num_steps <= kMinSteps) {
+    seconds = num_steps == 1 ? of_seconds : std::min(seconds, of_seconds);
+  } else {
+    const double most = kMostOff * seconds;
+    seconds += kRowsWeight * std::clamp(of_seconds - seconds, -most, most);
+  }
 }
 
 double SpeculationCosts::SlopeOfRows() const {
@@ -155,8 +201,7 @@ void DraftDecider::DecideByThroughput(const Load& load, bool passes_are_free,
   if (load.num_sequences == 1 && candidates.size() == 1 && DecideAlone(load, candidates[0])) return;
   const double rate = RateToBeat(load.costs, load.num_sequences);
   Keep(load, rate, candidates);
-  const double pass_cost = passes_are_free ? 0 : rate * load.costs.seconds_per_pass();
-  GoOn(load, rate, pass_cost, candidates);
+  GoOn(load, rate, passes_are_free, candidates);
 }
 
 // Dinkelbach's iteration: the rate at which a round's tokens are worth just its seconds is the most
@@ -164,7 +209,8 @@ void DraftDecider::DecideByThroughput(const Load& load, bool passes_are_free,
 bool DraftDecider::Replan(const Load& load, AcceptanceClass acceptance_class, Plan& plan) {
   const std::vector<double> recent = load.score.Recent(acceptance_class);
   if (recent.size() < kMinRecent) return false;
-  RoundCosts costs = {.pass = load.costs.seconds_per_pass()};
+  const double first_pass = load.costs.SecondsOfPasses(1);
+  RoundCosts costs = {.first_pass = first_pass, .pass = load.costs.SecondsOfPasses(2) - first_pass};
   double most_seconds = 0;  // a step with more rows takes no less
   for (int drafts = 0; drafts <= load.most_drafts; ++drafts) {
     most_seconds = std::max(most_seconds, load.costs.SecondsAt(1 + drafts));
@@ -236,7 +282,7 @@ void DraftDecider::Keep(const Load& load, double rate, std::vector<DraftCandidat
   Choice best;
   for (int64_t drafts = 1; drafts <= kLookAhead; ++drafts) {
     gains_.clear();
-    double passes = 0;
+    int64_t passes = 0;
     for (DraftCandidate& candidate : candidates) {
       if (candidate.policy != DraftPolicy::kThroughput || !candidate.has_open) continue;
       const int64_t most =
@@ -245,10 +291,11 @@ void DraftDecider::Keep(const Load& load, double rate, std::vector<DraftCandidat
       for (int64_t draft = 0; draft < most; ++draft, survival *= candidate.acceptance) {
         tokens += survival;
       }
-      passes = std::max(passes, static_cast<double>(most - 1 - candidate.num_unknown));
+      passes = std::max(passes, most - 1 - candidate.num_unknown);
       gains_.push_back({tokens, &candidate});
     }
-    const double pass_cost = rate * load.costs.seconds_per_pass() * passes;
+    const double pass_cost =
+        rate * (load.costs.SecondsOfPasses(1 + passes) - load.costs.SecondsOfPasses(1));
     const Choice choice = Choose(load, rate, load.num_rows - num_open, drafts, pass_cost);
     if (choice.value <= best.value) continue;
     best = choice;
@@ -258,10 +305,13 @@ void DraftDecider::Keep(const Load& load, double rate, std::vector<DraftCandidat
   for (DraftCandidate& candidate : candidates) candidate.goes_on &= candidate.keeps;
 }
 
-void DraftDecider::GoOn(const Load& load, double rate, double pass_cost,
+void DraftDecider::GoOn(const Load& load, double rate, bool passes_are_free,
                         std::vector<DraftCandidate>& candidates) {
   int64_t num_rows = load.num_rows;
+  int64_t num_passes =
+      0;  // of the step, so far: the first costs more, how many there were does not
   for (const DraftCandidate& candidate : candidates) {
+    if (candidate.has_open || candidate.num_unknown > 0) num_passes = 1;
     if (!candidate.keeps) num_rows -= 1 + candidate.num_unknown;
   }
   const double row_cost = rate * load.costs.SecondsOfRows(num_rows, 1);
@@ -279,8 +329,10 @@ void DraftDecider::GoOn(const Load& load, double rate, double pass_cost,
       }
       gains_.push_back({tokens * (1 - load.reluctance), &candidate});
     }
-    const double passes = pass_cost * static_cast<double>(std::max<int64_t>(drafts, 1));
-    const Choice choice = Choose(load, rate, num_rows, drafts, passes);
+    const double seconds = load.costs.SecondsOfPasses(num_passes + std::max<int64_t>(drafts, 1)) -
+                           load.costs.SecondsOfPasses(num_passes);
+    const double pass_cost = passes_are_free ? 0 : rate * seconds;
+    const Choice choice = Choose(load, rate, num_rows, drafts, pass_cost);
     if (choice.value <= best.value) continue;
     best = choice;
     best_.assign(gains_.begin(), gains_.begin() + static_cast<std::ptrdiff_t>(choice.count));

@@ -35,11 +35,13 @@ class SpeculationCosts {
     double verify_seconds = 0;
     int64_t num_tokens = 0;  // gained
   };
-  void Observe(const Step& step);
+  void Observe(Step step);
 
   bool known() const { return num_steps_ >= kMinKnown && passes_ > 0; }
   double tokens_per_second() const { return tokens_ / seconds_; }
-  double seconds_per_pass() const { return draft_seconds_ / passes_; }
+  // Of a round's passes. The first one reads what the target drew, and finds the caches of the
+  // processor full of the target: it may take twice as long as the next.
+  double SecondsOfPasses(int64_t count) const;
   // Of a step of the target. Its time jumps where a product takes another tile, so it is kept by
   // number of rows; between two numbers that were seen, and beyond them, by a line. 0: unknown.
   double SecondsAt(int64_t num_rows) const;
@@ -51,16 +53,24 @@ class SpeculationCosts {
   // Numbers up to 64 by themselves, above in eighths of a doubling.
   static constexpr int kExact = 64, kNumBins = kExact + 8 * 6 + 1;
   struct Bin {
-    double rows = 0, seconds = 0;  // means
+    double rows = 0, seconds = 0;  // typical ones
     int64_t num_steps = 0;
+    void Observe(double of_rows, double of_seconds);
   };
   static int BinOf(int64_t num_rows);
   double SlopeOfRows() const;
+  double SecondsOfFurtherPass() const;
 
   Bin bins_[kNumBins];
   int64_t num_steps_ = 0;
-  // Sums that fade: of what steps gained, and of what the line needs.
-  double tokens_ = 0, seconds_ = 0, passes_ = 0, draft_seconds_ = 0;
+  // How much longer steps take of late than those that the times here are of. A processor that
+  // others use, or that runs hot, slows all steps down; numbers of rows that were last seen before
+  // that are still to be compared with those seen since.
+  double pace_ = 1;
+  // Sums that fade: of what steps gained, and of what the lines need: those through passes, of
+  // steps that had some, and through rows.
+  double tokens_ = 0, seconds_ = 0;
+  double drafted_ = 0, passes_ = 0, passes_squared_ = 0, draft_seconds_ = 0, passes_seconds_ = 0;
   double steps_ = 0, rows_ = 0, rows_squared_ = 0, verify_seconds_ = 0, rows_seconds_ = 0;
 };
 
@@ -135,7 +145,7 @@ class DraftDecider {
   Choice Choose(const Load& load, double rate, int64_t num_rows, int64_t rows_each,
                 double pass_cost);
   void Keep(const Load& load, double rate, std::vector<DraftCandidate>& candidates);
-  void GoOn(const Load& load, double rate, double pass_cost,
+  void GoOn(const Load& load, double rate, bool passes_are_free,
             std::vector<DraftCandidate>& candidates);
 
   // The plan for one sequence alone. Made anew every so many rounds, as making it takes longer than

@@ -50,7 +50,8 @@ double RoundValues::GoOn(int kept, double survival) const {
 }
 
 double RoundValues::First() const {
-  return lag_ == 0 ? GoOn(0, 1) : At(0, 1) - rate_ * costs_.pass;
+  if (lag_ > 0) return At(0, 1) - rate_ * costs_.first_pass;
+  return GoOn(0, 1) - rate_ * (costs_.first_pass - costs_.pass);
 }
 
 double RoundValues::ValueOfRound() const { return 1 + std::max(Stop(0), First()); }

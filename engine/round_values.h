@@ -8,6 +8,7 @@
 // `acceptances`.
 
 #include <array>
+#include <cstdint>
 #include <span>
 #include <vector>
 
@@ -15,9 +16,14 @@
 
 namespace godwit {
 
+// Seconds.
 struct RoundCosts {
-  double pass = 0;             // seconds of a pass of the draft model
-  std::vector<double> verify;  // of a step of the target, by drafts: [0 .. most]
+  double first_pass = 0, pass = 0;  // of a round, of the draft model; and of each after it
+  std::vector<double> verify;       // of a step of the target, by drafts: [0 .. most]
+
+  double Passes(int64_t count) const {
+    return count == 0 ? 0 : first_pass + static_cast<double>(count - 1) * pass;
+  }
 };
 
 class RoundValues {

@@ -27,7 +27,7 @@ TEST(SpeculationCostsTest, TellsWhatPassesAndRowsCost) {
     costs.Observe({drafts, 0.2 * drafts, 1 + drafts, 1 + 0.1 * drafts, 1 + drafts / 2});
   }
   ASSERT_TRUE(costs.known());
-  EXPECT_NEAR(costs.seconds_per_pass(), 0.2, 1e-9);
+  EXPECT_NEAR(costs.SecondsOfPasses(1), 0.2, 1e-9);
   EXPECT_NEAR(costs.SecondsOfRows(2, 1), 0.1, 1e-9);
   EXPECT_NEAR(costs.SecondsOfRows(5, 2), 0.2, 1e-9) << "beyond what was seen";
   EXPECT_NEAR(costs.tokens_per_second(), 1.8 / 1.6, 0.02);
@@ -63,7 +63,45 @@ TEST(SpeculationCostsTest, AStepThatWasHeldUpTellsLittle) {
     costs.Observe({1, held_up ? 30 : 0.1, 2, held_up ? 50.0 : 1.0, 1});
   }
   EXPECT_NEAR(costs.SecondsAt(2), 1, 0.1);
-  EXPECT_NEAR(costs.seconds_per_pass(), 0.1, 0.02);
+  EXPECT_NEAR(costs.SecondsOfPasses(1), 0.1, 0.02);
+}
+
+TEST(SpeculationCostsTest, AStepsFirstPassCostsMoreThanTheNext) {
+  SpeculationCosts costs;
+  for (int step = 0; step < 400; ++step) {
+    const int passes = step % 20 == 0 ? 3 : step % 2;
+    costs.Observe({passes, passes == 0 ? 0 : 0.1 + 0.05 * passes, 1 + passes, 1.0, 1});
+  }
+  EXPECT_EQ(costs.SecondsOfPasses(0), 0);
+  EXPECT_NEAR(costs.SecondsOfPasses(1), 0.15, 0.005);
+  EXPECT_NEAR(costs.SecondsOfPasses(3) - costs.SecondsOfPasses(1), 0.1, 0.01);
+}
+
+// A third of the steps takes up to three times as long. The dear ones are no more frequent among
+// steps with many rows, which are few.
+TEST(SpeculationCostsTest, TimesAreThoseThatMostStepsTake) {
+  SpeculationCosts costs;
+  std::mt19937 random(4);
+  std::uniform_real_distribution<double> uniform;
+  for (int step = 0; step < 1000; ++step) {
+    const int drafts = step % 25 == 0 ? 3 : 1;
+    const double longer = uniform(random) < 0.33 ? 1 + 2 * uniform(random) : 1;
+    costs.Observe({drafts, 0.1 * drafts, 1 + drafts, longer * (1 + 0.2 * drafts), 1 + drafts / 2});
+  }
+  EXPECT_NEAR(costs.SecondsAt(4) / costs.SecondsAt(2), 1.6 / 1.2, 0.06);
+}
+
+// What slows all steps down is no reason to think that those cost more which were seen since: five
+// parts of six of it are taken for that.
+TEST(SpeculationCostsTest, NumbersOfRowsSeenLongAgoAreComparedAtTheSamePace) {
+  SpeculationCosts costs;
+  const auto observe = [&](int drafts, double pace) {
+    costs.Observe({drafts, 0.1 * drafts * pace, 1 + drafts, (1 + 0.2 * drafts) * pace, 1});
+  };
+  for (int step = 0; step < 100; ++step) observe(step % 4, 1);
+  for (int step = 0; step < 200; ++step) observe(1, 1.7);
+  EXPECT_GT(costs.SecondsAt(4) / costs.SecondsAt(2), 1.6 / 1.2 / std::pow(1.7, 0.2));
+  EXPECT_NEAR(costs.SecondsOfPasses(1) / costs.SecondsAt(2), 0.1 / 1.2, 0.01);
 }
 
 TEST(SpeculationCostsTest, TheRateToBeatIsNoLessThanWithoutDrafts) {
@@ -214,6 +252,23 @@ double SimulatedRate(int fixed, int lag, double pass, double row) {
     seconds += draft_seconds + verify_seconds;
   }
   return tokens / seconds;
+}
+
+// Both plans draw a second draft only for what is likely to stand; where the next pass is cheap
+// beside the first, for more.
+TEST(RoundValuesTest, OnlyTheNextPassCountsOnceTheFirstIsDrawn) {
+  const std::vector<double> acceptances = {0.2, 0.5, 0.8};
+  const std::vector<double> verify = {1, 1.2, 1.4, 1.6};
+  const RoundValues even({.first_pass = 0.15, .pass = 0.15, .verify = verify}, acceptances, 0, 1.1);
+  const RoundValues dear_first({.first_pass = 0.25, .pass = 0.05, .verify = verify}, acceptances, 0,
+                               1.1);
+  EXPECT_FALSE(even.GoesOn(1, 0.7));
+  EXPECT_TRUE(dear_first.GoesOn(1, 0.7));
+  const RoundValues too_dear({.first_pass = 0.6, .pass = 0.05, .verify = verify}, acceptances, 0,
+                             1.1);
+  EXPECT_TRUE(dear_first.Begins());
+  EXPECT_FALSE(too_dear.Begins());
+  EXPECT_TRUE(too_dear.GoesOn(1, 0.7)) << "what it took to begin is spent";
 }
 
 TEST(ThroughputPolicyTest, BeatsTheBestFixedNumberWhereAcceptanceVaries) {

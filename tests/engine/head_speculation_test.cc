@@ -196,6 +196,8 @@ void ExpectTextsEqualNone(const Case& head, const MakeBackend& make_backend) {
       ASSERT_EQ(outputs.size(), expected.size());
       for (size_t index = 0; index < outputs.size(); ++index) {
         EXPECT_TRUE(outputs[index].SameBits(expected[index])) << index;
+        // What pays is a matter of what steps took.
+        if (requests[index].draft_policy == DraftPolicy::kThroughput) continue;
         EXPECT_GT(outputs[index].num_drafts, 0) << index;
       }
     }
