@@ -19,11 +19,16 @@ using Json = nlohmann::json;
 
 constexpr size_t kMaxShownBytes = 80;  // of a value, in an error
 
+constexpr size_t kMaxMessageBytes = 1000;
+
+std::string Cut(absl::string_view text, size_t num_bytes) {
+  if (text.size() <= num_bytes) return std::string(text);
+  return absl::StrCat(text.substr(0, num_bytes), "...");
+}
+
 // What a message shows of a value that was not expected.
-std::string Shown(const Json& value) {
-  std::string text = value.dump(-1, ' ', true, Json::error_handler_t::replace);
-  if (text.size() > kMaxShownBytes) text = absl::StrCat(text.substr(0, kMaxShownBytes), "...");
-  return text;
+std::string ShownValue(const Json& value) {
+  return Cut(value.dump(-1, ' ', true, Json::error_handler_t::replace), kMaxShownBytes);
 }
 
 // Watches a parse: keys given twice (the library would keep the last one silently) and depth.
@@ -38,7 +43,8 @@ class ParseGuard {
       keys_.pop_back();
     } else if (event == Json::parse_event_t::key) {
       const auto& key = parsed.get_ref<const std::string&>();
-      if (!keys_.back().insert(key).second) fault_ = absl::StrCat("key '", key, "' is given twice");
+      if (!keys_.back().insert(key).second)
+        fault_ = absl::StrCat("key '", Cut(key, kMaxShownBytes), "' is given twice");
     }
     return fault_.empty();
   }
@@ -50,6 +56,8 @@ class ParseGuard {
 };
 
 }  // namespace
+
+std::string Shown(absl::string_view text) { return Cut(text, kMaxShownBytes); }
 
 absl::StatusOr<std::string> ReadTextFile(const std::string& path, int64_t max_bytes) {
   struct stat info = {};
@@ -77,11 +85,12 @@ struct JsonObject::Impl {
   absl::Status status;
 
   void Fail(absl::Status fault) {
-    if (status.ok()) status = std::move(fault);
+    if (!status.ok()) return;
+    status = absl::Status(fault.code(), Cut(fault.message(), kMaxMessageBytes));
   }
   void Expected(const std::string& name, absl::string_view expected, const Json& found) {
     Fail(absl::InvalidArgumentError(
-        absl::StrCat(where, ": ", name, ": expected ", expected, ", found ", Shown(found))));
+        absl::StrCat(where, ": ", name, ": expected ", expected, ", found ", ShownValue(found))));
   }
 
   // Marks the field as read; null when it is absent or JSON null.
@@ -303,22 +312,22 @@ void JsonObject::MustBe(const char* name, bool value) {
   const Json* found = impl_->Find(name);
   if (found == nullptr || (found->is_boolean() && found->get<bool>() == value)) return;
   impl_->Fail(
-      absl::UnimplementedError(absl::StrCat(where(), ": ", name, " = ", Shown(*found),
+      absl::UnimplementedError(absl::StrCat(where(), ": ", name, " = ", ShownValue(*found),
                                             " is not built in, only ", value ? "true" : "false")));
 }
 
 void JsonObject::MustBe(const char* name, double value) {
   const Json* found = impl_->Find(name);
   if (found == nullptr || (found->is_number() && found->get<double>() == value)) return;
-  impl_->Fail(absl::UnimplementedError(
-      absl::StrCat(where(), ": ", name, " = ", Shown(*found), " is not built in, only ", value)));
+  impl_->Fail(absl::UnimplementedError(absl::StrCat(where(), ": ", name, " = ", ShownValue(*found),
+                                                    " is not built in, only ", value)));
 }
 
 void JsonObject::Refuse(const char* name, absl::string_view feature) {
   const Json* found = impl_->Find(name);
   if (found == nullptr || (found->is_boolean() && !found->get<bool>())) return;
-  impl_->Fail(absl::UnimplementedError(
-      absl::StrCat(where(), ": ", name, " = ", Shown(*found), ": ", feature, " is not built in")));
+  impl_->Fail(absl::UnimplementedError(absl::StrCat(where(), ": ", name, " = ", ShownValue(*found),
+                                                    ": ", feature, " is not built in")));
 }
 
 void JsonObject::Ignore(std::initializer_list<const char*> names) {
@@ -331,7 +340,7 @@ absl::Status JsonObject::Finish() const {
     const bool is_off = value.is_null() || (value.is_boolean() && !value.get<bool>());
     if (is_off || name.starts_with('_') || impl_->read.count(name) > 0) continue;
     return absl::UnimplementedError(
-        absl::StrCat(where(), ": field '", name, "' = ", Shown(value),
+        absl::StrCat(where(), ": field '", Shown(name), "' = ", ShownValue(value),
                      " is not known here; it may change what the model computes"));
   }
   return absl::OkStatus();

@@ -30,6 +30,10 @@ inline constexpr int kMaxJsonDepth = 32;
 // than `max_bytes`.
 absl::StatusOr<std::string> ReadTextFile(const std::string& path, int64_t max_bytes);
 
+// Its beginning, where it is long: what a message shows of a text from elsewhere, so that a hostile
+// one floods neither a log nor the trailers of an RPC.
+std::string Shown(absl::string_view text);
+
 class JsonObject {
  public:
   // `where` names the text in errors ("config.json"). INVALID_ARGUMENT: not JSON, not an object, a
@@ -76,7 +80,7 @@ class JsonObject {
 
   void Ignore(std::initializer_list<const char*> names);
 
-  // Adds a fault of the caller's making about a field.
+  // Adds a fault of the caller's making about a field; a long message is cut.
   void Fail(absl::Status status);
 
   const std::string& where() const;

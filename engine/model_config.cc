@@ -22,7 +22,7 @@ absl::StatusOr<ModelConfig> ParseConfigObject(JsonObject& json, absl::string_vie
   RETURN_IF_ERROR(json.status());
   const ModelFamily* family = FindModelFamily(type);
   if (family == nullptr) {
-    return absl::UnimplementedError(absl::StrCat(json.where(), ": model_type '", type,
+    return absl::UnimplementedError(absl::StrCat(json.where(), ": model_type '", Shown(type),
                                                  "' is not built in, only ", ModelFamilyNames()));
   }
   return family->parse_config(json, rope_override);

@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "engine/json_object.h"
 #include "kernels/base/status.h"
 
 namespace godwit {
@@ -265,8 +266,8 @@ std::string RopeRegime::ToString() const {
 absl::StatusOr<RopeTable> MakeRopeTable(const RopeConfig& config, int64_t num_positions) {
   const RopeType* type = FindType(config.type);
   if (type == nullptr) {
-    return absl::UnimplementedError(
-        absl::StrCat("rope type '", config.type, "' is not built in, only ", RopeTypeNames()));
+    return absl::UnimplementedError(absl::StrCat("rope type '", Shown(config.type),
+                                                 "' is not built in, only ", RopeTypeNames()));
   }
   RETURN_IF_ERROR(CheckNumbers(config));
   ASSIGN_OR_RETURN(RopeTable table, type->make(config, num_positions));

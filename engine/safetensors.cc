@@ -57,13 +57,6 @@ std::string ShapeText(const std::vector<int64_t>& shape) {
   return absl::StrCat("[", absl::StrJoin(shape, ", "), "]");
 }
 
-// Tensor names go into messages; a hostile one must not flood them.
-std::string Shown(absl::string_view name) {
-  constexpr size_t kMaxShownBytes = 120;
-  return name.size() <= kMaxShownBytes ? std::string(name)
-                                       : absl::StrCat(name.substr(0, kMaxShownBytes), "...");
-}
-
 struct HeaderEntry {
   std::string name;
   std::string dtype;

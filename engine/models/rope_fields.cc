@@ -183,7 +183,7 @@ absl::Status ReadFields(JsonObject& rope, const Origin& origin, int64_t head_dim
   config.type = ReadType(rope);
   RETURN_IF_ERROR(rope.status());
   if (!IsRopeType(config.type)) {  // before its fields, which nobody here knows either
-    return absl::UnimplementedError(absl::StrCat(rope.where(), ": rope type '", config.type,
+    return absl::UnimplementedError(absl::StrCat(rope.where(), ": rope type '", Shown(config.type),
                                                  "' is not built in, only ", RopeTypeNames()));
   }
   ReadShape(rope, config);
