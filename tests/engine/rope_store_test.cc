@@ -90,13 +90,18 @@ TEST_P(RopeStoreTest, TheLengthOfTheRequestDecidesFromItsFirstToken) {
   EXPECT_NE(short_output.tokens[0].logprob, long_output.tokens[0].logprob);
 }
 
-INSTANTIATE_TEST_SUITE_P(ByLength, RopeStoreTest, testing::Values(kDynamic, kLongRope));
-
-using RopeChoiceTest = RopeStoreTest;
+// One library never reset the base after a long call.
+TEST_P(RopeStoreTest, AShortRequestAfterALongOneIsAsInAFreshEngine) {
+  const DriverRequest request = Request(12, 40, 20), beyond = Request(4, 200, 20);
+  const auto engine = Make(GetParam());
+  Drive(*engine, 1, {beyond});
+  EXPECT_TRUE(Drive(*engine, 1, {request})[0].SameBits(Alone(GetParam(), request)));
+  EXPECT_TRUE(Drive(*engine, 1, {beyond})[0].SameBits(Alone(GetParam(), beyond)));
+}
 
 // Tables by the longest row of a batch, or by any position beyond the limit, are what other servers
 // have.
-TEST_F(RopeChoiceTest, A32kNeighbourChangesNothing) {
+TEST_P(RopeStoreTest, A32kNeighbourChangesNothing) {
   const TinyModel model({.family = TinyFamily::kLlama,  // 2 s for the neighbour's prompt
                          .d_model = 32,
                          .num_layers = 1,
@@ -107,11 +112,26 @@ TEST_F(RopeChoiceTest, A32kNeighbourChangesNothing) {
   const std::vector<DriverRequest> requests = {Request(2, 50, 40), Request(4, 100, 20)};
   DriverRequest neighbour = Request(1, 32'768, 2);
   neighbour.cuts.assign(32, 1024);
-  const auto together = MakeOf(model, kDynamic), apart = MakeOf(model, kDynamic);
+  const auto together = MakeOf(model, GetParam()), apart = MakeOf(model, GetParam());
   const std::vector<DriverOutput> outputs =
       Drive(*together, 1, {requests[0], neighbour, requests[1]});
   EXPECT_TRUE(outputs[0].SameBits(Drive(*apart, 1, {requests[0]})[0]));
   EXPECT_TRUE(outputs[2].SameBits(Drive(*apart, 1, {requests[1]})[0]));
+}
+
+INSTANTIATE_TEST_SUITE_P(ByLength, RopeStoreTest, testing::Values(kDynamic, kLongRope));
+
+using RopeChoiceTest = RopeStoreTest;
+
+// A LongRoPE request whose text crosses the original length in the middle of generation has the
+// long table on both sides of it, the keys of its prompt too.
+TEST_F(RopeChoiceTest, CrossingTheOriginalLengthChangesNoKey) {
+  const std::string always_long =
+      R"({"type":"longrope","original_max_position_embeddings":64,"factor":4,
+          "short_factor":[1,1.5,2,3,4,4,4,4],"long_factor":[1,1.5,2,3,4,4,4,4]})";
+  const DriverRequest crosses = Request(12, 40, 60), within = Request(12, 40, 25);
+  EXPECT_TRUE(Alone(kLongRope, crosses).SameBits(Alone(always_long, crosses)));
+  EXPECT_FALSE(Alone(kLongRope, within).SameBits(Alone(always_long, within)));
 }
 
 TEST_F(RopeChoiceTest, EachRequestMayChooseItsOwnMethod) {
@@ -161,6 +181,10 @@ TEST_F(RopeChoiceTest, EveryMethodChangesLogitsAtPositionOne) {
   for (const char* rope :
        {R"({"type":"linear","factor":8})", R"({"type":"giraffe","power":0.5})", kYarn,
         R"({"type":"ntk","factor":8})", R"({"type":"ntk-aware","factor":8})",
+        R"({"type":"llama3","factor":8,"low_freq_factor":1,"high_freq_factor":4,
+            "original_max_position_embeddings":512})",
+        R"({"type":"giraffe","factor":4,"truncate_length":128})",
+        R"({"partial_rotary_factor":0.5,"type":"proportional"})",
         R"({"type":"default","rope_theta":20000})"}) {
     const std::vector<float> scaled = logits(rope);
     EXPECT_TRUE(std::equal(plain.begin(), plain.begin() + 320, scaled.begin()) ||

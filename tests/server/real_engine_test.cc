@@ -416,6 +416,55 @@ TEST(PrefixCacheTest, UsageBypassSaltAndBoundaries) {
   EXPECT_EQ(generate(scored, 0), tokens);
 }
 
+// One prompt on both sides of the length where the rotation changes, by max_tokens alone: what one
+// side keeps serves that side only, in whatever order they come and come back.
+TEST(PrefixCacheTest, ACacheAcrossARopeThresholdChangesNothing) {
+  const TinyModel model({.family = TinyFamily::kLlama, .context_length = 256});
+  constexpr int64_t kFits = 27, kBeyond = 28;  // positions rotated: 230 + max_tokens - 1
+  for (const char* rope : {R"({"type":"longrope","original_max_position_embeddings":256,"factor":4,
+            "short_factor":[1,1,1,1,1,1,1,1],"long_factor":[1,1.5,2,3,4,4,4,4]})",
+                           R"({"type":"dynamic","factor":4})"}) {
+    SCOPED_TRACE(rope);
+    ServerOptions options = OptionsFor(model.folder());
+    options.engine.rope_override = rope;
+    options.engine.context_length = 1024;
+    const auto generate = [](RealServer& server, int64_t max_tokens, int64_t* num_cached) {
+      v1::GenerateRequest request = PrefixRequest(50);
+      request.mutable_state()->add_cache_boundaries(200);
+      request.mutable_stopping()->set_max_tokens(static_cast<int32_t>(max_tokens));
+      v1::GenerateResponse response;
+      const grpc::Status status = server.Generate(request, &response);
+      EXPECT_TRUE(status.ok()) << status.error_message();
+      *num_cached = response.summary().usage().cached_prompt_tokens();
+      return response.outputs().empty() ? std::vector<int32_t>()
+                                        : IdsOf(response.outputs(0).token_ids());
+    };
+    int64_t num_cached = 0;
+    std::map<int64_t, std::vector<int32_t>> expected;
+    {
+      RealServer plain(options);
+      ASSERT_TRUE(plain.ok());
+      for (const int64_t side : {kFits, kBeyond}) {
+        expected[side] = generate(plain, side, &num_cached);
+        EXPECT_EQ(num_cached, 0);
+      }
+    }
+    EXPECT_FALSE(
+        std::equal(expected[kFits].begin(), expected[kFits].end(), expected[kBeyond].begin()))
+        << "the two sides rotate in different ways";
+    options.engine.prefix_cache_bytes = 16 << 20;
+    for (const auto& order : {std::vector<int64_t>{kFits, kBeyond, kFits, kBeyond},
+                              std::vector<int64_t>{kBeyond, kFits, kBeyond, kFits}}) {
+      RealServer server(options);
+      ASSERT_TRUE(server.ok());
+      for (size_t turn = 0; turn < order.size(); ++turn) {
+        EXPECT_EQ(generate(server, order[turn], &num_cached), expected[order[turn]]) << turn;
+        EXPECT_EQ(num_cached, turn < 2 ? 0 : 192) << turn;
+      }
+    }
+  }
+}
+
 TEST(PrefixCacheTest, TenantsShareNothingUnlessConfigured) {
   const TinyModel model;
   const TempFolder folder;

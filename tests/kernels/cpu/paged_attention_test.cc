@@ -1,3 +1,5 @@
+#include <sys/mman.h>
+
 #include <string>
 #include <vector>
 
@@ -55,6 +57,53 @@ TEST_P(CpuPagedAttentionTest, MatchesSoftmaxOverAllKeys) {
     EXPECT_TRUE(Within(run.output(0), expected, run.Tolerance(0)))
         << c.heads << " " << c.kv_heads << " " << c.head_dim << " " << c.num_tokens;
   }
+}
+
+// Blocks beyond 2^32 bytes and 2^31 elements of the cache: an offset of 32 bits overflowed in one
+// server with limits of a million tokens. Only the blocks that are used are ever touched.
+TEST_P(CpuPagedAttentionTest, BlocksAtTheFarEndOfALargeCacheHaveTheSameBits) {
+  constexpr int64_t kHeads = 2, kHeadDim = 16, kTokens = 40, kWidth = 3 * kHeads * kHeadDim;
+  constexpr int64_t kBlockBytes = 2 * kHeads * kPagedBlock * kHeadDim * int64_t{sizeof(float)};
+  constexpr int64_t kNumBlocks = (int64_t{12} << 30) / kBlockBytes;
+  static_assert(kNumBlocks * kBlockBytes / int64_t{sizeof(float)} > int64_t{1} << 31);
+  void* const cache = mmap(nullptr, kNumBlocks * kBlockBytes, PROT_READ | PROT_WRITE,
+                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (cache == MAP_FAILED) GTEST_SKIP() << "no 12 GiB of addresses";
+  DeviceArena arena(backend());
+  const TensorView fused =
+      arena.Floats(DType::kF32, {kTokens, kWidth}, RandomValues(3, kTokens * kWidth));
+  const auto run = [&](const std::vector<int32_t>& table) {
+    std::vector<float> outputs;
+    for (const StepRow& row :
+         {StepRow{.num_tokens = 30, .is_prefill = 1}, StepRow{.num_tokens = 10, .position = 30}}) {
+      const TensorView tokens = RowRange(fused, row.position, row.num_tokens);
+      const TensorView o = arena.Output(DType::kF32, {row.num_tokens, kHeads * kHeadDim});
+      const OpStatus status = backend().PagedAttention(
+          {.q = ColumnRange(tokens, 0, kHeads * kHeadDim),
+           .k = ColumnRange(tokens, kHeads * kHeadDim, kHeads * kHeadDim),
+           .v = ColumnRange(tokens, 2 * kHeads * kHeadDim, kHeads * kHeadDim),
+           .num_heads = kHeads,
+           .num_kv_heads = kHeads,
+           .head_dim = kHeadDim,
+           .scale = 0.25f,
+           .blocks = MakeView(cache, DType::kF32, kNumBlocks, 2, kHeads, kPagedBlock * kHeadDim),
+           .block_tables = arena.UploadArray(table),
+           .rows = arena.UploadArray(std::vector<StepRow>{row}),
+           .num_rows = 1,
+           .num_decode_rows = row.is_prefill != 0 ? 0 : 1,
+           .num_decode_tokens = row.is_prefill != 0 ? 0 : row.num_tokens,
+           .o = o});
+      EXPECT_TRUE(status.ok()) << status.text;
+      const std::vector<float> values = arena.Download(o);
+      outputs.insert(outputs.end(), values.begin(), values.end());
+    }
+    return outputs;
+  };
+  const std::vector<float> near = run({0, 1, 2});
+  const auto last = static_cast<int32_t>(kNumBlocks - 1);
+  EXPECT_EQ(run({last, last - 1, last - 2}), near);
+  EXPECT_EQ(run({3, last - 3, 4}), near);
+  munmap(cache, kNumBlocks * kBlockBytes);
 }
 
 TEST_P(CpuPagedAttentionTest, CutsBatchAndPhaseDoNotChangeBits) {
