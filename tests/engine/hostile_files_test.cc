@@ -55,11 +55,16 @@ void* operator new(size_t num_bytes, const std::nothrow_t&) noexcept {
 void* operator new(size_t num_bytes, std::align_val_t alignment) {
   return Must(Allocate(num_bytes, static_cast<size_t>(alignment)));
 }
-void operator delete(void* data) noexcept { std::free(data); }
-void operator delete(void* data, size_t) noexcept { std::free(data); }
-void operator delete(void* data, const std::nothrow_t&) noexcept { std::free(data); }
-void operator delete(void* data, std::align_val_t) noexcept { std::free(data); }
-void operator delete(void* data, size_t, std::align_val_t) noexcept { std::free(data); }
+// Not inlined: the compiler would take the free for one of another new.
+[[gnu::noinline]] void operator delete(void* data) noexcept { std::free(data); }
+[[gnu::noinline]] void operator delete(void* data, size_t) noexcept { std::free(data); }
+[[gnu::noinline]] void operator delete(void* data, const std::nothrow_t&) noexcept {
+  std::free(data);
+}
+[[gnu::noinline]] void operator delete(void* data, std::align_val_t) noexcept { std::free(data); }
+[[gnu::noinline]] void operator delete(void* data, size_t, std::align_val_t) noexcept {
+  std::free(data);
+}
 
 namespace godwit {
 namespace {
