@@ -77,7 +77,7 @@ endfunction()
 # godwit_test(NAME subject_test SRCS subject_test.cc... DEPS ... [LABELS grpc ...]
 #             [PROPERTIES TIMEOUT 60 ...])
 # A GoogleTest executable in tests/ of the build folder; each TEST is one test of ctest. A test that
-# links gRPC carries the label grpc, and is not built for the thread sanitizer.
+# runs gRPC carries the label grpc, and is not built for the thread sanitizer.
 # Tests read: GODWIT_TEST_DATA (golden/ and assets/; unset where there is none: skip with a reason),
 # GODWIT_SOURCE_DIR (models/), GODWIT_BIN_DIR (the executable).
 function(godwit_test)

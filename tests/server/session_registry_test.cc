@@ -616,7 +616,7 @@ class Storm {
 
 TEST_P(SessionRegistryTest, ThreadsOfSeveralTenantsLeaveNothingBehind) {
   constexpr int kNumThreads = 6, kNumRounds = 200;
-  const int64_t store_bytes = StoreFor(40);
+  const int64_t store_bytes = StoreFor(12);
   Sessions sessions(model_, Limits(), store_bytes);
   Storm storm(sessions, 3);
   std::vector<std::thread> threads;
@@ -626,6 +626,8 @@ TEST_P(SessionRegistryTest, ThreadsOfSeveralTenantsLeaveNothingBehind) {
   for (std::thread& thread : threads) thread.join();
   for (const std::string& error : storm.errors()) ADD_FAILURE() << error;
   EXPECT_GT(storm.num_done(), kNumThreads * kNumRounds / 3);
+  EXPECT_GT(sessions.registry().stats().num_to_disk, 20);
+  EXPECT_GT(sessions.registry().stats().num_from_disk, 20);
   EXPECT_EQ(sessions.stats().sessions.num_dropped, 0);
   storm.ExpectEqualInPeace(model_, 4);
   storm.DeleteAll();

@@ -7,9 +7,17 @@
 #include <atomic>
 #include <filesystem>
 #include <fstream>
+#include <memory>
+#include <optional>
+#include <random>
+#include <string>
 #include <thread>
+#include <utility>
+#include <vector>
 
+#include "engine/state_file.h"
 #include "godwit/v1/sessions.grpc.pb.h"
+#include "tests/engine/engine_driver.h"
 #include "tests/engine/temp_folder.h"
 #include "tests/engine/tiny_model.h"
 #include "tests/server/server_fixture.h"
@@ -54,6 +62,19 @@ class SessionClient {
     v1::DeleteSessionResponse answer;
     const auto context = Context();
     return sessions_->DeleteSession(context.get(), request, &answer);
+  }
+  int NumSessions() {
+    v1::ListSessionsResponse answer;
+    const auto context = Context();
+    EXPECT_TRUE(sessions_->ListSessions(context.get(), {}, &answer).ok());
+    return answer.sessions_size();
+  }
+  grpc::Status DeleteSnapshot(const std::string& name) {
+    v1::DeleteSnapshotRequest request;
+    request.set_name(name);
+    v1::DeleteSnapshotResponse answer;
+    const auto context = Context();
+    return sessions_->DeleteSnapshot(context.get(), request, &answer);
   }
   grpc::Status Save(const std::string& id, const std::string& name) {
     v1::SnapshotSessionRequest request;
@@ -320,6 +341,272 @@ TEST(SessionsTest, ConcurrentTurnsForksAndDeletesLeaveNoSlot) {
   EXPECT_TRUE(Eventually([&] { return server.engine().caches().free_store_bytes() == 40'000; }));
   EXPECT_TRUE(server.ShutdownLeavesNoSlot());
 }
+
+// --- A storm over the real engine, with all three tiers
+
+constexpr int64_t kStormSlots = 3;
+constexpr size_t kDocuments = 3, kQuestions = 4;
+
+std::vector<int32_t> Document(size_t document) {
+  return Numbers(60 + 20 * static_cast<int32_t>(document));
+}
+std::vector<int32_t> Question(size_t question) {
+  return {static_cast<int32_t>(20 + question), 5, static_cast<int32_t>(70 + 3 * question)};
+}
+
+class StormServer {
+ public:
+  // Host memory for so many of the largest states; folder "": none for the disk.
+  StormServer(const TinyModel& model, int64_t num_host_states, const std::string& folder)
+      : store_bytes_(StoreBytes(model, num_host_states)),
+        engine_(MakeEngine(model, Options(store_bytes_))) {
+    ServerOptions options;
+    options.listen = "127.0.0.1:0";
+    options.metrics_listen = "";
+    options.sessions.folder = folder;
+    auto created = Server::CreateWithParts(options, {.card = engine_->card(),
+                                                     .executor = engine_.get(),
+                                                     .caches = &engine_->caches(),
+                                                     .model_fingerprint = FingerprintText("tiny")});
+    EXPECT_TRUE(created.ok()) << created.status();
+    server_ = *std::move(created);
+    channel_ = grpc::CreateChannel("127.0.0.1:" + std::to_string(server_->port()),
+                                   grpc::InsecureChannelCredentials());
+  }
+  const std::shared_ptr<grpc::Channel>& channel() const { return channel_; }
+
+  void ExpectNothingHeldAfterShutdown() {
+    server_->Shutdown();
+    EXPECT_EQ(engine_->caches().free_slots(), kStormSlots);
+    EXPECT_EQ(engine_->caches().free_blocks(), engine_->caches().geometry().num_blocks);
+    EXPECT_EQ(engine_->caches().free_store_bytes(), store_bytes_);
+  }
+
+ private:
+  static EngineOptions Options(int64_t store_bytes) {
+    return {.dtype = DType::kF32,
+            .max_sequences = kStormSlots,
+            .max_tokens_per_step = 256,
+            .kv_bytes = 4 << 20,
+            .store_bytes = store_bytes};
+  }
+  static int64_t StoreBytes(const TinyModel& model, int64_t num_states) {
+    return num_states * MakeEngine(model, Options(0))->caches().StateBytes(140);
+  }
+  const int64_t store_bytes_;
+  std::unique_ptr<Engine> engine_;
+  std::unique_ptr<Server> server_;
+  std::shared_ptr<grpc::Channel> channel_;
+};
+
+// What follows each document and up to two questions after it, by [document][first][second].
+struct Answers {
+  std::vector<int32_t> after_document[kDocuments];
+  std::vector<int32_t> first[kDocuments][kQuestions];
+  std::vector<int32_t> second[kDocuments][kQuestions][kQuestions];
+};
+
+// One request at a time, with room for all on the device and the host.
+Answers AnswersInPeace(const TinyModel& model) {
+  StormServer server(model, 100, "");
+  SessionClient client(server.channel());
+  Answers answers;
+  const auto ask = [&](const std::string& id, const std::vector<int32_t>& input, int64_t tokens) {
+    v1::GenerateResponse response;
+    const grpc::Status status = client.Generate(Turn(id, input, tokens), &response);
+    EXPECT_TRUE(status.ok()) << status.error_message();
+    return Ids(response);
+  };
+  for (size_t document = 0; document < kDocuments; ++document) {
+    const std::string id = client.Create();
+    answers.after_document[document] = ask(id, Document(document), 8);
+    for (size_t first = 0; first < kQuestions; ++first) {
+      v1::Session fork;
+      EXPECT_TRUE(client.Fork(id, &fork).ok());
+      answers.first[document][first] = ask(fork.session_id(), Question(first), 6);
+      for (size_t second = 0; second < kQuestions; ++second) {
+        v1::Session last;
+        EXPECT_TRUE(client.Fork(fork.session_id(), &last).ok());
+        answers.second[document][first][second] = ask(last.session_id(), Question(second), 5);
+        EXPECT_TRUE(client.Delete(last.session_id()).ok());
+      }
+      EXPECT_TRUE(client.Delete(fork.session_id()).ok());
+    }
+  }
+  return answers;
+}
+
+// One client of many: forks documents that all share, asks, leaves what it asked idle, comes back
+// to it, saves, restores and deletes, also while a request runs.
+class StormClient {
+ public:
+  StormClient(std::shared_ptr<grpc::Channel> channel, std::vector<std::string> documents,
+              const Answers& answers, int thread)
+      : channel_(channel),
+        client_(channel),
+        documents_(std::move(documents)),
+        answers_(answers),
+        thread_(thread),
+        random_(static_cast<uint32_t>(thread) + 1) {}
+
+  void Run(int num_rounds) {
+    for (int round = 0; round < num_rounds; ++round) {
+      switch (random_() % 4) {
+        case 0:
+        case 1:
+          AskFirst();
+          break;
+        case 2:
+          AskSecond(/*deleted_meanwhile=*/random_() % 3 == 0);
+          break;
+        default:
+          SaveAndRestore("t" + std::to_string(thread_) + "-" + std::to_string(round));
+      }
+    }
+  }
+  void DeleteAll() {
+    for (const Idle& idle : idle_) EXPECT_TRUE(client_.Delete(idle.id).ok());
+    for (const std::string& name : snapshots_) EXPECT_TRUE(client_.DeleteSnapshot(name).ok());
+  }
+  int num_answered() const { return num_answered_; }
+  int num_from_disk() const { return num_from_disk_; }
+  int num_restored() const { return num_restored_; }
+
+ private:
+  struct Idle {
+    std::string id;
+    size_t document = 0, first = 0;
+  };
+
+  // What a race may lead to: used by another, or no room.
+  bool Check(const grpc::Status& status) {
+    const bool expected = status.ok() || status.error_code() == StatusCode::ABORTED ||
+                          status.error_code() == StatusCode::RESOURCE_EXHAUSTED;
+    EXPECT_TRUE(expected) << status.error_code() << ": " << status.error_message();
+    return status.ok();
+  }
+
+  void AskFirst() {
+    const size_t document = random_() % kDocuments, first = random_() % kQuestions;
+    v1::Session fork;
+    if (!Check(client_.Fork(documents_[document], &fork))) return;
+    v1::GenerateResponse response;
+    if (Check(client_.Generate(Turn(fork.session_id(), Question(first), 6), &response))) {
+      ++num_answered_;
+      EXPECT_EQ(Ids(response), answers_.first[document][first]);
+      idle_.push_back({fork.session_id(), document, first});
+    } else {
+      EXPECT_TRUE(client_.Delete(fork.session_id()).ok());
+    }
+  }
+
+  std::optional<Idle> TakeIdle() {
+    if (idle_.empty()) return std::nullopt;
+    const size_t at = random_() % idle_.size();
+    Idle idle = idle_[at];
+    idle_.erase(idle_.begin() + static_cast<std::ptrdiff_t>(at));
+    v1::Session session;
+    EXPECT_TRUE(client_.Get(idle.id, &session).ok());
+    was_on_disk_ = session.location() == v1::Session::LOCATION_DISK;
+    return idle;
+  }
+
+  void AskSecond(bool deleted_meanwhile) {
+    const std::optional<Idle> idle = TakeIdle();
+    if (!idle) return;
+    std::thread other;
+    if (deleted_meanwhile) {
+      other = std::thread([&] { EXPECT_TRUE(SessionClient(channel_).Delete(idle->id).ok()); });
+    }
+    const size_t second = random_() % kQuestions;
+    v1::GenerateResponse response;
+    const grpc::Status status = client_.Generate(Turn(idle->id, Question(second), 5), &response);
+    if (other.joinable()) other.join();
+    const bool deleted = deleted_meanwhile && status.error_code() == StatusCode::NOT_FOUND;
+    if (!deleted && Check(status)) {
+      ++num_answered_;
+      num_from_disk_ += was_on_disk_;
+      EXPECT_EQ(Ids(response), answers_.second[idle->document][idle->first][second]);
+    }
+    if (!deleted_meanwhile) {
+      EXPECT_TRUE(client_.Delete(idle->id).ok());
+    }
+  }
+
+  void SaveAndRestore(const std::string& name) {
+    const std::optional<Idle> idle = TakeIdle();
+    if (!idle) return;
+    if (Check(client_.Save(idle->id, name))) {
+      snapshots_.push_back(name);
+      v1::Session restored;
+      if (Check(client_.Restore(name, &restored))) {
+        ++num_restored_;
+        idle_.push_back({restored.session_id(), idle->document, idle->first});
+      }
+    }
+    idle_.push_back(*idle);
+  }
+
+  std::shared_ptr<grpc::Channel> channel_;
+  SessionClient client_;
+  const std::vector<std::string> documents_;
+  const Answers& answers_;
+  const int thread_;
+  std::mt19937 random_;
+  std::vector<Idle> idle_;
+  std::vector<std::string> snapshots_;
+  bool was_on_disk_ = false;
+  int num_answered_ = 0, num_from_disk_ = 0, num_restored_ = 0;
+};
+
+class StormTest : public testing::TestWithParam<TinyFamily> {};
+
+TEST_P(StormTest, ForksDeletesAndTurnsThroughAllTiersLeakNothingAndKeepEveryText) {
+  constexpr int kThreads = 6, kRounds = 60;
+  const TinyModel model({.family = GetParam()});
+  const Answers answers = AnswersInPeace(model);
+  const TempFolder folder;
+  StormServer server(model, 5, folder.File("sessions"));
+  SessionClient client(server.channel());
+  std::vector<std::string> documents;
+  for (size_t document = 0; document < kDocuments; ++document) {
+    documents.push_back(client.Create());
+    v1::GenerateResponse response;
+    ASSERT_TRUE(client.Generate(Turn(documents.back(), Document(document), 8), &response).ok());
+    EXPECT_EQ(Ids(response), answers.after_document[document]);
+  }
+  std::vector<std::unique_ptr<StormClient>> clients;
+  std::vector<std::thread> threads;
+  for (int thread = 0; thread < kThreads; ++thread) {
+    clients.push_back(std::make_unique<StormClient>(server.channel(), documents, answers, thread));
+    threads.emplace_back([&client = *clients.back()] { client.Run(kRounds); });
+  }
+  for (std::thread& thread : threads) thread.join();
+  int num_answered = 0, num_from_disk = 0, num_restored = 0;
+  for (const auto& one : clients) {
+    num_answered += one->num_answered();
+    num_from_disk += one->num_from_disk();
+    num_restored += one->num_restored();
+    one->DeleteAll();
+  }
+  EXPECT_GT(num_answered, kThreads * kRounds / 4);
+  EXPECT_GT(num_from_disk, 10);
+  EXPECT_GT(num_restored, 10);
+  for (const std::string& document : documents) EXPECT_TRUE(client.Delete(document).ok());
+  EXPECT_EQ(client.NumSessions(), 0);
+  // One that was deleted while it went to the disk is still to be removed from there.
+  EXPECT_TRUE(Eventually([&] {
+    int64_t num_files = 0;
+    for (const auto& entry : std::filesystem::recursive_directory_iterator(folder.path())) {
+      num_files += entry.is_regular_file();
+    }
+    return num_files == 0;
+  }));
+  server.ExpectNothingHeldAfterShutdown();
+}
+
+INSTANTIATE_TEST_SUITE_P(Families, StormTest,
+                         testing::Values(TinyFamily::kTransnormer, TinyFamily::kLlama));
 
 }  // namespace
 }  // namespace godwit
