@@ -20,8 +20,7 @@ absl::StatusOr<std::shared_ptr<SessionCall>> SessionCall::Open(const ServiceCont
                                                                const std::string& tenant,
                                                                const v1::StateOptions& state,
                                                                std::function<void()> on_events) {
-  if (state.has_save_as()) RETURN_IF_ERROR(SessionRegistry::CheckName(state.save_as()));
-  if (state.has_save_as()) RETURN_IF_ERROR(services.sessions.ImportPath().status());
+  if (state.has_save_as()) RETURN_IF_ERROR(services.sessions.files().Check(state.save_as()));
   if (state.has_expected_position() && !state.has_session_id()) {
     return InvalidFields({{"state.expected_position", "needs state.session_id"}});
   }

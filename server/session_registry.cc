@@ -1,17 +1,10 @@
 #include "server/session_registry.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <filesystem>
 #include <future>
 #include <random>
 #include <utility>
 
-#include "absl/strings/ascii.h"
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status.h"
 #include "server/clock.h"
@@ -20,11 +13,7 @@
 namespace godwit {
 namespace {
 
-namespace fs = std::filesystem;
-
 constexpr std::chrono::milliseconds kMaintenancePeriod(250);
-constexpr absl::string_view kExtension = ".safetensors";
-constexpr size_t kMaxNameBytes = 64;
 // Idle sessions go to the disk while more than that of the host's memory for states is theirs.
 constexpr double kSpillAbove = 0.75;
 constexpr TimeNs kMsNs = 1'000'000;
@@ -38,32 +27,6 @@ std::string RandomId() {
 
 absl::Status NoSuchSession(const std::string& id) {
   return WithResource(absl::NotFoundError(absl::StrCat("there is no session ", id)), "session", id);
-}
-
-absl::Status NoSuchSnapshot(const std::string& name) {
-  return WithResource(absl::NotFoundError(absl::StrCat("there is no snapshot ", name)), "snapshot",
-                      name);
-}
-
-absl::Status NoFolder() {
-  return WithErrorInfo(
-      absl::FailedPreconditionError("this server keeps no snapshots: it has no --session-dir"),
-      "NO_SESSION_FOLDER");
-}
-
-int64_t SizeOf(const std::string& path) {
-  std::error_code error;
-  const auto size = fs::file_size(path, error);
-  return error ? 0 : static_cast<int64_t>(size);
-}
-
-// What a client is told of a file: not where it lies.
-absl::Status WithoutPath(const absl::Status& status, const std::string& path,
-                         const std::string& name) {
-  std::string text(status.message());
-  if (const size_t at = text.find(path); at != std::string::npos)
-    text.replace(at, path.size(), name);
-  return absl::Status(status.code(), text);
 }
 
 }  // namespace
@@ -95,10 +58,13 @@ void SessionUse::Kept(int64_t position, int32_t pending_token) {
 
 SessionRegistry::SessionRegistry(SessionLimits limits, StateLayout layout, EngineLoop& loop,
                                  const ServedModel& model)
-    : limits_(std::move(limits)), layout_(std::move(layout)), loop_(loop), model_(model) {}
+    : limits_(std::move(limits)),
+      loop_(loop),
+      model_(model),
+      files_(limits_.folder, limits_.disk_bytes, std::move(layout)) {}
 
 absl::Status SessionRegistry::Start() {
-  RETURN_IF_ERROR(PrepareFolder());
+  RETURN_IF_ERROR(files_.Start());
   maintenance_ = std::thread([this] { Maintain(); });
   return absl::OkStatus();
 }
@@ -110,34 +76,6 @@ SessionRegistry::~SessionRegistry() {
   }
   wake_.notify_all();
   if (maintenance_.joinable()) maintenance_.join();
-}
-
-// Idle sessions of an earlier process are nobody's, and so is what it was killed in writing.
-absl::Status SessionRegistry::PrepareFolder() {
-  if (limits_.folder.empty()) return absl::OkStatus();
-  std::error_code error;
-  const fs::path folder(limits_.folder);
-  fs::create_directories(folder, error);
-  if (!error) fs::permissions(folder, fs::perms::owner_all, error);
-  for (const char* name : {"idle", "import"}) {
-    if (!error) fs::remove_all(folder / name, error);
-    if (!error) fs::create_directory(folder / name, error);
-  }
-  if (!error) fs::create_directories(folder / "snapshots", error);
-  if (error) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("session folder ", limits_.folder, ": ", error.message()));
-  }
-  for (fs::recursive_directory_iterator it(folder / "snapshots", error), end; !error && it != end;
-       it.increment(error)) {
-    if (!it->is_regular_file()) continue;
-    if (it->path().extension() == ".tmp") {
-      fs::remove(it->path(), error);
-    } else {
-      disk_bytes_ += SizeOf(it->path().string());
-    }
-  }
-  return absl::OkStatus();
 }
 
 absl::Status SessionRegistry::OnEngine(const EngineWork& work) {
@@ -204,7 +142,7 @@ SessionView SessionRegistry::View(const Entry& entry) const {
           .idle_ms = entry.busy ? 0 : (SteadyNow() - entry.last_used) / kMsNs,
           .ttl_ms = entry.ttl / kMsNs,
           .busy = entry.busy,
-          .on_disk = !entry.file.empty()};
+          .on_disk = !entry.file.path.empty()};
 }
 
 absl::StatusOr<SessionView> SessionRegistry::CreateSession(const std::string& tenant,
@@ -239,10 +177,7 @@ std::vector<SessionView> SessionRegistry::List(const std::string& tenant) const 
 // The state of a session that a request writes goes when the request has ended.
 void SessionRegistry::Drop(Entry& entry) {
   if (entry.key != 0 && !entry.busy) EraseState(entry.key);
-  if (!entry.file.empty()) {
-    unlink(entry.file.c_str());
-    disk_bytes_ -= entry.file_bytes;
-  }
+  files_.Remove(entry.file);
   entries_.erase(entry.id);
 }
 
@@ -273,7 +208,7 @@ absl::StatusOr<std::shared_ptr<SessionUse>> SessionRegistry::Acquire(
     use.reset(new SessionUse(*this));
     entry->busy = true;
     ++entry->version;
-    file = entry->file;
+    file = entry->file.path;
     use->id_ = id;
     use->key_ = entry->key != 0 ? entry->key : next_key_++;
     use->position_ = entry->position;
@@ -287,16 +222,13 @@ absl::StatusOr<std::shared_ptr<SessionUse>> SessionRegistry::Acquire(
 
 absl::Status SessionRegistry::LoadFromDisk(const std::string& id, const std::string& file,
                                            SessionKey key) {
-  absl::StatusOr<StateFile> read = ReadStateFile(file, layout_);
-  if (!read.ok()) return WithoutPath(read.status(), file, absl::StrCat("session ", id));
-  RETURN_IF_ERROR(ImportState(key, read->image));
+  ASSIGN_OR_RETURN(const StateFile read, files_.ReadIdle(file, id));
+  RETURN_IF_ERROR(ImportState(key, read.image));
   std::lock_guard<std::mutex> lock(mutex_);
   ++counts_.num_from_disk;
   const auto found = entries_.find(id);
   if (found == entries_.end()) return absl::OkStatus();
-  unlink(file.c_str());
-  disk_bytes_ -= std::exchange(found->second.file_bytes, 0);
-  found->second.file.clear();
+  files_.Remove(std::exchange(found->second.file, {}));
   found->second.key = key;
   return absl::OkStatus();
 }
@@ -354,63 +286,6 @@ absl::StatusOr<SessionView> SessionRegistry::Fork(const std::string& tenant, con
 
 // --- Snapshots
 
-absl::Status SessionRegistry::CheckName(const std::string& name) {
-  const bool valid = !name.empty() && name.size() <= kMaxNameBytes &&
-                     std::all_of(name.begin(), name.end(), [](unsigned char c) {
-                       return absl::ascii_isalnum(c) || c == '.' || c == '_' || c == '-';
-                     });
-  if (valid) return absl::OkStatus();
-  return InvalidFields({{"name", "is not of the form [A-Za-z0-9._-]{1,64}"}});
-}
-
-std::string SessionRegistry::TenantFolder(const std::string& tenant) const {
-  return absl::StrCat(limits_.folder, "/snapshots/", FingerprintText(tenant));
-}
-
-absl::StatusOr<std::string> SessionRegistry::PathOf(const std::string& tenant,
-                                                    const std::string& name) const {
-  if (limits_.folder.empty()) return NoFolder();
-  RETURN_IF_ERROR(CheckName(name));
-  return absl::StrCat(TenantFolder(tenant), "/", name, kExtension);
-}
-
-absl::StatusOr<std::string> SessionRegistry::SnapshotPath(const std::string& tenant,
-                                                          const std::string& name) const {
-  ASSIGN_OR_RETURN(std::string path, PathOf(tenant, name));
-  std::error_code error;
-  if (!fs::is_regular_file(path, error)) return NoSuchSnapshot(name);
-  return path;
-}
-
-int64_t SessionRegistry::free_disk_bytes() const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return std::max<int64_t>(limits_.disk_bytes - disk_bytes_, 0);
-}
-
-void SessionRegistry::CountDiskError() {
-  std::lock_guard<std::mutex> lock(mutex_);
-  ++counts_.num_disk_errors;
-}
-
-// Returns the bytes of the file that is there now; what it replaced is no longer counted.
-absl::StatusOr<int64_t> SessionRegistry::WriteFile(const std::string& path, const StateImage& image,
-                                                   const StateNotes& notes) {
-  const int64_t replaced = SizeOf(path);
-  if (image.num_bytes > free_disk_bytes() + replaced) {
-    CountDiskError();
-    return absl::ResourceExhaustedError(absl::StrCat(image.num_bytes, " bytes, ", free_disk_bytes(),
-                                                     " of ", limits_.disk_bytes, " are free"));
-  }
-  if (absl::Status written = WriteStateFile(path, layout_, image, notes); !written.ok()) {
-    CountDiskError();
-    return written;
-  }
-  const int64_t num_bytes = SizeOf(path);
-  std::lock_guard<std::mutex> lock(mutex_);
-  disk_bytes_ += num_bytes - replaced;
-  return num_bytes;
-}
-
 absl::StatusOr<std::shared_ptr<const StateImage>> SessionRegistry::Export(SessionKey key) {
   std::shared_ptr<const StateImage> image;
   int64_t num_bytes = 0;
@@ -423,22 +298,18 @@ absl::StatusOr<std::shared_ptr<const StateImage>> SessionRegistry::Export(Sessio
   return image;
 }
 
-absl::StatusOr<SessionRegistry::SnapshotView> SessionRegistry::Snapshot(const SessionUse& use,
-                                                                        const std::string& tenant,
-                                                                        const std::string& name) {
-  ASSIGN_OR_RETURN(const std::string path, PathOf(tenant, name));
+absl::StatusOr<SessionFiles::Snapshot> SessionRegistry::Snapshot(const SessionUse& use,
+                                                                 const std::string& tenant,
+                                                                 const std::string& name) {
+  RETURN_IF_ERROR(files_.Check(name));
   if (use.position_ == 0) {
     return absl::FailedPreconditionError(absl::StrCat("session ", use.id_, " is empty"));
   }
   ASSIGN_OR_RETURN(const std::shared_ptr<const StateImage> image, Export(use.key_));
-  std::lock_guard<std::mutex> files(files_);
-  std::error_code error;
-  fs::create_directories(TenantFolder(tenant), error);
-  const absl::StatusOr<int64_t> num_bytes = WriteFile(path, *image, use.notes_);
-  if (!num_bytes.ok()) return WithoutPath(num_bytes.status(), path, name);
+  ASSIGN_OR_RETURN(SessionFiles::Snapshot snapshot, files_.Write(tenant, name, *image, use.notes_));
   std::lock_guard<std::mutex> lock(mutex_);
   ++counts_.num_snapshots;
-  return SnapshotView{.name = name, .num_bytes = *num_bytes, .position = image->position};
+  return snapshot;
 }
 
 absl::StatusOr<std::shared_ptr<const RopeTable>> SessionRegistry::RopeOf(
@@ -466,16 +337,14 @@ absl::StatusOr<SessionView> SessionRegistry::Restore(const std::string& tenant,
                                                      const std::string& name,
                                                      std::optional<int64_t> ttl_ms) {
   ASSIGN_OR_RETURN(const TimeNs ttl, Ttl(ttl_ms));
-  ASSIGN_OR_RETURN(const std::string path, SnapshotPath(tenant, name));
-  absl::StatusOr<StateFile> file = ReadStateFile(path, layout_);
-  if (!file.ok()) return WithoutPath(file.status(), path, name);
-  ASSIGN_OR_RETURN(std::shared_ptr<const RopeTable> rope, RopeOf(file->notes));
+  ASSIGN_OR_RETURN(StateFile file, files_.Read(tenant, name));
+  ASSIGN_OR_RETURN(std::shared_ptr<const RopeTable> rope, RopeOf(file.notes));
   SessionKey key = 0;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     key = next_key_++;
   }
-  RETURN_IF_ERROR(ImportState(key, file->image));
+  RETURN_IF_ERROR(ImportState(key, file.image));
   std::lock_guard<std::mutex> lock(mutex_);
   const absl::StatusOr<Entry*> added = Add(tenant, ttl);
   if (!added.ok()) {
@@ -484,58 +353,22 @@ absl::StatusOr<SessionView> SessionRegistry::Restore(const std::string& tenant,
   }
   Entry& entry = **added;
   entry.key = key;
-  entry.position = file->image->position;
-  entry.pending_token = file->image->last_token;
+  entry.position = file.image->position;
+  entry.pending_token = file.image->last_token;
   entry.rope = std::move(rope);
-  entry.notes = std::move(file->notes);
+  entry.notes = std::move(file.notes);
   ++counts_.num_restores;
   return View(entry);
 }
 
-absl::StatusOr<std::vector<SessionRegistry::SnapshotView>> SessionRegistry::ListSnapshots(
-    const std::string& tenant) const {
-  if (limits_.folder.empty()) return NoFolder();
-  std::vector<SnapshotView> views;
-  std::error_code error;
-  for (const auto& file : fs::directory_iterator(TenantFolder(tenant), error)) {
-    if (file.path().extension().string() != kExtension) continue;
-    views.push_back(
-        {.name = file.path().stem().string(), .num_bytes = SizeOf(file.path().string())});
-  }
-  std::sort(views.begin(), views.end(),
-            [](const SnapshotView& a, const SnapshotView& b) { return a.name < b.name; });
-  return views;
-}
-
-absl::Status SessionRegistry::DeleteSnapshot(const std::string& tenant, const std::string& name) {
-  std::lock_guard<std::mutex> files(files_);
-  ASSIGN_OR_RETURN(const std::string path, SnapshotPath(tenant, name));
-  const int64_t num_bytes = SizeOf(path);
-  if (unlink(path.c_str()) != 0) return NoSuchSnapshot(name);
-  std::lock_guard<std::mutex> lock(mutex_);
-  disk_bytes_ -= num_bytes;
-  return absl::OkStatus();
-}
-
-absl::StatusOr<std::string> SessionRegistry::ImportPath() {
-  if (limits_.folder.empty()) return NoFolder();
-  return absl::StrCat(limits_.folder, "/import/", RandomId(), ".part");
-}
-
-absl::StatusOr<SessionRegistry::SnapshotView> SessionRegistry::Import(const std::string& tenant,
-                                                                      const std::string& name,
-                                                                      const std::string& from) {
-  ASSIGN_OR_RETURN(const std::string path, PathOf(tenant, name));
-  const absl::StatusOr<StateFile> file = ReadStateFile(from, layout_, {.check_values = true});
-  if (!file.ok()) return WithoutPath(file.status(), from, name);
-  RETURN_IF_ERROR(RopeOf(file->notes).status());
-  std::lock_guard<std::mutex> files(files_);
-  std::error_code error;
-  fs::create_directories(TenantFolder(tenant), error);
+absl::StatusOr<SessionFiles::Snapshot> SessionRegistry::Import(const std::string& tenant,
+                                                               const std::string& name,
+                                                               const std::string& from) {
+  RETURN_IF_ERROR(files_.Check(name));
+  ASSIGN_OR_RETURN(const StateFile file, files_.ReadImport(from, name));
+  RETURN_IF_ERROR(RopeOf(file.notes).status());
   // Written anew and not renamed: what is there is then what was checked.
-  const absl::StatusOr<int64_t> num_bytes = WriteFile(path, *file->image, file->notes);
-  if (!num_bytes.ok()) return WithoutPath(num_bytes.status(), path, name);
-  return SnapshotView{.name = name, .num_bytes = *num_bytes, .position = file->image->position};
+  return files_.Write(tenant, name, *file.image, file.notes);
 }
 
 // --- Maintenance
@@ -579,7 +412,7 @@ absl::Status SessionRegistry::ImportState(SessionKey key,
 
 // True: one has gone to the disk, and more may have to.
 bool SessionRegistry::SpillOldest() {
-  if (limits_.folder.empty()) return false;
+  if (!files_.enabled()) return false;
   std::lock_guard<std::mutex> spilling(spilling_);
   struct Candidate {
     TimeNs last_used = 0;
@@ -613,20 +446,17 @@ bool SessionRegistry::SpillOldest() {
       });
   if (!exported.ok()) return false;
   const auto& [last_used, key, version, id, notes] = *oldest;
-  const std::string file = absl::StrCat(limits_.folder, "/idle/", key, kExtension);
-  const absl::StatusOr<int64_t> num_bytes = WriteFile(file, *image, notes);
-  if (!num_bytes.ok()) return false;
+  absl::StatusOr<SessionFiles::IdleFile> file = files_.WriteIdle(key, *image, notes);
+  if (!file.ok()) return false;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     const auto found = entries_.find(id);
     if (found == entries_.end() || found->second.busy || found->second.version != version) {
-      unlink(file.c_str());  // used again meanwhile
-      disk_bytes_ -= *num_bytes;
+      files_.Remove(*file);  // used again meanwhile
       return true;
     }
     Entry& entry = found->second;
-    entry.file = file;
-    entry.file_bytes = *num_bytes;
+    entry.file = *std::move(file);
     entry.key = 0;
     ++counts_.num_to_disk;
   }
@@ -642,8 +472,9 @@ SessionDiskStats SessionRegistry::stats() const {
   std::lock_guard<std::mutex> lock(mutex_);
   SessionDiskStats stats = counts_;
   stats.num_sessions = std::ssize(entries_);
-  stats.disk_bytes = disk_bytes_;
-  for (const auto& [id, entry] : entries_) stats.num_on_disk += !entry.file.empty();
+  stats.disk_bytes = files_.used_bytes();
+  stats.num_disk_errors = files_.num_errors();
+  for (const auto& [id, entry] : entries_) stats.num_on_disk += !entry.file.path.empty();
   return stats;
 }
 

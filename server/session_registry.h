@@ -1,7 +1,8 @@
 #pragma once
-// Sessions and snapshots by tenant and name: who may use which, where its state is, and the disk as
-// the last of the three tiers. The states in memory are the engine thread's (SessionTable). Methods
-// that say so wait for the engine or the disk: they belong on a worker. Thread-safe.
+// Sessions by tenant: who may use which, where its state is, and when it moves to the disk, the
+// last of the three tiers. The states in memory are the engine thread's (SessionTable), files are
+// SessionFiles'. Methods that say so wait for the engine or the disk: they belong on a worker.
+// Thread-safe.
 
 #include <condition_variable>
 #include <cstdint>
@@ -20,6 +21,7 @@
 #include "engine/state_file.h"
 #include "scheduler/engine_loop.h"
 #include "server/served_model.h"
+#include "server/session_files.h"
 #include "server/session_limits.h"
 
 namespace godwit {
@@ -100,35 +102,23 @@ class SessionRegistry {
   absl::StatusOr<SessionView> Fork(const std::string& tenant, const std::string& id,
                                    std::optional<int64_t> expected_position,
                                    std::optional<int64_t> ttl_ms);
-  struct SnapshotView {
-    std::string name;
-    int64_t num_bytes = 0, position = 0;
-  };
-  absl::StatusOr<SnapshotView> Snapshot(const SessionUse& use, const std::string& tenant,
-                                        const std::string& name);
+  absl::StatusOr<SessionFiles::Snapshot> Snapshot(const SessionUse& use, const std::string& tenant,
+                                                  const std::string& name);
   absl::StatusOr<SessionView> Restore(const std::string& tenant, const std::string& name,
                                       std::optional<int64_t> ttl_ms);
-  absl::StatusOr<std::vector<SnapshotView>> ListSnapshots(const std::string& tenant) const;
-  absl::Status DeleteSnapshot(const std::string& tenant, const std::string& name);
-  // The file of a snapshot that is there. NOT_FOUND.
-  absl::StatusOr<std::string> SnapshotPath(const std::string& tenant,
-                                           const std::string& name) const;
-  // A place for a file that is being received; then it becomes a snapshot, or is removed.
-  absl::StatusOr<std::string> ImportPath();
-  int64_t free_disk_bytes() const;
-  absl::StatusOr<SnapshotView> Import(const std::string& tenant, const std::string& name,
-                                      const std::string& path);
+  // What was received at ImportPath(); it stays there.
+  absl::StatusOr<SessionFiles::Snapshot> Import(const std::string& tenant, const std::string& name,
+                                                const std::string& path);
+  SessionFiles& files() { return files_; }
 
   SessionDiskStats stats() const;
-  static absl::Status CheckName(const std::string& name);
 
  private:
   friend class SessionUse;
   struct Entry {
     std::string tenant, id;
-    SessionKey key = 0;  // 0: empty, or on disk
-    std::string file;    // on disk
-    int64_t file_bytes = 0;
+    SessionKey key = 0;           // 0: empty, or on disk
+    SessionFiles::IdleFile file;  // on disk
     int64_t position = 0;
     int32_t pending_token = -1;
     std::shared_ptr<const RopeTable> rope;
@@ -139,7 +129,6 @@ class SessionRegistry {
     bool busy = false;
   };
 
-  absl::Status PrepareFolder();
   absl::StatusOr<TimeNs> Ttl(std::optional<int64_t> ttl_ms) const;
   absl::StatusOr<Entry*> Find(const std::string& tenant, const std::string& id);
   absl::StatusOr<Entry*> Add(const std::string& tenant, TimeNs ttl);
@@ -155,11 +144,6 @@ class SessionRegistry {
   // set) and a session goes to the disk for it.
   absl::Status OnEngineWithRoom(const int64_t* num_bytes, const EngineWork& work);
   absl::StatusOr<std::shared_ptr<const RopeTable>> RopeOf(const StateNotes& notes) const;
-  std::string TenantFolder(const std::string& tenant) const;
-  absl::StatusOr<std::string> PathOf(const std::string& tenant, const std::string& name) const;
-  absl::StatusOr<int64_t> WriteFile(const std::string& path, const StateImage& image,
-                                    const StateNotes& notes);
-  void CountDiskError();
   void Maintain();
   void ExpireIdle();
   // Of the sessions in host memory; one at a time.
@@ -167,20 +151,18 @@ class SessionRegistry {
   absl::Status ImportState(SessionKey key, const std::shared_ptr<const StateImage>& image);
 
   const SessionLimits limits_;
-  const StateLayout layout_;
   EngineLoop& loop_;
   const ServedModel& model_;
+  SessionFiles files_;
 
   mutable std::mutex mutex_;              // guards the rest
   std::map<std::string, Entry> entries_;  // by id; at most max_sessions
   SessionKey next_key_ = 1;
   int64_t next_order_ = 0;
   SessionDiskStats counts_;
-  int64_t disk_bytes_ = 0;
   bool stopping_ = false;
   std::condition_variable wake_;
   std::mutex spilling_;  // held while a session moves to the disk; taken before any other
-  std::mutex files_;     // held while a snapshot's file is put in place or removed
   std::thread maintenance_;
 };
 

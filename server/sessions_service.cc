@@ -40,7 +40,7 @@ void Encode(const SessionView& view, v1::Session* session) {
   session->set_location(view.on_disk ? v1::Session::LOCATION_DISK : v1::Session::LOCATION_MEMORY);
 }
 
-void Encode(const SessionRegistry::SnapshotView& view, v1::Snapshot* snapshot) {
+void Encode(const SessionFiles::Snapshot& view, v1::Snapshot* snapshot) {
   snapshot->set_name(view.name);
   snapshot->set_num_bytes(view.num_bytes);
   snapshot->set_state_position(view.position);
@@ -63,7 +63,7 @@ class ExportReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer> {
     absl::Status status = services_.authenticator.Check(*context_);
     if (status.ok()) status = ParseRequest(bytes, &request);
     if (status.ok()) {
-      const auto path = services_.sessions.SnapshotPath(services_.authenticator.TenantOf(*context_),
+      const auto path = services_.sessions.files().Path(services_.authenticator.TenantOf(*context_),
                                                         request.name());
       status = path.status();
       if (path.ok()) fd_ = open(path->c_str(), O_RDONLY | O_CLOEXEC);
@@ -139,10 +139,10 @@ class ImportReactor final : public grpc::ServerReadReactor<grpc::ByteBuffer> {
   absl::Status Open() {
     RETURN_IF_ERROR(services_.authenticator.Check(*context_));
     tenant_ = services_.authenticator.TenantOf(*context_);
-    ASSIGN_OR_RETURN(path_, services_.sessions.ImportPath());
+    ASSIGN_OR_RETURN(path_, services_.sessions.files().ImportPath());
     fd_ = open(path_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (fd_ < 0) return absl::InternalError("the session folder cannot be written to");
-    max_bytes_ = services_.sessions.free_disk_bytes();
+    max_bytes_ = services_.sessions.files().free_bytes();
     return absl::OkStatus();
   }
   void Take() {
@@ -154,7 +154,7 @@ class ImportReactor final : public grpc::ServerReadReactor<grpc::ByteBuffer> {
     v1::ImportSnapshotRequest request;
     RETURN_IF_ERROR(ParseRequest(current_, &request));
     if (!named_) {
-      RETURN_IF_ERROR(SessionRegistry::CheckName(request.name()));
+      RETURN_IF_ERROR(SessionFiles::CheckName(request.name()));
       name_ = request.name();
       named_ = true;
     } else if (!request.name().empty() && request.name() != name_) {
@@ -288,7 +288,7 @@ class SessionsService final : public Base {
     return Answer<v1::ListSnapshotsRequest, v1::ListSnapshotsResponse>(
         "ListSnapshots", context, request, answer,
         [this](const std::string& tenant, const auto&, auto* to) -> absl::Status {
-          ASSIGN_OR_RETURN(const auto views, sessions_.ListSnapshots(tenant));
+          ASSIGN_OR_RETURN(const auto views, sessions_.files().List(tenant));
           for (const auto& view : views) Encode(view, to->add_snapshots());
           return absl::OkStatus();
         });
@@ -299,7 +299,7 @@ class SessionsService final : public Base {
     return Answer<v1::DeleteSnapshotRequest, v1::DeleteSnapshotResponse>(
         "DeleteSnapshot", context, request, answer,
         [this](const std::string& tenant, const auto& from, auto*) {
-          return sessions_.DeleteSnapshot(tenant, from.name());
+          return sessions_.files().Delete(tenant, from.name());
         });
   }
   grpc::ServerWriteReactor<grpc::ByteBuffer>* ExportSnapshot(

@@ -514,10 +514,10 @@ class Storm {
       for (const SessionView& session : registry.List(name)) {
         EXPECT_TRUE(registry.Delete(name, session.id).ok());
       }
-      const auto snapshots = registry.ListSnapshots(name);
+      const auto snapshots = registry.files().List(name);
       ASSERT_TRUE(snapshots.ok());
       for (const auto& snapshot : *snapshots) {
-        EXPECT_TRUE(registry.DeleteSnapshot(name, snapshot.name).ok());
+        EXPECT_TRUE(registry.files().Delete(name, snapshot.name).ok());
       }
     }
   }
@@ -591,7 +591,7 @@ class Storm {
     const auto restored = sessions_.registry().Restore(Name(tenant), name, std::nullopt);
     if (Check(restored)) Add(tenant, restored->id, UpTo(tenant, id, restored->position));
     if (name.back() % 2 == 0) {
-      Check(sessions_.registry().DeleteSnapshot(Name(tenant), name));
+      Check(sessions_.registry().files().Delete(Name(tenant), name));
     }
   }
 
