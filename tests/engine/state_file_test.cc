@@ -454,13 +454,16 @@ TEST_P(StateFileEngineTest, AnotherKindOfDeviceContinuesIt) {
     for (size_t at = 0; at < a.size(); ++at) most = std::max(most, std::abs(a[at] - b[at]));
     return most;
   };
-  for (const DType dtype : {DType::kF32, DType::kBF16}) {
-    const auto make = [&](bool is_ref) {
+  const bool has_gpu = OpenDevice("cuda").ok();
+  for (const auto& [other, dtype] : std::vector<std::pair<std::string, DType>>{
+           {"ref", DType::kF32}, {"ref", DType::kBF16}, {"cuda", DType::kBF16}}) {
+    if (other == "cuda" && !has_gpu) continue;
+    const auto make = [&](const std::string& device) {
       return MakeEngine(
           model, {.dtype = dtype, .max_sequences = 4, .kv_bytes = 8 << 20, .store_bytes = 16 << 20},
-          is_ref ? CreateRefBackend() : *OpenDevice("cpu"));
+          device == "ref" ? CreateRefBackend() : *OpenDevice(device));
     };
-    const std::unique_ptr<Engine> engines[] = {make(false), make(true)};
+    const std::unique_ptr<Engine> engines[] = {make("cpu"), make(other)};
     std::vector<float> own[2];
     for (const int device : {0, 1}) {
       CacheLease lease = *engines[device]->caches().Reserve(100);
