@@ -27,6 +27,8 @@ TimeNs Now() {
 
 // An idle loop wakes this often for the heartbeat.
 constexpr TimeNs kHeartbeatPeriod = 1'000'000'000;
+// And one whose requests wait for room in host memory, for their deadlines.
+constexpr TimeNs kRoomPeriod = 50'000'000;
 
 constexpr char kDeviceLostMark[] = "godwit.device_lost";
 
@@ -86,7 +88,7 @@ struct EngineLoop::Impl {
   void FailStep(StepPlan plan, const absl::Status& cause);
   void AbortAll(const absl::Status& status);
   void Publish();
-  void Sleep();
+  void Sleep(TimeNs longest);
 
   const EngineLoopOptions options;
   StepExecutor& executor;
@@ -200,9 +202,9 @@ void EngineLoop::Impl::Run() {
       Publish();
     } else {
       Publish();
-      // Whoever makes room posts work.
-      const bool waits = scheduler.idle() || scheduler.waits_for_room();
-      if (!progressed && running && waits) Sleep();
+      if (progressed || !running) continue;
+      if (scheduler.idle()) Sleep(kHeartbeatPeriod);
+      if (scheduler.waits_for_room()) Sleep(kRoomPeriod);  // whoever makes it posts work
     }
   }
   // Everything has ended; what is still in flight is collected, so that the executor is left clean.
@@ -324,9 +326,9 @@ void EngineLoop::Impl::Publish() {
   if (idle) became_idle.notify_all();
 }
 
-void EngineLoop::Impl::Sleep() {
+void EngineLoop::Impl::Sleep(TimeNs longest) {
   std::unique_lock<std::mutex> lock(mutex);
-  const auto until = Clock::now() + std::chrono::nanoseconds(kHeartbeatPeriod);
+  const auto until = Clock::now() + std::chrono::nanoseconds(longest);
   wake_engine.wait_until(lock, until, [this] {
     return woken || abort || stopping || !mailbox.empty() || !session_work.empty();
   });

@@ -211,6 +211,22 @@ TEST(RopeTableTest, DynamicIsUntouchedWithinTheTrainedLength) {
   EXPECT_NE(Table(rope, 4097).regime, Table(rope, 4098).regime) << "exact, not in steps";
 }
 
+// YaRN too: a short text in a deployment with YaRN rotates as a long one (docs/long-context.md).
+TEST(RopeTableTest, OnlyDynamicAndLongRopeDependOnLength) {
+  for (const std::string type : {"default", "linear", "yarn", "llama3", "proportional", "giraffe",
+                                 "ntk-aware", "ntk", "ntk-by-parts"}) {
+    SCOPED_TRACE(type);
+    Json rope = {{"rope_type", type}};
+    if (type != "default" && type != "proportional") rope["factor"] = 4;
+    if (type == "yarn" || type == "llama3" || type == "ntk-by-parts") {
+      rope["original_max_position_embeddings"] = 1024;
+    }
+    if (type == "llama3") rope.update({{"low_freq_factor", 1}, {"high_freq_factor", 4}});
+    EXPECT_FALSE(DependsOnLength(*Parse(rope)->rope));
+    EXPECT_EQ(Table(rope, 1).regime, Table(rope, 1 << 20).regime);
+  }
+}
+
 // Position L is the first that the short table has never seen.
 TEST(RopeTableTest, LongRopeIsLongFromOneBeyondTheOriginalLength) {
   const Json rope = {{"rope_type", "longrope"},
