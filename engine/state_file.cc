@@ -42,6 +42,7 @@ constexpr int64_t kPieceBytes = 4 << 20;  // hashed while it is in the cache
 constexpr int64_t kMaxHashThreads = 8;
 // 1 had the keys of KV blocks as its device kept them.
 constexpr char kFormat[] = "godwit-state-2";
+constexpr char kAnyFormat[] = "godwit-state-";
 // A window that was never behind by more than one round of drafts.
 constexpr int64_t kMaxBaseLag = kWindow - 1 + kMaxDraftTokens + 1;
 
@@ -378,7 +379,12 @@ absl::StatusOr<Found> ReadManifest(const Content& content, const StateLayout& la
   std::optional<JsonObject> object = header.Object("__metadata__");
   if (!object) return Lost(content.path, "has no manifest");
   Manifest manifest(content.path, *std::move(object));
-  if (manifest.Text("format") != kFormat) manifest.Fail("is of another format");
+  const std::string format = manifest.Text("format");
+  if (format != kFormat && absl::StartsWith(format, kAnyFormat)) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(content.path, ": is of format ", Shown(format), ", expected ", kFormat));
+  }
+  if (format != kFormat) manifest.Fail("is of another format");
   Found found;
   found.model = manifest.Text("model");
   found.dtype = manifest.Text("dtype");

@@ -62,8 +62,8 @@ struct ReadStateOptions {
   bool check_values = false;  // a NaN or infinity is DATA_LOSS; for files from elsewhere
 };
 // DATA_LOSS: not a snapshot, cut short, changed or with impossible contents; FAILED_PRECONDITION:
-// of another model or type; RESOURCE_EXHAUSTED: more than max_bytes; NOT_FOUND. A state of another
-// draft model, or of none, is read without that part.
+// of another model, type or version of the format; RESOURCE_EXHAUSTED: more than max_bytes;
+// NOT_FOUND. A state of another draft model, or of none, is read without that part.
 absl::StatusOr<StateFile> ReadStateFile(const std::string& path, const StateLayout& layout,
                                         const ReadStateOptions& options = {});
 

@@ -220,6 +220,22 @@ std::string WithDigest(std::string bytes) {
   return bytes.replace(at, 64, FingerprintText(digests));
 }
 
+// One of an older server is whole, and not for this one.
+TEST(StateFileTest, AnotherVersionOfTheFormatIsNamed) {
+  const TempFolder folder;
+  const StateLayout layout = Layout();
+  ASSERT_TRUE(WriteStateFile(folder.File("a"), layout, Image(layout, 40), kNotes).ok());
+  std::string bytes = FileBytes(folder.File("a"));
+  const size_t at = bytes.find("godwit-state-2");
+  ASSERT_NE(at, std::string::npos);
+  bytes.replace(at, 14, "godwit-state-1");
+  folder.Write("a", WithDigest(bytes));
+  const absl::Status status = ReadStateFile(folder.File("a"), layout).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition) << status;
+  EXPECT_THAT(std::string(status.message()),
+              HasSubstr("is of format godwit-state-1, expected godwit-state-2"));
+}
+
 // Larger than what one digest is of.
 TEST(StateFileTest, EveryPieceOfALargeFileCounts) {
   const TempFolder folder;
