@@ -23,6 +23,8 @@ constexpr size_t kMaxMessageBytes = 1000;
 
 std::string Cut(absl::string_view text, size_t num_bytes) {
   if (text.size() <= num_bytes) return std::string(text);
+  // Not within a character.
+  while (num_bytes > 0 && (static_cast<unsigned char>(text[num_bytes]) & 0xc0) == 0x80) --num_bytes;
   return absl::StrCat(text.substr(0, num_bytes), "...");
 }
 

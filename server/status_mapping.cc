@@ -14,11 +14,17 @@
 #include "google/rpc/error_details.pb.h"
 #include "google/rpc/status.pb.h"
 #include "scheduler/engine_loop.h"
+#include "server/utf8.h"
 
 namespace godwit {
 namespace {
 
 constexpr std::string_view kDomain = "godwit";
+// Of what came from the client and goes back in a message or a detail: a transport takes 8 KiB of
+// trailers, and turns a status with more into RESOURCE_EXHAUSTED.
+constexpr size_t kMaxMessageBytes = 500;  // it travels up to three times, percent-encoded in one
+constexpr size_t kMaxNameBytes = 200;
+constexpr size_t kMaxViolationBytes = 2000;  // of all; those after are counted in the message
 constexpr std::string_view kTypeUrlPrefix = "type.googleapis.com/";
 
 template <typename Message>
@@ -48,7 +54,7 @@ void AddViolation(google::rpc::BadRequest& bad_request, std::string_view field,
                   std::string_view description) {
   auto* violation = bad_request.add_field_violations();
   violation->set_field(std::string(field));
-  violation->set_description(std::string(description));
+  violation->set_description(CutUtf8(description, kMaxMessageBytes));
 }
 
 // Unique enough to find a line in the log; says nothing about the process.
@@ -71,7 +77,11 @@ absl::Status Opaque(const absl::Status& status) {
 
 absl::Status InvalidFields(const FieldViolations& violations) {
   google::rpc::BadRequest bad_request;
-  for (const auto& [field, description] : violations) AddViolation(bad_request, field, description);
+  for (const auto& [field, description] : violations) {
+    if (bad_request.ByteSizeLong() < kMaxViolationBytes) {
+      AddViolation(bad_request, field, description);
+    }
+  }
   const auto& [field, description] = violations.front();
   std::string message = absl::StrCat(field, ": ", description);
   if (violations.size() > 1) absl::StrAppend(&message, " (and ", violations.size() - 1, " more)");
@@ -110,8 +120,8 @@ absl::Status WithRetryDelay(absl::Status status, std::chrono::milliseconds delay
 absl::Status WithResource(absl::Status status, std::string_view type, std::string_view name) {
   google::rpc::ResourceInfo resource;
   resource.set_resource_type(std::string(type));
-  resource.set_resource_name(std::string(name));
-  resource.set_description(std::string(status.message()));
+  resource.set_resource_name(CutUtf8(name, kMaxNameBytes));
+  resource.set_description(CutUtf8(std::string(status.message()), kMaxMessageBytes));
   Attach(status, resource);
   return status;
 }
@@ -201,7 +211,7 @@ grpc::Status ToGrpcStatus(const absl::Status& status, grpc::CallbackServerContex
 
   google::rpc::Status rich;
   rich.set_code(static_cast<int32_t>(shown.code()));
-  rich.set_message(std::string(shown.message()));
+  rich.set_message(CutUtf8(std::string(shown.message()), kMaxMessageBytes));
   std::map<std::string, std::string> payloads;  // absl visits them in a random order
   shown.ForEachPayload([&payloads](absl::string_view type_url, const absl::Cord& payload) {
     payloads[std::string(type_url)] = std::string(payload);

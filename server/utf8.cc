@@ -48,6 +48,14 @@ bool IsValidUtf8(std::string_view text) {
   return true;
 }
 
+std::string CutUtf8(std::string_view text, size_t max_bytes) {
+  constexpr std::string_view kMore = "...";
+  if (text.size() <= max_bytes) return std::string(text);
+  size_t end = max_bytes - kMore.size();
+  while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xc0) == 0x80) --end;
+  return std::string(text.substr(0, end)).append(kMore);
+}
+
 std::string ToValidUtf8(std::string_view text) {
   std::string valid;
   valid.reserve(text.size());

@@ -23,6 +23,9 @@ Utf8Prefix ReadUtf8(std::string_view text);
 
 bool IsValidUtf8(std::string_view text);
 
+// Text of at most max_bytes: whole characters of a valid one, and "..." where it was longer.
+std::string CutUtf8(std::string_view text, size_t max_bytes);
+
 // Replaces each byte that belongs to no character by U+FFFD, as sentencepiece does when it decodes.
 std::string ToValidUtf8(std::string_view text);
 

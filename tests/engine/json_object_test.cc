@@ -138,5 +138,23 @@ TEST(JsonObjectTest, FilesAreRegularAndBounded) {
               "not a regular file");
 }
 
+TEST(JsonObjectTest, MessagesAboutLongTextsAreShort) {
+  EXPECT_EQ(Shown("short"), "short");
+  EXPECT_EQ(Shown(std::string(81, 'x')), std::string(80, 'x') + "...");
+  EXPECT_EQ(Shown("x" + std::string("\xe2\x82\xac") + std::string(80, 'x')).size(), 83u);
+  std::string euros = "x";
+  while (euros.size() < 200) euros += "\xe2\x82\xac";
+  EXPECT_EQ(Shown(euros), euros.substr(0, 79) + "...") << "not within a character";
+  const std::string text(100'000, 'x');
+  EXPECT_LT(
+      JsonObject::Parse("{\"" + text + "\":1,\"" + text + "\":2}", "t").status().message().size(),
+      200u);
+  auto json = JsonObject::Parse("{\"a\":1,\"" + text + "\":2}", "t");
+  ASSERT_TRUE(json.ok());
+  EXPECT_LT(json->Finish().message().size(), 300u);
+  json->Fail(absl::InvalidArgumentError(text));
+  EXPECT_LT(json->status().message().size(), 1100u);
+}
+
 }  // namespace
 }  // namespace godwit

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "engine/state_file.h"
+#include "gmock/gmock.h"
 #include "godwit/v1/sessions.grpc.pb.h"
 #include "tests/engine/engine_driver.h"
 #include "tests/engine/temp_folder.h"
@@ -303,6 +304,46 @@ TEST(SessionsTest, BelongToTheirTenantAndHaveOneWriter) {
   EXPECT_EQ(session.state_position(), 6 + 1 + 1 + 3);
   EXPECT_TRUE(alice.Delete(id).ok());
   EXPECT_TRUE(server.ShutdownLeavesNoSlot());
+}
+
+// What a client sends as an id or a name comes back in messages and details, which a transport
+// takes up to 8 KiB of: more must not turn the status into the transport's own.
+TEST(SessionsTest, LongNamesAreRefusedWithTheStatusOfShortOnes) {
+  TempFolder folder;
+  TestServerOptions options;
+  options.server.sessions.folder = folder.path();
+  TestServer server(options);
+  SessionClient client(server.channel());
+  const std::string existing = client.Create();
+  const auto codes = [&](const std::string& text) {
+    v1::Session session;
+    v1::GenerateResponse response;
+    v1::GenerateRequest model = Turn("", {1}, 1), rope = Turn("", {1}, 1);
+    model.set_model(text);
+    rope.set_rope("{\"type\":\"" + text + "\"}");
+    v1::GenerateRequest saved = Turn(existing, {1}, 1), stopped = Turn("", {1}, 1);
+    saved.mutable_state()->set_save_as(text + "/");
+    stopped.mutable_stopping()->add_stop(text);
+    stopped.mutable_stopping()->add_stop("");
+    std::vector<StatusCode> codes;
+    for (const grpc::Status& status :
+         {client.Get(text, &session), client.Fork(text, &session), client.Delete(text),
+          client.Generate(Turn(text, {1}, 1), &response), client.Restore(text + "/", &session),
+          client.Save(existing, text + "/"), client.DeleteSnapshot(text + "/"),
+          client.Generate(model, &response), client.Generate(rope, &response),
+          client.Generate(saved, &response), client.Generate(stopped, &response)}) {
+      codes.push_back(status.error_code());
+      EXPECT_LT(status.error_message().size(), 2000u);
+    }
+    return codes;
+  };
+  const std::vector<StatusCode> expected = codes("x");
+  for (const StatusCode code : expected) {
+    EXPECT_THAT(code, testing::AnyOf(StatusCode::NOT_FOUND, StatusCode::INVALID_ARGUMENT));
+  }
+  for (const size_t size : {1000u, 7000u, 100'000u, 1'000'000u}) {
+    EXPECT_EQ(codes(std::string(size, 'x')), expected) << size;
+  }
 }
 
 TEST(SessionsTest, ConcurrentTurnsForksAndDeletesLeaveNoSlot) {

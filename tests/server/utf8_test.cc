@@ -45,5 +45,21 @@ TEST(Utf8Test, RandomBytesBecomeValid) {
   }
 }
 
+TEST(Utf8Test, CutsBetweenCharacters) {
+  EXPECT_EQ(CutUtf8("abcdef", 6), "abcdef");
+  EXPECT_EQ(CutUtf8("abcdefg", 6), "abc...");
+  // Two, three and four bytes a character, at every place of the cut.
+  for (const std::string character : {"\xc3\xa9", "\xe2\x82\xac", "\xf0\x9f\x98\x80"}) {
+    std::string text;
+    while (text.size() < 40) text += character;
+    for (size_t max_bytes = 3; max_bytes < 40; ++max_bytes) {
+      const std::string cut = CutUtf8(text, max_bytes);
+      EXPECT_TRUE(IsValidUtf8(cut)) << max_bytes;
+      EXPECT_LE(cut.size(), max_bytes);
+      EXPECT_GT(cut.size() + character.size(), max_bytes);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace godwit
