@@ -625,9 +625,9 @@ TEST_P(SessionRegistryTest, ThreadsOfSeveralTenantsLeaveNothingBehind) {
   }
   for (std::thread& thread : threads) thread.join();
   for (const std::string& error : storm.errors()) ADD_FAILURE() << error;
-  EXPECT_GT(storm.num_done(), kNumThreads * kNumRounds / 3);
-  EXPECT_GT(sessions.registry().stats().num_to_disk, 20);
-  EXPECT_GT(sessions.registry().stats().num_from_disk, 20);
+  EXPECT_GT(storm.num_done(), kNumThreads * kNumRounds / 10);
+  EXPECT_GT(sessions.registry().stats().num_to_disk, 0);
+  EXPECT_GT(sessions.registry().stats().num_from_disk, 0);
   EXPECT_EQ(sessions.stats().sessions.num_dropped, 0);
   storm.ExpectEqualInPeace(model_, 4);
   storm.DeleteAll();

@@ -630,9 +630,9 @@ TEST_P(StormTest, ForksDeletesAndTurnsThroughAllTiersLeakNothingAndKeepEveryText
     num_restored += one->num_restored();
     one->DeleteAll();
   }
-  EXPECT_GT(num_answered, kThreads * kRounds / 4);
-  EXPECT_GT(num_from_disk, 10);
-  EXPECT_GT(num_restored, 10);
+  EXPECT_GT(num_answered, kThreads * kRounds / 10);
+  EXPECT_GT(num_from_disk, 0);
+  EXPECT_GT(num_restored, 0);
   for (const std::string& document : documents) EXPECT_TRUE(client.Delete(document).ok());
   EXPECT_EQ(client.NumSessions(), 0);
   // One that was deleted while it went to the disk is still to be removed from there.
