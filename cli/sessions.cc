@@ -41,9 +41,14 @@ void Print(const v1::Snapshot& snapshot) {
 }
 
 // One answer, printed if the call went well.
-template <typename Answer>
-grpc::Status Printed(const grpc::Status& status, const Answer& answer) {
-  if (status.ok()) Print(answer);
+grpc::Status Printed(const grpc::Status& status, const v1::Snapshot& snapshot) {
+  if (status.ok()) Print(snapshot);
+  return status;
+}
+
+// Of a new session its id alone, for scripts.
+grpc::Status PrintedId(const grpc::Status& status, const v1::Session& session) {
+  if (status.ok()) std::cout << session.session_id() << "\n";
   return status;
 }
 
@@ -51,7 +56,7 @@ grpc::Status Create(Stub& stub, grpc::ClientContext& context, const SessionFlags
   v1::CreateSessionRequest request;
   if (flags.ttl_ms) request.set_ttl_ms(*flags.ttl_ms);
   v1::Session session;
-  return Printed(stub.CreateSession(&context, request, &session), session);
+  return PrintedId(stub.CreateSession(&context, request, &session), session);
 }
 
 grpc::Status List(Stub& stub, grpc::ClientContext& context, const SessionFlags&) {
@@ -72,7 +77,7 @@ grpc::Status Fork(Stub& stub, grpc::ClientContext& context, const SessionFlags& 
   v1::ForkSessionRequest request;
   request.set_session_id(flags.id);
   v1::Session session;
-  return Printed(stub.ForkSession(&context, request, &session), session);
+  return PrintedId(stub.ForkSession(&context, request, &session), session);
 }
 
 grpc::Status Save(Stub& stub, grpc::ClientContext& context, const SessionFlags& flags) {
@@ -87,7 +92,7 @@ grpc::Status Restore(Stub& stub, grpc::ClientContext& context, const SessionFlag
   v1::RestoreSessionRequest request;
   request.set_name(flags.name);
   v1::Session session;
-  return Printed(stub.RestoreSession(&context, request, &session), session);
+  return PrintedId(stub.RestoreSession(&context, request, &session), session);
 }
 
 grpc::Status ListSnapshots(Stub& stub, grpc::ClientContext& context, const SessionFlags&) {
@@ -105,11 +110,13 @@ grpc::Status DeleteSnapshot(Stub& stub, grpc::ClientContext& context, const Sess
 }
 
 grpc::Status Export(Stub& stub, grpc::ClientContext& context, const SessionFlags& flags) {
-  std::ofstream file(flags.file, std::ios::binary);
+  std::ofstream file;
   v1::ExportSnapshotRequest request;
   request.set_name(flags.name);
   const auto reader = stub.ExportSnapshot(&context, request);
   for (v1::SnapshotChunk chunk; reader->Read(&chunk);) {
+    // Not before: a wrong name leaves no empty file, and overwrites none.
+    if (!file.is_open()) file.open(flags.file, std::ios::binary);
     file.write(chunk.data().data(), std::ssize(chunk.data()));
   }
   const grpc::Status status = reader->Finish();
@@ -171,9 +178,10 @@ void AddSessionsCommand(CLI::App& app, int& exit_code) {
   add("create", "An empty session; prints its id", false, false, false, Create);
   add("list", "All of this token's sessions", false, false, false, List);
   add("delete", "Delete a session", true, false, false, Delete);
-  add("fork", "A second session with the same state", true, false, false, Fork);
+  add("fork", "A second session with the same state; prints its id", true, false, false, Fork);
   add("snapshot", "Write a session's state to the server's disk", true, true, false, Save);
-  add("restore", "A new session with a snapshot's state", false, true, false, Restore);
+  add("restore", "A new session with a snapshot's state; prints its id", false, true, false,
+      Restore);
   add("snapshots", "All of this token's snapshots", false, false, false, ListSnapshots);
   add("delete-snapshot", "Delete a snapshot", false, true, false, DeleteSnapshot);
   add("export", "Fetch a snapshot into a file", false, true, true, Export);
