@@ -34,7 +34,9 @@ constexpr int64_t kMaxTokensPerStep = 1 << 20;
 constexpr int64_t kSequences = 64, kGpuSequences = 256;
 constexpr int64_t kTokensPerStep = 2048, kGpuTokensPerStep = 8192;
 constexpr uint64_t kVerifyKey = uint64_t{1} << 62;  // of Backend::BeginReplay, steps with drafts
-constexpr int kRunsToRecord = 2;  // of a step's ops, until a back end replays them
+constexpr int kRunsToRecord = 2;              // of a step's ops, until a back end replays them
+constexpr int64_t kMostTokensToRecord = 512;  // at start, of a step with drafts
+constexpr int64_t kMostTokensOfRow = 8;       // the same, on average
 
 // Of rounds of 1 to `most` drafts, each as often as recording it takes.
 int64_t RoundTokens(int64_t most) { return kRunsToRecord * (most * (most + 1) / 2 + most); }
@@ -226,6 +228,7 @@ struct Engine::Impl {
     bool replayable = false;                    // every row decodes, on a back end that records
     bool verifies = false;                      // some row has drafts
     bool follows = false;                       // the step before it was in flight
+    bool is_new = false;                        // its ops were not replayed yet
   };
 
   absl::Status Init(EngineOptions options);
@@ -242,7 +245,8 @@ struct Engine::Impl {
   // Draws of a step, then its drafts.
   int64_t MaxDrawn(const EngineOptions& options) const;
 
-  absl::Status RunPadding(int64_t num_rows);
+  absl::Status RunPadding(int64_t num_rows, int64_t num_tokens, bool verifies);
+  absl::Status RecordRounds();
 
   absl::StatusOr<ForwardPlan> Upload(const StepArrays& arrays, Step& step);
   absl::Status ZeroFreshSlots(std::span<const BatchRow> rows);
@@ -250,7 +254,7 @@ struct Engine::Impl {
   absl::Status Fork(std::span<const BatchRow> rows, const StepArrays& arrays);
   absl::Status ForwardAndDraw(std::span<const BatchRow> rows, const StepArrays& arrays,
                               const ForwardPlan& plan);
-  absl::Status Replay(const Step& step, const StepArrays& arrays, const ForwardPlan& plan);
+  absl::Status Replay(const StepArrays& arrays, const ForwardPlan& plan, Step& step);
   void Pad(const StepArrays& arrays, Step& step);
   absl::Status RunPlanned(const StepArrays& arrays, Step& step);
   absl::Status Run(Step& step);
@@ -551,16 +555,40 @@ absl::Status Engine::WarmUp() {
   const int64_t most = card.geometry.num_slots;
   for (int64_t num_rows = 0; num_rows < most;) {
     num_rows = PaddedRows(num_rows + 1, most);
-    for (int run = 0; run < kRunsToRecord; ++run) RETURN_IF_ERROR(impl.RunPadding(num_rows));
+    for (int run = 0; run < kRunsToRecord; ++run) {
+      RETURN_IF_ERROR(impl.RunPadding(num_rows, num_rows, false));
+    }
   }
-  if (impl.speculator != nullptr) impl.speculator->ForgetCosts();
+  if (impl.speculator == nullptr) return absl::OkStatus();
+  RETURN_IF_ERROR(impl.RecordRounds());
+  impl.speculator->ForgetCosts();
   return absl::OkStatus();
 }
 
-absl::Status Engine::Impl::RunPadding(int64_t num_rows) {
+// Passes of the draft model, and the steps that judge them as far as recording makes them faster:
+// the ops of many tokens take longer than their launches.
+absl::Status Engine::Impl::RecordRounds() {
+  RETURN_IF_ERROR(speculator->WarmUp(kRunsToRecord));
+  const int64_t most =
+      std::min({sampler->max_logits(), card.max_tokens_per_step, kMostTokensToRecord});
+  int64_t fewer = 0;  // rows that the numbers before are for
+  for (int64_t num_rows = 0; fewer < card.geometry.num_slots; fewer = num_rows) {
+    num_rows = PaddedCoarsely(fewer + 1, card.geometry.num_slots, 1);
+    const int64_t most_tokens = std::min(num_rows * kMostTokensOfRow, most);
+    for (int64_t num_tokens = fewer + 1; num_tokens <= most_tokens; ++num_tokens) {
+      num_tokens = PaddedTokens(num_tokens, most);
+      for (int run = 0; run < kRunsToRecord; ++run) {
+        RETURN_IF_ERROR(RunPadding(num_rows, num_tokens, true));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Engine::Impl::RunPadding(int64_t num_rows, int64_t num_tokens, bool verifies) {
   const StepArrays& arrays = planner->Plan({}, slots);
-  planner->Pad(num_rows, num_rows);
-  Step step = {.id = next_step, .replayable = true};
+  planner->Pad(num_rows, num_tokens);
+  Step step = {.id = next_step, .replayable = true, .verifies = verifies};
   RETURN_IF_ERROR(RunPlanned(arrays, step));
   return ToStatus(backend->Synchronize());
 }
@@ -674,14 +702,14 @@ absl::Status Engine::Impl::ForwardAndDraw(std::span<const BatchRow> rows, const 
 
 // A step of decode rows is a function of its numbers of rows and tokens, and of whether there are
 // drafts: everything else is in the arena.
-absl::Status Engine::Impl::Replay(const Step& step, const StepArrays& arrays,
-                                  const ForwardPlan& plan) {
+absl::Status Engine::Impl::Replay(const StepArrays& arrays, const ForwardPlan& plan, Step& step) {
   bool replayed = false;
   const uint64_t key = (step.verifies ? kVerifyKey : 0) |
                        static_cast<uint64_t>(plan.num_rows) << 32 |
                        static_cast<uint64_t>(plan.num_tokens);
   absl::Status status = ToStatus(backend->BeginReplay(key, &replayed));
   if (status.ok() && !replayed) status = ForwardAndDraw(step.rows, arrays, plan);
+  step.is_new = !replayed;
   const absl::Status ended = ToStatus(backend->EndReplay());
   return status.ok() ? ended : status;
 }
@@ -689,14 +717,15 @@ absl::Status Engine::Impl::Replay(const Step& step, const StepArrays& arrays,
 // A step of decode rows, unless it has more draws than there are rows of logits.
 void Engine::Impl::Pad(const StepArrays& arrays, Step& step) {
   const int64_t num_rows = std::ssize(arrays.rows);
-  const int64_t padded_rows = PaddedRows(num_rows, card.geometry.num_slots);
   step.verifies = arrays.num_draft_rows > 0;
   if (!step.verifies) {
+    const int64_t padded_rows = PaddedRows(num_rows, card.geometry.num_slots);
     planner->Pad(padded_rows, padded_rows);
     step.replayable = true;
     return;
   }
-  // A row of padding has a draw of padding.
+  // Rows of padding have no tokens here, so there may be many; they share a draw of padding.
+  const int64_t padded_rows = PaddedCoarsely(num_rows, card.geometry.num_slots, 1);
   const int64_t num_tokens = step.num_tokens + (padded_rows > num_rows ? 1 : 0);
   const int64_t most = std::min(sampler->max_logits(), card.max_tokens_per_step);
   step.replayable = num_tokens <= most;
@@ -707,7 +736,7 @@ void Engine::Impl::Pad(const StepArrays& arrays, Step& step) {
 absl::Status Engine::Impl::RunPlanned(const StepArrays& arrays, Step& step) {
   ASSIGN_OR_RETURN(const ForwardPlan plan, Upload(arrays, step));
   if (plan.num_turns > 0) RETURN_IF_ERROR(model->TurnKeys(plan, *pool));
-  RETURN_IF_ERROR(step.replayable ? Replay(step, arrays, plan)
+  RETURN_IF_ERROR(step.replayable ? Replay(arrays, plan, step)
                                   : ForwardAndDraw(step.rows, arrays, plan));
   return sampler->ReadBack(step.id, *outputs);
 }
@@ -874,6 +903,7 @@ void Engine::Impl::ResolveTokens(Step& step) {
 
 // What a step without prompts cost.
 void Engine::Impl::Measure(const Step& step, const StepResult& result) {
+  if (step.is_new) return;  // recording it took as long as many of its kind
   int64_t num_tokens = 0;
   for (size_t row = 0; row < step.rows.size(); ++row) {
     if (!step.rows[row].token_ids.empty()) return;

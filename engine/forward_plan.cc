@@ -71,6 +71,14 @@ int64_t PaddedTokens(int64_t num_tokens, int64_t most) {
   return num_tokens <= 16 ? std::min(num_tokens, most) : PaddedRows(num_tokens, most);
 }
 
+int64_t PaddedCoarsely(int64_t count, int64_t most, int steps_per_doubling) {
+  int64_t below = 1;  // the power of two
+  while (2 * below < count) below *= 2;
+  if (count <= 1) return std::min(count, most);
+  const int64_t step = std::max<int64_t>(below / steps_per_doubling, 1);
+  return std::min((count + step - 1) / step * step, most);
+}
+
 StepPlanner::StepPlanner(const StepLimits& limits)
     : limits_(limits), last_use_(static_cast<size_t>(limits.num_slots), 0) {
   arrays_.token_ids.reserve(static_cast<size_t>(limits.max_tokens));

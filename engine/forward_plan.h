@@ -113,6 +113,9 @@ StepRow MakeStepRow(const BatchRow& row, const SlotState& state);
 // so that few recordings serve all.
 int64_t PaddedRows(int64_t num_rows, int64_t most);
 int64_t PaddedTokens(int64_t num_tokens, int64_t most);
+// For what varies much from step to step and costs little: powers of two, with steps_per_doubling 2
+// those times 1.5 too. No product's tile ends between two of them.
+int64_t PaddedCoarsely(int64_t count, int64_t most, int steps_per_doubling);
 
 // Appends the blocks of the lease that hold its first `end` tokens, dropped ones not counted.
 void AppendBlocks(const CacheLease& lease, int64_t end, std::vector<int32_t>& block_tables);

@@ -28,6 +28,7 @@ constexpr int kOverrulePeriod = 64;               // steps
 constexpr int kOverruledRows = 8;                 // of such a step, at most, on average
 constexpr double kReluctance = 0.05;              // to draft again after a step that did not pay
 constexpr double kMaxMargin = 1e4;
+constexpr int32_t kWarmPasses = 8;  // of a round, recorded at start: few rounds are longer
 
 AcceptanceClass ClassOf(const RowOutput& output) {
   if (output.sampling->temperature == 0) return AcceptanceClass::kGreedy;
@@ -54,11 +55,14 @@ int64_t PassOffset(const SpeculativeDecoderOptions& options, int64_t index) {
 
 // A pass of decode rows is a function of these numbers: everything else is in the arena. Bit 63
 // tells it from the target's steps.
-uint64_t PassKey(int32_t index, bool shows_signs, int64_t num_tokens, int64_t num_rows,
+uint64_t PassKey(int32_t index, int64_t shown, int64_t num_tokens, int64_t num_rows,
                  int64_t num_draws) {
-  uint64_t key = uint64_t{1} << 5 | static_cast<uint64_t>(index) << 1 | (shows_signs ? 1 : 0);
-  static_assert(kMaxDraftTokens <= 16);
-  for (const auto& [count, bits] : {std::pair(num_tokens, 24), {num_rows, 17}, {num_draws, 17}}) {
+  uint64_t key = 1;
+  for (const auto& [count, bits] : {std::pair<int64_t, int>(index, 4),
+                                    {shown, 2},
+                                    {num_tokens, 22},
+                                    {num_rows, 17},
+                                    {num_draws, 18}}) {
     GODWIT_CHECK(count < int64_t{1} << bits);
     key = key << bits | static_cast<uint64_t>(count);
   }
@@ -322,8 +326,7 @@ void SpeculativeDecoder::AddDraft(const Reader& reader, int32_t index) {
 }
 
 // One draw for each drafter, padding for those that have their drafts: outputs have a fixed place.
-// Returns how many.
-int64_t SpeculativeDecoder::AddDraws(int32_t index, bool padded) {
+void SpeculativeDecoder::AddDraws(int32_t index, int64_t num_draws) {
   const int64_t first = draws_.size();
   int32_t logit_row = 0;
   logit_rows_.assign(drafters_.size(), -1);
@@ -346,10 +349,7 @@ int64_t SpeculativeDecoder::AddDraws(int32_t index, bool padded) {
     draw.position = NoisePosition(round_position, StandardRule::DraftStream(index));
     draw.probability_row = static_cast<int32_t>(reader->draft_row * options_.max_drafts + index);
   }
-  const int64_t num_drafters = std::ssize(drafters_);
-  const int64_t num_draws = padded ? PaddedRows(num_drafters, options_.num_slots) : num_drafters;
   while (draws_.size() < first + num_draws) draws_.AddPadding();
-  return num_draws;
 }
 
 absl::Status SpeculativeDecoder::DrawDrafts(const TensorView& hidden, int32_t index,
@@ -370,12 +370,13 @@ absl::Status SpeculativeDecoder::DrawDrafts(const TensorView& hidden, int32_t in
                      .counts = counts_,
                      .tokens = tokens,
                      .probabilities = drafts().probabilities};
-  if (ShowsSigns()) {
+  if (shown_ != Shown::kNothing) {
     args.margins = SignsOf(index, kMargins, num_draws);
     args.certainties = MakeView(certainties_.bytes(), DType::kF32, num_draws, 2);
   }
   RETURN_IF_ERROR(backend_->Sample(args));
-  return ShowsSigns() ? Judge(gathered, index, rows, num_draws) : absl::OkStatus();
+  if (shown_ == Shown::kNothing) return absl::OkStatus();
+  return Judge(gathered, index, rows, num_draws);
 }
 
 TensorView SpeculativeDecoder::SignsOf(int32_t index, int64_t kind, int64_t count) const {
@@ -387,7 +388,7 @@ absl::Status SpeculativeDecoder::Judge(const TensorView& hidden, int32_t index,
                                        const SampleRow* rows, int64_t num_draws) {
   const TensorView margins = SignsOf(index, kMargins, num_draws);
   const TensorView certainties = MakeView(certainties_.bytes(), DType::kF32, num_draws, 2);
-  if (options_.head != nullptr) {
+  if (shown_ == Shown::kHead) {
     RETURN_IF_ERROR(options_.head->Run({.hidden = hidden,
                                         .rows = rows,
                                         .num_rows = static_cast<int32_t>(num_draws),
@@ -408,11 +409,8 @@ absl::Status SpeculativeDecoder::Judge(const TensorView& hidden, int32_t index,
                                      .certainties = certainties});
 }
 
-// Up to numbers that few recordings serve.
-void SpeculativeDecoder::Arrays::Pad(int64_t most_rows, int64_t most_tokens) {
+void SpeculativeDecoder::Arrays::Pad(int64_t num_rows, int64_t num_tokens) {
   GODWIT_CHECK(logit_tokens.size() == rows.size());
-  const int64_t num_rows = PaddedRows(std::ssize(rows), most_rows);
-  const int64_t num_tokens = std::max(num_rows, PaddedRows(std::ssize(token_ids), most_tokens));
   token_ids.resize(static_cast<size_t>(num_tokens), 0);
   positions.resize(static_cast<size_t>(num_tokens), 0);
   rows.resize(static_cast<size_t>(num_rows));  // of no tokens
@@ -421,12 +419,31 @@ void SpeculativeDecoder::Arrays::Pad(int64_t most_rows, int64_t most_tokens) {
   num_decode_rows = static_cast<int32_t>(num_rows);
 }
 
+// A draw of padding is next to nothing, so that a load has one number of them, whichever rows go
+// on.
+int64_t SpeculativeDecoder::PaddedDraws() const {
+  int64_t count = 1;
+  while (count < num_sequences_) count *= 4;
+  return std::min(count, options_.num_slots);
+}
+
+// Up to numbers that few recordings serve: a policy makes any number of rows, and a recording is
+// made in a millisecond, ten times what a pass takes. Besides, what a pass costs depends little on
+// its rows.
+void SpeculativeDecoder::PadPass(int32_t index) {
+  const int steps = index == 0 ? 2 : 1;
+  const int64_t num_rows = PaddedCoarsely(std::ssize(arrays_.rows), options_.num_slots, steps);
+  const int64_t num_tokens =
+      PaddedCoarsely(std::ssize(arrays_.token_ids), options_.max_tokens_per_step, steps);
+  arrays_.Pad(num_rows, std::max(num_rows, num_tokens));
+}
+
 // One forward pass, and with drafters the draft `index` of each.
 absl::Status SpeculativeDecoder::RunPass(int32_t index) {
   // Of decode rows only, each of which draws.
   const bool recorded = replays_ && options_.recorder == nullptr &&
                         arrays_.num_decode_rows == std::ssize(arrays_.rows);
-  if (recorded) arrays_.Pad(options_.num_slots, options_.max_tokens_per_step);
+  if (recorded) PadPass(index);
   arena_->Seek(PassOffset(options_, index));
   ForwardPlan plan;
   plan.num_tokens = std::ssize(arrays_.token_ids);
@@ -443,7 +460,8 @@ absl::Status SpeculativeDecoder::RunPass(int32_t index) {
   plan.num_rows = static_cast<int32_t>(arrays_.rows.size());
   plan.num_decode_rows = arrays_.num_decode_rows;
   int32_t* const logit_tokens = arena_->Push(arrays_.logit_tokens);
-  const int64_t num_draws = AddDraws(index, recorded);
+  const int64_t num_draws = recorded ? PaddedDraws() : std::ssize(drafters_);
+  AddDraws(index, num_draws);
   const SampleRow* const draws = draws_.PushRows(*arena_);
   plan.block_tables = arena_->Push(arrays_.block_tables);  // last: its size is no part of a key
   draws_.PushBiases(*biases_);
@@ -457,10 +475,64 @@ absl::Status SpeculativeDecoder::RunPass(int32_t index) {
   if (!recorded) return forward_and_draw();
   bool replayed = false;
   absl::Status status = ToStatus(backend_->BeginReplay(
-      PassKey(index, ShowsSigns(), plan.num_tokens, plan.num_rows, num_draws), &replayed));
+      PassKey(index, static_cast<int64_t>(shown_), plan.num_tokens, plan.num_rows, num_draws),
+      &replayed));
   if (status.ok() && !replayed) status = forward_and_draw();
+  is_new_[step_ % kMaxStepsInFlight] |= !replayed;
   const absl::Status ended = ToStatus(backend_->EndReplay());
   return status.ok() ? ended : status;
+}
+
+// --- Warm-up
+
+absl::Status SpeculativeDecoder::WarmUpPass(int32_t index, int64_t num_rows, int64_t num_tokens,
+                                            int num_runs) {
+  for (int run = 0; run < num_runs; ++run) {
+    arena_->Begin(step_);
+    biases_->Begin(step_);
+    draws_.Clear();
+    arrays_.Clear();
+    arrays_.Pad(num_rows, num_tokens);
+    RETURN_IF_ERROR(RunPass(index));
+    RETURN_IF_ERROR(ToStatus(backend_->Synchronize()));
+  }
+  return absl::OkStatus();
+}
+
+// all_rows: any number of rows goes on, else about all of them.
+absl::Status SpeculativeDecoder::WarmUpPasses(int64_t num_sequences, bool all_rows, int num_runs) {
+  num_sequences_ = num_sequences;
+  const int64_t num_slots = options_.num_slots, num_draws = PaddedDraws();
+  const int64_t fewest = all_rows ? 1 : num_draws / 4 + 1;
+  const auto num_passes = static_cast<int32_t>(std::min<int64_t>(options_.max_drafts, kWarmPasses));
+  for (int32_t index = 0; index < num_passes; ++index) {
+    const int steps = index == 0 ? 2 : 1;
+    for (int64_t rows = fewest; rows <= num_draws; ++rows) {
+      rows = PaddedCoarsely(rows, num_slots, steps);
+      // The first pass reads two tokens of a sequence whose drafts were all accepted.
+      const int64_t most = std::min(index == 0 ? 2 * rows : rows, options_.max_tokens_per_step);
+      for (int64_t tokens = rows; tokens <= most; ++tokens) {
+        tokens = PaddedCoarsely(tokens, options_.max_tokens_per_step, steps);
+        RETURN_IF_ERROR(WarmUpPass(index, rows, tokens, num_runs));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status SpeculativeDecoder::WarmUp(int num_runs) {
+  if (!replays_ || options_.recorder != nullptr) return absl::OkStatus();
+  readers_.clear();
+  drafters_.clear();
+  step_ = 0;
+  for (int64_t sequences = 1, done = 0; done < options_.num_slots; sequences *= 4) {
+    done = std::min(sequences, options_.num_slots);
+    shown_ = Shown::kNothing;
+    RETURN_IF_ERROR(WarmUpPasses(done, false, num_runs));
+    shown_ = options_.head == nullptr ? Shown::kMargins : Shown::kHead;
+    RETURN_IF_ERROR(WarmUpPasses(done, true, num_runs));
+  }
+  return absl::OkStatus();
 }
 
 // --- How far
@@ -475,7 +547,7 @@ DraftSigns SpeculativeDecoder::Signs(StepId step, const SlotDraft& slot, int32_t
   DraftSigns signs = {
       .margin = std::min(static_cast<double>(sign(index, kMargins) / scale), kMaxMargin),
       .history = slot.history.logit()};
-  if (options_.head == nullptr) return signs;
+  if (!has_head_logits_[step % kMaxStepsInFlight]) return signs;
   // A head that reads a draft speaks in the pass after.
   const int32_t pass = options_.head->label() == HeadLabel::kPost ? index + 1 : index;
   if (pass >= num_passes) return signs;
@@ -632,13 +704,29 @@ void SpeculativeDecoder::Decide(StepId step, int32_t index) {
   }
 }
 
+void SpeculativeDecoder::BeginStep(StepId step, std::span<const BatchRow> rows) {
+  step_ = step;
+  adapts_ = false;
+  bool follows_head = false;
+  for (const BatchRow& row : rows) {
+    if (!HasDrafts(row) || row.draft_policy == DraftPolicy::kFixed) continue;
+    adapts_ = true;
+    follows_head |= score_.FollowsHead(row.draft_policy);
+  }
+  follows_head |= options_.recorder != nullptr && options_.head != nullptr;
+  shown_ = follows_head                              ? Shown::kHead
+           : adapts_ || options_.recorder != nullptr ? Shown::kMargins
+                                                     : Shown::kNothing;
+  const auto turn = static_cast<size_t>(step % kMaxStepsInFlight);
+  num_passes_[turn] = 0;
+  learns_[turn] = adapts_;
+  has_head_logits_[turn] = follows_head;
+  is_new_[turn] = false;
+}
+
 absl::Status SpeculativeDecoder::Draft(StepId step, std::span<BatchRow> rows,
                                        std::span<const SlotState> slots) {
-  num_passes_[step % kMaxStepsInFlight] = 0;
-  adapts_ = std::any_of(rows.begin(), rows.end(), [](const BatchRow& row) {
-    return HasDrafts(row) && row.draft_policy != DraftPolicy::kFixed;
-  });
-  learns_[step % kMaxStepsInFlight] = adapts_;
+  BeginStep(step, rows);
   num_sequences_ = num_rows_ = std::count_if(
       rows.begin(), rows.end(), [](const BatchRow& row) { return row.token_ids.empty(); });
   const bool decides = adapts_ && !WarmsUp(rows, num_sequences_);
@@ -722,6 +810,7 @@ std::vector<float> SpeculativeDecoder::Learn(StepId step, SlotDraft& slot, int n
 }
 
 void SpeculativeDecoder::Measure(StepId step, int64_t num_sequences, SpeculationCosts::Step taken) {
+  if (is_new_[step % kMaxStepsInFlight]) return;
   taken.num_passes = num_passes_[step % kMaxStepsInFlight];
   costs_.at(num_sequences).Observe(taken);
 }

@@ -72,9 +72,13 @@ class SpeculativeDecoder {
   // and num_dropped more drawn. What was predicted of the verified ones, where a policy asked.
   std::vector<float> Accept(StepId step, int32_t slot, std::span<const int32_t> tokens,
                             int num_drafts, int num_dropped);
-  // And what a step of decode rows only took, without its passes.
+  // And what a step of decode rows only took, without its passes. Where steps are recorded, those
+  // of which something was not yet replayed are left out.
   void Measure(StepId step, int64_t num_sequences, SpeculationCosts::Step taken);
 
+  // Where passes are recorded: runs those of decode rows that a load makes, of padding alone, as
+  // often as that takes. Waits for each.
+  absl::Status WarmUp(int num_runs);
   void ForgetCosts() { costs_ = {}; }  // of steps that were like no later one
 
   // What happens to a slot's state happens to what is known of it. Forget: it holds no token yet.
@@ -125,12 +129,13 @@ class SpeculativeDecoder {
     int64_t num_decode_tokens = 0;
     int32_t num_decode_rows = 0;
     void Clear();
-    void Pad(int64_t most_rows, int64_t most_tokens);  // decode rows, each of which draws
+    void Pad(int64_t num_rows, int64_t num_tokens);  // decode rows, each of which draws
   };
 
   SpeculativeDecoder(Backend& backend, Model& draft, CachePool& pool, const TensorView& counts,
                      const TensorView& drawn, const SpeculativeDecoderOptions& options);
   absl::Status MakeRope();
+  void BeginStep(StepId step, std::span<const BatchRow> rows);
   void ChooseReaders(std::span<BatchRow> rows, std::span<const SlotState> slots);
   bool ReadsPrompt(const BatchRow& row, const SlotDraft& slot, int64_t tokens_left) const;
   bool CanDraft(const BatchRow& row, const SlotDraft& slot, int64_t tokens_left) const;
@@ -151,9 +156,12 @@ class SpeculativeDecoder {
   void AddRead(const Reader& reader);
   void AddDraft(const Reader& reader, int32_t index);
   void AddRow(const Reader& reader, StepRow row);
-  int64_t AddDraws(int32_t index, bool padded);
+  void AddDraws(int32_t index, int64_t num_draws);
+  int64_t PaddedDraws() const;
+  void PadPass(int32_t index);
   absl::Status RunPass(int32_t index);
-  bool ShowsSigns() const { return adapts_ || options_.recorder != nullptr; }
+  absl::Status WarmUpPasses(int64_t num_sequences, bool all_rows, int num_runs);
+  absl::Status WarmUpPass(int32_t index, int64_t num_rows, int64_t num_tokens, int num_runs);
   TensorView SignsOf(int32_t index, int64_t kind, int64_t count) const;
   absl::Status Judge(const TensorView& hidden, int32_t index, const SampleRow* rows,
                      int64_t num_draws);
@@ -188,12 +196,18 @@ class SpeculativeDecoder {
   DraftDecider decider_;
   int64_t num_passes_[kMaxStepsInFlight] = {};  // with drafts, of a step
   bool learns_[kMaxStepsInFlight] = {};         // a step's margins are read back
+  bool is_new_[kMaxStepsInFlight] = {};         // some pass of the step was not replayed yet
+  bool has_head_logits_[kMaxStepsInFlight] = {};
   int64_t num_warm_ups_ = 0;
   std::minstd_rand random_;                   // which stops are overruled
   bool was_off_ = false;                      // the last step that could choose drew no draft
   bool overrules_ = false;                    // the step being run
   int64_t num_sequences_ = 0, num_rows_ = 0;  // of the target, so far
   bool adapts_ = false;  // some row's policy is another than kFixed, in the step being run
+  // What its passes show of their draws.
+  enum class Shown { kNothing, kMargins, kHead };
+  Shown shown_ = Shown::kNothing;
+  StepId step_ = 0;
 
   // Of the step being run.
   std::vector<DraftCandidate> candidates_;

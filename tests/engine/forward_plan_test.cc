@@ -1,5 +1,7 @@
 #include "engine/forward_plan.h"
 
+#include <algorithm>
+#include <bit>
 #include <memory>
 #include <random>
 #include <vector>
@@ -163,6 +165,24 @@ TEST_F(StepPlannerTest, TokenOutsideTheVocabularyIsInvalid) {
 }
 
 using StepPlannerDeathTest = StepPlannerTest;
+
+TEST(PaddedCoarselyTest, StopsAtPowersOfTwo) {
+  for (const int steps : {1, 2}) {
+    int64_t before = 0;
+    int num_values = 0;
+    for (int64_t count = 1; count <= 200; ++count) {
+      const int64_t padded = PaddedCoarsely(count, 192, steps);
+      EXPECT_GE(padded, std::min<int64_t>(count, 192));
+      EXPECT_EQ(padded, PaddedCoarsely(padded, 192, steps)) << "of itself";
+      if (std::has_single_bit(static_cast<uint64_t>(count))) {
+        EXPECT_EQ(padded, count) << "not past the end of a tile";
+      }
+      num_values += padded != before;
+      before = padded;
+    }
+    EXPECT_EQ(num_values, steps == 1 ? 9 : 15);
+  }
+}
 
 TEST_F(StepPlannerDeathTest, OurOwnBugsEndTheProcess) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");

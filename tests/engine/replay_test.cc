@@ -209,6 +209,49 @@ TEST_P(ReplayTest, ARoundOfOneSequenceIsReplayedWhole) {
   }
 }
 
+// A back end that has made too many recordings drops them all (1024 on a GPU), and each is made
+// anew: under policies that stop rows one by one their number is bounded all the same.
+TEST_P(ReplayTest, PoliciesOfManySequencesMakeFewRecordings) {
+  if (OnGpu()) GTEST_SKIP() << "a GPU keeps no count";
+  const TinyModel draft({.family = std::get<0>(GetParam()), .num_layers = 2});
+  for (const int64_t num_sequences : {32, 128}) {
+    SCOPED_TRACE(num_sequences);
+    EngineOptions options = Options(false);
+    options.max_sequences = num_sequences;
+    options.max_tokens_per_step = 2048;
+    std::vector<DriverRequest> requests;
+    for (int64_t index = 0; index < num_sequences; ++index) {
+      DriverRequest& request = requests.emplace_back();
+      request.prompt = RandomTokens(900 + static_cast<uint64_t>(index), 3 + index % 5,
+                                    model_.options().vocab_size);
+      request.seed = static_cast<uint64_t>(index);
+      request.max_tokens = 40 + index % 16;
+      request.is_probed = false;
+      request.sampling.temperature = index % 2 == 0 ? 0.0f : 0.9f;
+    }
+    const auto plain =
+        MakeEngine(model_, options, BackendPointer(new WrappedBackend(Device(), {})));
+    const std::vector<DriverOutput> expected = Drive(*plain, 1, requests);
+    options.draft_folder = draft.folder();
+    auto* const backend = new WrappedBackend(Device(), {.replays = true});
+    const auto engine = MakeEngine(model_, options, BackendPointer(backend));
+    constexpr DraftPolicy kPolicies[] = {DraftPolicy::kThroughput, DraftPolicy::kMargin,
+                                         DraftPolicy::kFixed};
+    for (size_t first = 0; first < 4; ++first) {  // each alone, then all at once
+      for (size_t index = 0; index < requests.size(); ++index) {
+        requests[index].draft_tokens = {6, 6, 5, 4, 7};
+        requests[index].draft_policy = kPolicies[first < 3 ? first : index % 3];
+        requests[index].draft_threshold = 0.2f + 0.1f * static_cast<float>(index % 5);
+      }
+      const std::vector<DriverOutput> outputs = Drive(*engine, 1, requests);
+      for (size_t index = 0; index < outputs.size(); ++index) {
+        EXPECT_EQ(outputs[index].ids(), expected[index].ids()) << "output " << index;
+      }
+    }
+    EXPECT_LT(backend->num_recordings(), 192);
+  }
+}
+
 TEST_P(ReplayTest, WarmUpRecordsEveryNumberOfRows) {
   WrappedBackend* backend = nullptr;
   const auto engine = Recording(true, &backend);
