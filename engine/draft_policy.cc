@@ -32,7 +32,9 @@ constexpr std::pair<absl::string_view, DraftPolicy> kPolicyNames[] = {
     {"specdecpp", DraftPolicy::kSpecDecPP}};
 
 double SurvivalOfAll(const DraftCandidate& candidate) {
-  return candidate.survival * std::pow(candidate.acceptance, candidate.num_unknown);
+  double survival = candidate.survival;
+  for (int draft = 0; draft < candidate.num_unknown; ++draft) survival *= candidate.acceptance;
+  return survival;
 }
 
 // specdecpp, as published, stops by the drafts that its head has judged.
@@ -70,6 +72,7 @@ int SpeculationCosts::BinOf(int64_t num_rows) {
 }
 
 void SpeculationCosts::Observe(Step step) {
+  seconds_at_.clear();
   Bin& bin = bins_[BinOf(step.num_rows)];
   step.verify_seconds /= pace_;
   step.draft_seconds /= pace_;
@@ -148,6 +151,13 @@ double SpeculationCosts::SlopeOfRows() const {
 }
 
 double SpeculationCosts::SecondsAt(int64_t num_rows) const {
+  const auto index = static_cast<size_t>(num_rows);
+  if (index >= seconds_at_.size()) seconds_at_.resize(2 * index + 1, -1);
+  if (seconds_at_[index] < 0) seconds_at_[index] = FindSecondsAt(num_rows);
+  return seconds_at_[index];
+}
+
+double SpeculationCosts::FindSecondsAt(int64_t num_rows) const {
   const auto rows = static_cast<double>(num_rows);
   int low = BinOf(num_rows), high = low;
   while (low > 0 && (bins_[low].num_steps < kMinSteps || bins_[low].rows > rows)) --low;
@@ -256,16 +266,21 @@ bool DraftDecider::DecideAlone(const Load& load, DraftCandidate& candidate) {
   return true;
 }
 
-DraftDecider::Choice DraftDecider::Choose(const Load& load, double rate, int64_t num_rows,
-                                          int64_t rows_each, double pass_cost) {
+// By what one more draft brings: what more of them bring follows from it, or nearly so.
+void DraftDecider::SortGains() {
   std::sort(gains_.begin(), gains_.end(),
-            [](const Gain& a, const Gain& b) { return a.tokens > b.tokens; });
+            [](const Gain& a, const Gain& b) { return a.next > b.next; });
+}
+
+DraftDecider::Choice DraftDecider::Choose(const Load& load, double rate, int64_t num_rows,
+                                          int64_t rows_each, double pass_cost) const {
   Choice best;
   double tokens = 0;
+  const double without = load.costs.SecondsAt(num_rows);
   for (size_t count = 1; count <= gains_.size(); ++count) {
     tokens += gains_[count - 1].tokens;
-    const auto added = static_cast<int64_t>(count) * rows_each;
-    const double value = tokens - rate * load.costs.SecondsOfRows(num_rows, added) - pass_cost;
+    const double with = load.costs.SecondsAt(num_rows + static_cast<int64_t>(count) * rows_each);
+    const double value = tokens - rate * std::max(with - without, 0.0) - pass_cost;
     if (value > best.value) best = {value, count};
   }
   return best;
@@ -273,35 +288,32 @@ DraftDecider::Choice DraftDecider::Choose(const Load& load, double rate, int64_t
 
 void DraftDecider::Keep(const Load& load, double rate, std::vector<DraftCandidate>& candidates) {
   int64_t num_open = 0;
+  gains_.clear();
   for (DraftCandidate& candidate : candidates) {
     if (candidate.policy != DraftPolicy::kThroughput || !candidate.has_open) continue;
     num_open += 1 + candidate.num_unknown;
     candidate.keeps = false;
+    gains_.push_back({.next = candidate.survival, .candidate = &candidate});
   }
   if (num_open == 0) return;
+  SortGains();
   Choice best;
+  int64_t passes = 0;
   for (int64_t drafts = 1; drafts <= kLookAhead; ++drafts) {
-    gains_.clear();
-    int64_t passes = 0;
-    for (DraftCandidate& candidate : candidates) {
-      if (candidate.policy != DraftPolicy::kThroughput || !candidate.has_open) continue;
-      const int64_t most =
-          candidate.can_go_on ? drafts : std::min<int64_t>(drafts, 1 + candidate.num_unknown);
-      double tokens = 0, survival = candidate.survival;
-      for (int64_t draft = 0; draft < most; ++draft, survival *= candidate.acceptance) {
-        tokens += survival;
+    for (Gain& gain : gains_) {
+      if (drafts > 1 + gain.candidate->num_unknown) {
+        if (!gain.candidate->can_go_on) continue;
+        passes = std::max(passes, drafts - 1 - gain.candidate->num_unknown);
       }
-      passes = std::max(passes, most - 1 - candidate.num_unknown);
-      gains_.push_back({tokens, &candidate});
+      gain.tokens += gain.next;
+      gain.next *= gain.candidate->acceptance;
     }
     const double pass_cost =
         rate * (load.costs.SecondsOfPasses(1 + passes) - load.costs.SecondsOfPasses(1));
     const Choice choice = Choose(load, rate, load.num_rows - num_open, drafts, pass_cost);
-    if (choice.value <= best.value) continue;
-    best = choice;
-    best_.assign(gains_.begin(), gains_.begin() + static_cast<std::ptrdiff_t>(choice.count));
+    if (choice.value > best.value) best = choice;
   }
-  for (size_t row = 0; row < best.count; ++row) best_[row].candidate->keeps = true;
+  for (size_t row = 0; row < best.count; ++row) gains_[row].candidate->keeps = true;
   for (DraftCandidate& candidate : candidates) candidate.goes_on &= candidate.keeps;
 }
 
@@ -310,37 +322,43 @@ void DraftDecider::GoOn(const Load& load, double rate, bool passes_are_free,
   int64_t num_rows = load.num_rows;
   int64_t num_passes =
       0;  // of the step, so far: the first costs more, how many there were does not
-  for (const DraftCandidate& candidate : candidates) {
+  gains_.clear();
+  for (DraftCandidate& candidate : candidates) {
     if (candidate.has_open || candidate.num_unknown > 0) num_passes = 1;
     if (!candidate.keeps) num_rows -= 1 + candidate.num_unknown;
+    if (candidate.policy != DraftPolicy::kThroughput) continue;
+    if (!std::exchange(candidate.goes_on, false)) continue;
+    const double survival = SurvivalOfAll(candidate) * (1 - load.reluctance);
+    gains_.push_back({.next = survival * candidate.acceptance, .candidate = &candidate});
   }
-  const double row_cost = rate * load.costs.SecondsOfRows(num_rows, 1);
+  if (gains_.empty()) return;
+  SortGains();
+  const auto pass_cost = [&](int64_t passes) {
+    if (passes_are_free) return 0.0;
+    return rate * (load.costs.SecondsOfPasses(num_passes + passes) -
+                   load.costs.SecondsOfPasses(num_passes));
+  };
   Choice best;
-  // 0: one draft that is verified only if it turns out well, so that its row is no cost yet.
-  for (int64_t drafts = load.lag == 0 ? 0 : 1; drafts <= kLookAhead; ++drafts) {
-    gains_.clear();
-    for (DraftCandidate& candidate : candidates) {
-      if (candidate.policy != DraftPolicy::kThroughput || !candidate.goes_on) continue;
-      double tokens = 0, survival = SurvivalOfAll(candidate);
-      for (int64_t draft = 0; draft < drafts; ++draft) tokens += survival *= candidate.acceptance;
-      if (drafts == 0) {
-        tokens = load.score.ValueOfOption(candidate.acceptance_class, SurvivalOfAll(candidate),
-                                          row_cost);
-      }
-      gains_.push_back({tokens * (1 - load.reluctance), &candidate});
+  for (int64_t drafts = 1; drafts <= kLookAhead; ++drafts) {
+    for (Gain& gain : gains_) {
+      gain.tokens += gain.next;
+      gain.next *= gain.candidate->acceptance;
     }
-    const double seconds = load.costs.SecondsOfPasses(num_passes + std::max<int64_t>(drafts, 1)) -
-                           load.costs.SecondsOfPasses(num_passes);
-    const double pass_cost = passes_are_free ? 0 : rate * seconds;
-    const Choice choice = Choose(load, rate, num_rows, drafts, pass_cost);
-    if (choice.value <= best.value) continue;
-    best = choice;
-    best_.assign(gains_.begin(), gains_.begin() + static_cast<std::ptrdiff_t>(choice.count));
+    const Choice choice = Choose(load, rate, num_rows, drafts, pass_cost(drafts));
+    if (choice.value > best.value) best = choice;
   }
-  for (DraftCandidate& candidate : candidates) {
-    if (candidate.policy == DraftPolicy::kThroughput) candidate.goes_on = false;
+  if (load.lag == 0) {
+    // One draft that is verified only if it turns out well, so that its row is no cost yet.
+    const double row_cost = rate * load.costs.SecondsOfRows(num_rows, 1);
+    for (Gain& gain : gains_) {
+      gain.tokens = (1 - load.reluctance) *
+                    load.score.ValueOfOption(gain.candidate->acceptance_class,
+                                             SurvivalOfAll(*gain.candidate), row_cost);
+    }
+    const Choice choice = Choose(load, rate, num_rows, 0, pass_cost(1));
+    if (choice.value >= best.value) best = choice;
   }
-  for (size_t row = 0; row < best.count; ++row) best_[row].candidate->goes_on = true;
+  for (size_t row = 0; row < best.count; ++row) gains_[row].candidate->goes_on = true;
 }
 
 }  // namespace godwit

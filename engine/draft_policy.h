@@ -44,6 +44,7 @@ class SpeculationCosts {
   double SecondsOfPasses(int64_t count) const;
   // Of a step of the target. Its time jumps where a product takes another tile, so it is kept by
   // number of rows; between two numbers that were seen, and beyond them, by a line. 0: unknown.
+  // Found once between two steps, so that a decision may ask for many numbers.
   double SecondsAt(int64_t num_rows) const;
   // For `added` rows on top of num_rows.
   double SecondsOfRows(int64_t num_rows, int64_t added) const;
@@ -58,10 +59,12 @@ class SpeculationCosts {
     void Observe(double of_rows, double of_seconds);
   };
   static int BinOf(int64_t num_rows);
+  double FindSecondsAt(int64_t num_rows) const;
   double SlopeOfRows() const;
   double SecondsOfFurtherPass() const;
 
   Bin bins_[kNumBins];
+  mutable std::vector<double> seconds_at_;  // by number of rows; less than 0: not found yet
   int64_t num_steps_ = 0;
   // How much longer steps take of late than those that the times here are of. A processor that
   // others use, or that runs hot, slows all steps down; numbers of rows that were last seen before
@@ -130,20 +133,23 @@ class DraftDecider {
   void Decide(const Load& load, std::vector<DraftCandidate>& candidates);
 
  private:
+  // Of a row, by the drafts that are looked at so far.
   struct Gain {
     double tokens = 0;
+    double next = 0;  // what one more brings
     DraftCandidate* candidate = nullptr;
   };
   void DecideByThroughput(const Load& load, bool passes_are_free,
                           std::vector<DraftCandidate>& candidates);
-  // The rows, those that gain most first, whose gains are worth the most beyond `rows_each` rows of
-  // the target for each and what a pass costs. Leaves them at the front of gains_.
+  // The number of rows, from the front of gains_ on, whose gains are worth the most beyond
+  // `rows_each` rows of the target for each and what a pass costs.
   struct Choice {
     double value = 0;
     size_t count = 0;
   };
   Choice Choose(const Load& load, double rate, int64_t num_rows, int64_t rows_each,
-                double pass_cost);
+                double pass_cost) const;
+  void SortGains();
   void Keep(const Load& load, double rate, std::vector<DraftCandidate>& candidates);
   void GoOn(const Load& load, double rate, bool passes_are_free,
             std::vector<DraftCandidate>& candidates);
@@ -159,7 +165,7 @@ class DraftDecider {
   bool DecideAlone(const Load& load, DraftCandidate& candidate);
 
   Plan plans_[kNumAcceptanceClasses];
-  std::vector<Gain> gains_, best_;  // scratch
+  std::vector<Gain> gains_;  // scratch; those whose first draft brings most first
 };
 
 // tokens/s that a draft has to beat: of late, but no less than without drafts.

@@ -753,6 +753,7 @@ absl::Status Engine::Impl::Run(Step& step) {
   step.num_tokens = std::ssize(arrays.token_ids);
   if (replays && arrays.num_decode_rows == std::ssize(arrays.rows)) Pad(arrays, step);
   RETURN_IF_ERROR(RunPlanned(arrays, step));
+  if (speculator != nullptr) RETURN_IF_ERROR(speculator->ReadSigns(step.id));
   RETURN_IF_ERROR(backend->SetMark(EndMark(step.id)));
   Commit(arrays, step);
   return absl::OkStatus();
@@ -798,6 +799,7 @@ absl::StatusOr<StepId> Engine::Submit(std::span<const BatchRow> rows) {
   Impl::Step step = {
       .id = impl.next_step, .rows = {rows.begin(), rows.end()}, .follows = !impl.in_flight.empty()};
   RETURN_IF_ERROR(impl.Run(step));
+  if (impl.speculator != nullptr) impl.speculator->Learn();
   ++impl.next_step;
   impl.in_flight.push_back(std::move(step));
   return impl.in_flight.back().id;
@@ -956,7 +958,10 @@ absl::StatusOr<StepResult> Engine::Collect(StepId id) {
     result.idle_seconds = std::max(seconds, 0.0);
   }
   impl.ResolveTokens(step);
-  if (impl.speculator != nullptr) impl.Measure(step, result);
+  if (impl.speculator != nullptr) {
+    if (!impl.replays) impl.speculator->Learn();  // nothing runs meanwhile
+    impl.Measure(step, result);
+  }
   if (impl.recorder != nullptr) RETURN_IF_ERROR(impl.Record(step));
   result.rows.reserve(step.rows.size());
   for (size_t row = 0; row < step.rows.size(); ++row) result.rows.push_back(impl.Result(step, row));

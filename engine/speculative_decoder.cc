@@ -249,7 +249,8 @@ void SpeculativeDecoder::ChooseReaders(std::span<BatchRow> rows, std::span<const
                         .slot = &slot,
                         .token_ids = slot.unread,
                         .draft_row = 0,  // until they are counted
-                        .is_prefill = num_unread > kWindow});
+                        .is_prefill = num_unread > kWindow,
+                        .history = slot.history.logit()});
     tokens_left -= num_unread;
   }
 }
@@ -537,8 +538,8 @@ absl::Status SpeculativeDecoder::WarmUp(int num_runs) {
 
 // --- How far
 
-DraftSigns SpeculativeDecoder::Signs(StepId step, const SlotDraft& slot, int32_t index,
-                                     int32_t num_passes) const {
+DraftSigns SpeculativeDecoder::Signs(StepId step, const SlotDraft& slot, double history,
+                                     int32_t index, int32_t num_passes) const {
   const auto sign = [&](int64_t pass, int64_t kind) {
     return host_signs_[step % kMaxStepsInFlight]
         .as<const float>()[(2 * pass + kind) * options_.num_slots + slot.draft_row];
@@ -546,7 +547,7 @@ DraftSigns SpeculativeDecoder::Signs(StepId step, const SlotDraft& slot, int32_t
   const float scale = slot.temperature > 0 ? slot.temperature : 1;
   DraftSigns signs = {
       .margin = std::min(static_cast<double>(sign(index, kMargins) / scale), kMaxMargin),
-      .history = slot.history.logit()};
+      .history = history};
   if (!has_head_logits_[step % kMaxStepsInFlight]) return signs;
   // A head that reads a draft speaks in the pass after.
   const int32_t pass = options_.head->label() == HeadLabel::kPost ? index + 1 : index;
@@ -558,14 +559,18 @@ DraftSigns SpeculativeDecoder::Signs(StepId step, const SlotDraft& slot, int32_t
   return signs;
 }
 
-absl::Status SpeculativeDecoder::ReadMargins(StepId step, int32_t index) {
-  const int64_t row_bytes = options_.num_slots * DTypeBytes(DType::kF32);
-  const int64_t offset = 2 * index * row_bytes;
-  const int64_t num_bytes = std::ssize(drafters_) * DTypeBytes(DType::kF32) +
-                            (options_.head == nullptr ? 0 : kHeadLogits * row_bytes);
-  RETURN_IF_ERROR(backend_->CopyToHost(host_signs_[step % kMaxStepsInFlight].bytes() + offset,
-                                       signs_.bytes() + offset, num_bytes));
-  return ToStatus(backend_->SetMark(kFirstPassMark + index % 2));
+// Those of passes that follow one another lie together.
+absl::Status SpeculativeDecoder::ReadSignsOf(StepId step, int64_t first_pass, int64_t num_passes) {
+  const int64_t pass_bytes = 2 * options_.num_slots * DTypeBytes(DType::kF32);
+  const int64_t offset = first_pass * pass_bytes;
+  return ToStatus(backend_->CopyToHost(host_signs_[step % kMaxStepsInFlight].bytes() + offset,
+                                       signs_.bytes() + offset, num_passes * pass_bytes));
+}
+
+absl::Status SpeculativeDecoder::ReadSigns(StepId step) {
+  const auto turn = static_cast<size_t>(step % kMaxStepsInFlight);
+  if (!learns_[turn] || num_read_ == num_passes_[turn]) return absl::OkStatus();
+  return ReadSignsOf(step, num_read_, num_passes_[turn] - num_read_);
 }
 
 // Until something is known, a step proposes a number of drafts that no estimate chose, each in
@@ -607,7 +612,7 @@ DraftCandidate SpeculativeDecoder::Candidate(const Reader& reader, int32_t place
           .threshold = reader.row->draft_threshold,
           .acceptance_class = slot.acceptance_class,
           .acceptance = score_.Expect(slot.acceptance_class, std::min(place, kMaxDraftTokens - 1),
-                                      slot.history.logit())};
+                                      reader.history)};
 }
 
 // What learns only from drafts it trusts would never trust another. So in a step in 64 some rows
@@ -636,12 +641,13 @@ void SpeculativeDecoder::DecideFirst() {
   bool can_choose = false, goes_on = false;
   for (Reader& reader : readers_) {
     if (reader.draft_row < 0) continue;
-    DraftCandidate& candidate = candidates_.emplace_back(Candidate(reader, 0));
+    const bool chooses = reader.row->draft_policy == DraftPolicy::kThroughput;
+    can_choose |= chooses;
     // The others always draw one.
-    if (candidate.policy != DraftPolicy::kThroughput) candidate.policy = DraftPolicy::kFixed;
-    can_choose |= candidate.policy == DraftPolicy::kThroughput;
+    candidates_.push_back(chooses ? Candidate(reader, 0) : DraftCandidate());
     candidate_readers_.push_back(&reader);
   }
+  if (!can_choose) return;
   decider_.Decide(Load(was_off_ ? kReluctance : 0), candidates_);
   for (size_t index = 0; index < candidates_.size(); ++index) {
     DraftCandidate& candidate = candidates_[index];
@@ -649,16 +655,54 @@ void SpeculativeDecoder::DecideFirst() {
     Overrule(*candidate_readers_[index], candidate);
     if (!candidate.goes_on) Stop(*candidate_readers_[index], 0, 0);
   }
-  if (can_choose) was_off_ = !goes_on;
+  was_off_ = !goes_on;
   std::erase_if(readers_, [](const Reader& reader) {
     return reader.draft_row >= 0 && reader.row->max_draft_tokens == 0;
   });
 }
 
-// After pass `index`: the row could have another draft, or its last one is known now.
+// After pass `index`: the row could have another draft, or one that is known now dropped.
 bool SpeculativeDecoder::IsUndecided(const Reader& reader, int32_t index) const {
-  return !reader.stopped && reader.row->draft_policy != DraftPolicy::kFixed &&
-         reader.row->max_draft_tokens > std::max(index - lag_, 0);
+  const BatchRow& row = *reader.row;
+  if (reader.stopped || row.draft_policy == DraftPolicy::kFixed) return false;
+  if (row.max_draft_tokens > index + 1) return true;
+  return row.draft_policy == DraftPolicy::kThroughput && index >= lag_ &&
+         row.max_draft_tokens > index - lag_;
+}
+
+// Whether a decision to come may take the signs of pass `index`, which has just been launched: that
+// after pass index + lag_, if there is one.
+bool SpeculativeDecoder::DecidesBy(int32_t index) const {
+  bool undecided = false, has_pass = false;
+  for (const Reader* reader : drafters_) {
+    undecided |= IsUndecided(*reader, index + lag_);
+    has_pass |= reader->row->max_draft_tokens > index + lag_;
+  }
+  return undecided && has_pass;
+}
+
+// After pass `index`, with all that is known of the row's drafts.
+DraftCandidate SpeculativeDecoder::WeighedCandidate(StepId step, Reader& reader, int32_t index) {
+  const SlotDraft& slot = *reader.slot;
+  const int32_t num_drawn = std::min(reader.row->max_draft_tokens, index + 1);
+  const int32_t num_known = std::clamp(index + 1 - lag_, 0, num_drawn);
+  const bool head_is_late = options_.head != nullptr && options_.head->label() == HeadLabel::kPost;
+  DraftCandidate candidate = Candidate(reader, index + 1);
+  candidate.survival = reader.survival;
+  for (int32_t draft = reader.num_weighed; draft < num_known; ++draft) {
+    const DraftSigns signs = Signs(step, slot, reader.history, draft, num_known);
+    const double p = score_.Predict(slot.policy, slot.acceptance_class, draft, signs);
+    if (draft == index - lag_) score_.Saw(slot.acceptance_class, p);
+    // specdecpp leaves out what its head has not judged, as published.
+    if (slot.policy != DraftPolicy::kSpecDecPP || signs.head) candidate.survival *= p;
+    if (head_is_late && draft + 1 == num_known) break;  // it is weighed again
+    reader.survival = candidate.survival;
+    reader.num_weighed = draft + 1;
+  }
+  candidate.has_open = index >= lag_ && num_known == index + 1 - lag_;
+  candidate.num_unknown = num_drawn - num_known;
+  candidate.can_go_on = reader.row->max_draft_tokens > index + 1;
+  return candidate;
 }
 
 // What becomes of the rows after draft `index` is drawn, of which the margins up to index - lag_
@@ -667,26 +711,14 @@ void SpeculativeDecoder::Decide(StepId step, int32_t index) {
   candidates_.clear();
   candidate_readers_.clear();
   for (Reader* reader : drafters_) {
-    const int32_t num_drawn = std::min(reader->row->max_draft_tokens, index + 1);
-    const int32_t num_known = std::clamp(index + 1 - lag_, 0, num_drawn);
-    const bool can_go_on = reader->row->max_draft_tokens > index + 1;
-    if (reader->row->draft_policy == DraftPolicy::kFixed && can_go_on) {
-      candidates_.push_back(Candidate(*reader, index + 1));
-      candidate_readers_.push_back(reader);
+    if (IsUndecided(*reader, index)) {
+      candidates_.push_back(WeighedCandidate(step, *reader, index));
+    } else if (reader->row->draft_policy == DraftPolicy::kFixed &&
+               reader->row->max_draft_tokens > index + 1) {
+      candidates_.push_back({});  // its pass is there for the others
+    } else {
+      continue;
     }
-    if (!IsUndecided(*reader, index)) continue;
-    const SlotDraft& slot = *reader->slot;
-    DraftCandidate& candidate = candidates_.emplace_back(Candidate(*reader, index + 1));
-    for (int32_t draft = 0; draft < num_known; ++draft) {
-      const DraftSigns signs = Signs(step, slot, draft, num_known);
-      const double p = score_.Predict(slot.policy, slot.acceptance_class, draft, signs);
-      if (draft == index - lag_) score_.Saw(slot.acceptance_class, p);
-      // specdecpp leaves out what its head has not judged, as published.
-      if (slot.policy != DraftPolicy::kSpecDecPP || signs.head) candidate.survival *= p;
-    }
-    candidate.has_open = index >= lag_ && num_known == index + 1 - lag_;
-    candidate.num_unknown = num_drawn - num_known;
-    candidate.can_go_on = can_go_on;
     candidate_readers_.push_back(reader);
   }
   decider_.Decide(Load(0), candidates_);
@@ -718,10 +750,27 @@ void SpeculativeDecoder::BeginStep(StepId step, std::span<const BatchRow> rows) 
            : adapts_ || options_.recorder != nullptr ? Shown::kMargins
                                                      : Shown::kNothing;
   const auto turn = static_cast<size_t>(step % kMaxStepsInFlight);
-  num_passes_[turn] = 0;
+  num_passes_[turn] = num_read_ = 0;
   learns_[turn] = adapts_;
   has_head_logits_[turn] = follows_head;
   is_new_[turn] = false;
+}
+
+// What is known by now is copied and waited for only where it decides something: else the copy
+// follows the step of the target.
+absl::Status SpeculativeDecoder::DecideAfter(StepId step, int32_t index) {
+  if (DecidesBy(index)) {
+    RETURN_IF_ERROR(ReadSignsOf(step, index, 1));
+    RETURN_IF_ERROR(ToStatus(backend_->SetMark(kFirstPassMark + index % 2)));
+    num_read_ = index + 1;
+  }
+  const bool undecided = std::any_of(drafters_.begin(), drafters_.end(), [&](const Reader* reader) {
+    return IsUndecided(*reader, index);
+  });
+  if (!undecided) return absl::OkStatus();
+  if (index >= lag_) RETURN_IF_ERROR(backend_->WaitMark(kFirstPassMark + (index - lag_) % 2));
+  Decide(step, index);
+  return absl::OkStatus();
 }
 
 absl::Status SpeculativeDecoder::Draft(StepId step, std::span<BatchRow> rows,
@@ -746,14 +795,7 @@ absl::Status SpeculativeDecoder::Draft(StepId step, std::span<BatchRow> rows,
     num_rows_ += std::count_if(drafters_.begin(), drafters_.end(), [&](const Reader* reader) {
       return reader->row->max_draft_tokens > index;
     });
-    if (adapts_) RETURN_IF_ERROR(ReadMargins(step, index));
-    if (decides && std::any_of(drafters_.begin(), drafters_.end(),
-                               [&](const Reader* reader) { return IsUndecided(*reader, index); })) {
-      if (index >= lag_) {
-        RETURN_IF_ERROR(backend_->WaitMark(kFirstPassMark + (index - lag_) % 2));
-      }
-      Decide(step, index);
-    }
+    if (decides) RETURN_IF_ERROR(DecideAfter(step, index));
     arrays_.Clear();
     for (const Reader& reader : readers_) {
       if (reader.draft_row >= 0 && reader.row->max_draft_tokens > index + 1) {
@@ -782,7 +824,7 @@ std::vector<float> SpeculativeDecoder::Accept(StepId step, int32_t slot_index,
     return {};
   }
   std::vector<float> predicted =
-      Learn(step, slot, num_drafts, static_cast<int>(tokens.size()) - 1, num_drawn);
+      Judged(step, slot, num_drafts, static_cast<int>(tokens.size()) - 1, num_drawn);
   // The draft read the target's input and its own proposals but the last. Those that stand are
   // read for good.
   const int64_t num_read = std::min<int64_t>(std::ssize(tokens), num_drawn) - 1;
@@ -791,22 +833,29 @@ std::vector<float> SpeculativeDecoder::Accept(StepId step, int32_t slot_index,
   return predicted;
 }
 
-std::vector<float> SpeculativeDecoder::Learn(StepId step, SlotDraft& slot, int num_drafts,
-                                             int num_accepted, int num_passes) {
+std::vector<float> SpeculativeDecoder::Judged(StepId step, SlotDraft& slot, int num_drafts,
+                                              int num_accepted, int num_passes) {
   std::vector<float> predicted;
   if (!learns_[step % kMaxStepsInFlight]) return predicted;
-  for (int place = 0; place < num_drafts; ++place) {
-    predicted.push_back(static_cast<float>(score_.Predict(slot.policy, slot.acceptance_class, place,
-                                                          Signs(step, slot, place, num_passes))));
-  }
+  predicted.reserve(static_cast<size_t>(num_drafts));
   // All of them with the history before this round.
-  const int num_judged = std::min(num_accepted + 1, num_drafts);
-  for (int place = 0; place < num_judged; ++place) {
-    score_.Observe(slot.acceptance_class, place, Signs(step, slot, place, num_passes),
-                   place < num_accepted);
+  const double history = slot.history.logit();
+  for (int place = 0; place < num_drafts; ++place) {
+    const DraftSigns signs = Signs(step, slot, history, place, num_passes);
+    predicted.push_back(
+        static_cast<float>(score_.Predict(slot.policy, slot.acceptance_class, place, signs)));
+    if (place > num_accepted) continue;
+    verdicts_.push_back({slot.acceptance_class, place, signs, place < num_accepted});
+    slot.history.Observe(place < num_accepted);
   }
-  for (int place = 0; place < num_judged; ++place) slot.history.Observe(place < num_accepted);
   return predicted;
+}
+
+void SpeculativeDecoder::Learn() {
+  for (const Verdict& verdict : verdicts_) {
+    score_.Observe(verdict.acceptance_class, verdict.place, verdict.signs, verdict.accepted);
+  }
+  verdicts_.clear();
 }
 
 void SpeculativeDecoder::Measure(StepId step, int64_t num_sequences, SpeculationCosts::Step taken) {

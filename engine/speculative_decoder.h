@@ -68,6 +68,9 @@ class SpeculativeDecoder {
   absl::Status Draft(StepId step, std::span<BatchRow> rows, std::span<const SlotState> slots);
   Sampler::Drafts drafts() const;
 
+  // After the step of the target is launched: queues the copy of what Accept needs.
+  absl::Status ReadSigns(StepId step);
+
   // Once the step has ended: the tokens that one output gained; num_drafts were verified for it,
   // and num_dropped more drawn. What was predicted of the verified ones, where a policy asked.
   std::vector<float> Accept(StepId step, int32_t slot, std::span<const int32_t> tokens,
@@ -76,6 +79,9 @@ class SpeculativeDecoder {
   // of which something was not yet replayed are left out.
   void Measure(StepId step, int64_t num_sequences, SpeculationCosts::Step taken);
 
+  // Learns from what was accepted. Where ops run behind the host that waits for this call, which
+  // comes while the device is busy with the next step.
+  void Learn();
   // Where passes are recorded: runs those of decode rows that a load makes, of padding alone, as
   // often as that takes. Waits for each.
   absl::Status WarmUp(int num_runs);
@@ -116,6 +122,10 @@ class SpeculativeDecoder {
     std::span<const int32_t> token_ids;
     int32_t draft_row = -1;
     bool is_prefill = false;
+    double history = 0;  // SequenceHistory::logit
+    // P(its first num_weighed drafts are accepted), of which all is known that will be.
+    double survival = 1;
+    int32_t num_weighed = 0;
     bool stopped = false;    // by its policy
     bool overruled = false;  // its policy would have stopped: once a step
   };
@@ -143,16 +153,21 @@ class SpeculativeDecoder {
   bool WarmsUp(std::span<BatchRow> rows, int64_t num_sequences);
   DraftDecider::Load Load(double reluctance) const;
   DraftCandidate Candidate(const Reader& reader, int32_t place) const;
+  DraftCandidate WeighedCandidate(StepId step, Reader& reader, int32_t index);
   void DecideFirst();
   bool IsUndecided(const Reader& reader, int32_t index) const;
+  bool DecidesBy(int32_t index) const;
   void Decide(StepId step, int32_t index);
+  absl::Status DecideAfter(StepId step, int32_t index);
   void Overrule(Reader& reader, DraftCandidate& candidate);
   void Stop(Reader& reader, int num_kept, int num_drawn);
-  // Of draft `index` of a row, once num_passes passes of the step have run and ReadMargins has.
-  DraftSigns Signs(StepId step, const SlotDraft& slot, int32_t index, int32_t num_passes) const;
-  std::vector<float> Learn(StepId step, SlotDraft& slot, int num_drafts, int num_accepted,
-                           int num_passes);
-  absl::Status ReadMargins(StepId step, int32_t index);
+  // Of draft `index` of a row, once num_passes passes of the step have run and their signs are
+  // read.
+  DraftSigns Signs(StepId step, const SlotDraft& slot, double history, int32_t index,
+                   int32_t num_passes) const;
+  std::vector<float> Judged(StepId step, SlotDraft& slot, int num_drafts, int num_accepted,
+                            int num_passes);
+  absl::Status ReadSignsOf(StepId step, int64_t first_pass, int64_t num_passes);
   void AddRead(const Reader& reader);
   void AddDraft(const Reader& reader, int32_t index);
   void AddRow(const Reader& reader, StepRow row);
@@ -192,9 +207,17 @@ class SpeculativeDecoder {
   std::map<int64_t, SlotDraft> host_slots_;  // of swapped and stored states, by host id
 
   AcceptanceScore score_;
+  struct Verdict {
+    AcceptanceClass acceptance_class;
+    int place;
+    DraftSigns signs;
+    bool accepted;
+  };
+  std::vector<Verdict> verdicts_;  // to learn from
   CostsByLoad costs_;
   DraftDecider decider_;
   int64_t num_passes_[kMaxStepsInFlight] = {};  // with drafts, of a step
+  int64_t num_read_ = 0;                        // of them, in the step being run: their signs
   bool learns_[kMaxStepsInFlight] = {};         // a step's margins are read back
   bool is_new_[kMaxStepsInFlight] = {};         // some pass of the step was not replayed yet
   bool has_head_logits_[kMaxStepsInFlight] = {};
