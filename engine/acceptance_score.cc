@@ -7,7 +7,8 @@
 namespace godwit {
 namespace {
 
-constexpr double kFitMemory = 0.999;     // per observation of a class
+constexpr double kFitFading = 0.001;     // per observation of a class
+constexpr int64_t kMostFading = 16;      // observations of a step, at most
 constexpr double kMeanMemory = 0.99;     // the same
 constexpr double kHistoryMemory = 0.94;  // per draft of a sequence
 constexpr double kRidge = 0.05;          // keeps a direction that nothing shows from blowing up
@@ -59,13 +60,15 @@ double OnlineLogistic::Predict(const Features& x) const {
   return Sigmoid(logit);
 }
 
-void OnlineLogistic::Observe(const Features& x, bool accepted) {
+void OnlineLogistic::Observe(const Features& x, bool accepted, int64_t num_together) {
+  const double memory = 1 - kFitFading * static_cast<double>(std::min(num_together, kMostFading)) /
+                                static_cast<double>(num_together);
   const double p = Predict(x);
   const double curvature = std::max(p * (1 - p), kMinCurvature);
   Features gradient;
   for (int row = 0; row < kFeatures; ++row) {
     for (int column = 0; column < kFeatures; ++column) {
-      hessian_[row][column] = kFitMemory * hessian_[row][column] + curvature * x[row] * x[column];
+      hessian_[row][column] = memory * hessian_[row][column] + curvature * x[row] * x[column];
     }
     gradient[row] = ((accepted ? 1 : 0) - p) * x[row];
   }
@@ -109,14 +112,16 @@ std::vector<double> AcceptanceScore::Recent(AcceptanceClass acceptance_class) co
 }
 
 void AcceptanceScore::Observe(AcceptanceClass acceptance_class, int place, const DraftSigns& signs,
-                              bool accepted) {
+                              bool accepted, int64_t num_together) {
   Class& of = classes_[static_cast<size_t>(acceptance_class)];
   of.accepted = kMeanMemory * of.accepted + (accepted ? 1 : 0);
   of.total = kMeanMemory * of.total + 1;
   ++of.num_observed;
-  of.by_margin.Observe(FeaturesOf(std::log1p(signs.margin), place, signs.history), accepted);
-  of.by_history.Observe(FeaturesOf(0, place, signs.history), accepted);
-  if (signs.head) of.by_head.Observe(FeaturesOf(*signs.head, place, signs.history), accepted);
+  of.by_margin.Observe(FeaturesOf(std::log1p(signs.margin), place, signs.history), accepted,
+                       num_together);
+  of.by_history.Observe(FeaturesOf(0, place, signs.history), accepted, num_together);
+  if (!signs.head) return;
+  of.by_head.Observe(FeaturesOf(*signs.head, place, signs.history), accepted, num_together);
 }
 
 void AcceptanceScore::Saw(AcceptanceClass acceptance_class, double predicted) {

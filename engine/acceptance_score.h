@@ -37,7 +37,8 @@ struct DraftSigns {
 };
 
 // P(draft is accepted | all before it are): a logistic in a few numbers, fitted to verified drafts
-// by Newton steps whose memory fades after about 1000 of them.
+// by Newton steps whose memory fades after about 1000 of them, or 60 rounds of many sequences: else
+// a large batch would believe what its last few rounds happened to be.
 class OnlineLogistic {
  public:
   static constexpr int kFeatures = 4;
@@ -49,7 +50,8 @@ class OnlineLogistic {
     for (size_t i = 0; i < kFeatures; ++i) hessian_[i][i] = strength[i];
   }
   double Predict(const Features& x) const;
-  void Observe(const Features& x, bool accepted);
+  // One of num_together that come at once.
+  void Observe(const Features& x, bool accepted, int64_t num_together = 1);
 
  private:
   Features weights_;
@@ -79,8 +81,9 @@ class AcceptanceScore {
   // Those predictions themselves; few as long as little is known.
   std::vector<double> Recent(AcceptanceClass acceptance_class) const;
 
-  // A verified draft, all before it accepted.
-  void Observe(AcceptanceClass acceptance_class, int place, const DraftSigns& signs, bool accepted);
+  // A verified draft, all before it accepted; one of num_together of a step.
+  void Observe(AcceptanceClass acceptance_class, int place, const DraftSigns& signs, bool accepted,
+               int64_t num_together = 1);
   // A draft that was drawn, verified or not.
   void Saw(AcceptanceClass acceptance_class, double predicted);
   int64_t num_observed(AcceptanceClass acceptance_class) const;

@@ -184,10 +184,13 @@ int CostsByLoad::LoadOf(int64_t num_sequences) {
   return std::min(static_cast<int>(doublings), kNumLoads - 1);
 }
 
+double PlainRate(const SpeculationCosts& costs, int64_t num_sequences) {
+  const double seconds = costs.SecondsAt(num_sequences);
+  return seconds > 0 ? static_cast<double>(num_sequences) / seconds : 0;
+}
+
 double RateToBeat(const SpeculationCosts& costs, int64_t num_sequences) {
-  const double plain_seconds = costs.SecondsAt(num_sequences);
-  const double plain = plain_seconds > 0 ? static_cast<double>(num_sequences) / plain_seconds : 0;
-  return std::max(costs.tokens_per_second(), plain);
+  return std::max(costs.tokens_per_second(), PlainRate(costs, num_sequences));
 }
 
 void DraftDecider::Decide(const Load& load, std::vector<DraftCandidate>& candidates) {
@@ -317,6 +320,39 @@ void DraftDecider::Keep(const Load& load, double rate, std::vector<DraftCandidat
   for (DraftCandidate& candidate : candidates) candidate.goes_on &= candidate.keeps;
 }
 
+// Of the rows of gains_, whose `tokens` are 0.
+DraftDecider::Choice DraftDecider::ChooseToGoOn(const Load& load, double rate, int64_t num_rows,
+                                                int64_t num_passes, bool passes_are_free) {
+  const auto pass_cost = [&](int64_t passes) {
+    if (passes_are_free) return 0.0;
+    return rate * (load.costs.SecondsOfPasses(num_passes + passes) -
+                   load.costs.SecondsOfPasses(num_passes));
+  };
+  for (Gain& gain : gains_) {
+    gain.tokens = 0;
+    gain.next = (1 - load.reluctance) * SurvivalOfAll(*gain.candidate) * gain.candidate->acceptance;
+  }
+  Choice best;
+  for (int64_t drafts = 1; drafts <= kLookAhead; ++drafts) {
+    for (Gain& gain : gains_) {
+      gain.tokens += gain.next;
+      gain.next *= gain.candidate->acceptance;
+    }
+    const Choice choice = Choose(load, rate, num_rows, drafts, pass_cost(drafts));
+    if (choice.value > best.value) best = choice;
+  }
+  if (load.lag > 0) return best;
+  // One draft that is verified only if it turns out well, so that its row is no cost yet.
+  const double row_cost = rate * load.costs.SecondsOfRows(num_rows, 1);
+  for (Gain& gain : gains_) {
+    gain.tokens =
+        (1 - load.reluctance) * load.score.ValueOfOption(gain.candidate->acceptance_class,
+                                                         SurvivalOfAll(*gain.candidate), row_cost);
+  }
+  const Choice choice = Choose(load, rate, num_rows, 0, pass_cost(1));
+  return choice.value >= best.value ? choice : best;
+}
+
 void DraftDecider::GoOn(const Load& load, double rate, bool passes_are_free,
                         std::vector<DraftCandidate>& candidates) {
   int64_t num_rows = load.num_rows;
@@ -328,35 +364,15 @@ void DraftDecider::GoOn(const Load& load, double rate, bool passes_are_free,
     if (!candidate.keeps) num_rows -= 1 + candidate.num_unknown;
     if (candidate.policy != DraftPolicy::kThroughput) continue;
     if (!std::exchange(candidate.goes_on, false)) continue;
-    const double survival = SurvivalOfAll(candidate) * (1 - load.reluctance);
-    gains_.push_back({.next = survival * candidate.acceptance, .candidate = &candidate});
+    gains_.push_back(
+        {.next = SurvivalOfAll(candidate) * candidate.acceptance, .candidate = &candidate});
   }
   if (gains_.empty()) return;
   SortGains();
-  const auto pass_cost = [&](int64_t passes) {
-    if (passes_are_free) return 0.0;
-    return rate * (load.costs.SecondsOfPasses(num_passes + passes) -
-                   load.costs.SecondsOfPasses(num_passes));
-  };
-  Choice best;
-  for (int64_t drafts = 1; drafts <= kLookAhead; ++drafts) {
-    for (Gain& gain : gains_) {
-      gain.tokens += gain.next;
-      gain.next *= gain.candidate->acceptance;
-    }
-    const Choice choice = Choose(load, rate, num_rows, drafts, pass_cost(drafts));
-    if (choice.value > best.value) best = choice;
-  }
-  if (load.lag == 0) {
-    // One draft that is verified only if it turns out well, so that its row is no cost yet.
-    const double row_cost = rate * load.costs.SecondsOfRows(num_rows, 1);
-    for (Gain& gain : gains_) {
-      gain.tokens = (1 - load.reluctance) *
-                    load.score.ValueOfOption(gain.candidate->acceptance_class,
-                                             SurvivalOfAll(*gain.candidate), row_cost);
-    }
-    const Choice choice = Choose(load, rate, num_rows, 0, pass_cost(1));
-    if (choice.value >= best.value) best = choice;
+  Choice best = ChooseToGoOn(load, rate, num_rows, num_passes, passes_are_free);
+  if (best.count == 0 && num_passes == 0) {
+    best = ChooseToGoOn(load, PlainRate(load.costs, load.num_sequences), num_rows, num_passes,
+                        passes_are_free);
   }
   for (size_t row = 0; row < best.count; ++row) gains_[row].candidate->goes_on = true;
 }

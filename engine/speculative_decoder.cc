@@ -24,9 +24,11 @@ static_assert(kFirstPassMark + 2 <= kNumMarks);
 constexpr int64_t kMargins = 0, kHeadLogits = 1;  // of the signs of a pass
 constexpr int64_t kWarmUpObservations = 48;       // of a class, before its estimates are trusted
 constexpr int64_t kWarmUpRows = 32;               // of drafts in a step, while nothing is known
+constexpr int64_t kWarmUpDrafts = 4;              // of each row at least, where rows are cheap
 constexpr int kOverrulePeriod = 64;               // steps
-constexpr int kOverruledRows = 8;                 // of such a step, at most, on average
-constexpr double kReluctance = 0.05;              // to draft again after a step that did not pay
+constexpr int kOverrulePeriodOff = 256;  // without drafts: these have to read what they missed
+constexpr int kOverruledRows = 8;        // of such a step, at most, on average
+constexpr double kReluctance = 0.02;     // to draft again after a step that did not pay
 constexpr double kMaxMargin = 1e4;
 constexpr int32_t kWarmPasses = 8;  // of a round, recorded at start: few rounds are longer
 
@@ -200,17 +202,17 @@ bool SpeculativeDecoder::ReadsPrompt(const BatchRow& row, const SlotDraft& slot,
          num_behind + std::ssize(row.token_ids) <= tokens_left && (limit == 0 || end <= limit);
 }
 
-bool SpeculativeDecoder::CanDraft(const BatchRow& row, const SlotDraft& slot,
-                                  int64_t tokens_left) const {
+bool SpeculativeDecoder::CanDraft(const BatchRow& row, const SlotDraft& slot) const {
   const int64_t limit = draft_->config().context_length;
   const int64_t num_unread = std::ssize(slot.unread);
   const int64_t end = slot.position + num_unread + row.max_draft_tokens - 1;
-  return !slot.lost && num_unread <= tokens_left && (limit == 0 || end <= limit);
+  return !slot.lost && (limit == 0 || end <= limit);
 }
 
 // Rows that read a prompt, and rows that can draft.
 void SpeculativeDecoder::ChooseReaders(std::span<BatchRow> rows, std::span<const SlotState> slots) {
   readers_.clear();
+  waiting_.clear();
   drafters_.clear();
   int64_t tokens_left = options_.max_tokens_per_step;
   for (BatchRow& row : rows) {
@@ -234,15 +236,17 @@ void SpeculativeDecoder::ChooseReaders(std::span<BatchRow> rows, std::span<const
     if (!HasDrafts(row)) continue;
     SlotDraft& slot = slots_[static_cast<size_t>(row.lease->slot())];
     const int64_t num_unread = std::ssize(slot.unread);
-    if (!CanDraft(row, slot, tokens_left)) {
-      row.draft_limit =
-          slot.lost || num_unread > tokens_left ? DraftStop::kLag : DraftStop::kContext;
+    const bool can_draft = CanDraft(row, slot), fits = num_unread <= tokens_left;
+    slot.acceptance_class = ClassOf(row.outputs[0]);
+    const double history = slot.history.logit();
+    if (!can_draft || !fits) {
+      if (can_draft) waiting_.push_back({.row = &row, .slot = &slot, .history = history});
+      row.draft_limit = slot.lost || !fits ? DraftStop::kLag : DraftStop::kContext;
       row.max_draft_tokens = 0;
       continue;
     }
     const int64_t position = slots[static_cast<size_t>(row.lease->slot())].position;
     GODWIT_CHECK(slot.position + num_unread == position + 1);
-    slot.acceptance_class = ClassOf(row.outputs[0]);
     slot.policy = row.draft_policy;
     slot.temperature = row.outputs[0].sampling->temperature;
     readers_.push_back({.row = &row,
@@ -250,7 +254,7 @@ void SpeculativeDecoder::ChooseReaders(std::span<BatchRow> rows, std::span<const
                         .token_ids = slot.unread,
                         .draft_row = 0,  // until they are counted
                         .is_prefill = num_unread > kWindow,
-                        .history = slot.history.logit()});
+                        .history = history});
     tokens_left -= num_unread;
   }
 }
@@ -298,6 +302,7 @@ void SpeculativeDecoder::AddRead(const Reader& reader) {
                  .position = slot.position,
                  .base = slot.base};
   if (reader.is_prefill) {
+    is_unusual_[step_ % kMaxStepsInFlight] = true;
     row.base_after = RoundDown(end, kWindow);
     const int64_t p_begin = RoundDown(slot.position + kPrefillBlock - 1, kPrefillBlock);
     const int64_t p_end = RoundDown(end, kPrefillBlock);
@@ -373,7 +378,9 @@ absl::Status SpeculativeDecoder::DrawDrafts(const TensorView& hidden, int32_t in
                      .probabilities = drafts().probabilities};
   if (shown_ != Shown::kNothing) {
     args.margins = SignsOf(index, kMargins, num_draws);
-    args.certainties = MakeView(certainties_.bytes(), DType::kF32, num_draws, 2);
+    if (shown_ == Shown::kHead || options_.recorder != nullptr) {
+      args.certainties = MakeView(certainties_.bytes(), DType::kF32, num_draws, 2);
+    }
   }
   RETURN_IF_ERROR(backend_->Sample(args));
   if (shown_ == Shown::kNothing) return absl::OkStatus();
@@ -479,7 +486,7 @@ absl::Status SpeculativeDecoder::RunPass(int32_t index) {
       PassKey(index, static_cast<int64_t>(shown_), plan.num_tokens, plan.num_rows, num_draws),
       &replayed));
   if (status.ok() && !replayed) status = forward_and_draw();
-  is_new_[step_ % kMaxStepsInFlight] |= !replayed;
+  is_unusual_[step_ % kMaxStepsInFlight] |= !replayed;
   const absl::Status ended = ToStatus(backend_->EndReplay());
   return status.ok() ? ended : status;
 }
@@ -575,7 +582,8 @@ absl::Status SpeculativeDecoder::ReadSigns(StepId step) {
 
 // Until something is known, a step proposes a number of drafts that no estimate chose, each in
 // turn, none among them: estimates need drafts of all kinds, and costs numbers of rows. Under load
-// a few rows tell as much as many.
+// a few rows tell as much as many of what is accepted; but where rows are cheap, what a step costs
+// jumps, and a line through the first few of them says nothing about four times as many.
 bool SpeculativeDecoder::WarmsUp(std::span<BatchRow> rows, int64_t num_sequences) {
   const bool knows_costs = costs_.at(num_sequences).known();
   const bool wanted = std::any_of(rows.begin(), rows.end(), [&](const BatchRow& row) {
@@ -585,7 +593,8 @@ bool SpeculativeDecoder::WarmsUp(std::span<BatchRow> rows, int64_t num_sequences
              score_.num_observed(ClassOf(row.outputs[0])) < kWarmUpObservations));
   });
   if (!wanted) return false;
-  const auto most = static_cast<int>(std::max<int64_t>(kWarmUpRows / num_sequences, 1));
+  const int64_t least = replays_ ? kWarmUpDrafts : 1;
+  const auto most = static_cast<int>(std::max(kWarmUpRows / num_sequences, least));
   const auto turn = static_cast<int>(num_warm_ups_++ % options_.max_drafts);
   for (BatchRow& row : rows) {
     if (!HasDrafts(row) || row.draft_policy == DraftPolicy::kFixed) continue;
@@ -648,8 +657,14 @@ void SpeculativeDecoder::DecideFirst() {
     candidate_readers_.push_back(&reader);
   }
   if (!can_choose) return;
+  // All of them, and in a few steps they have caught up: else what all could gain together would
+  // never be seen again after a pause.
+  for (const Reader& reader : waiting_) {
+    if (reader.row->draft_policy != DraftPolicy::kThroughput) continue;
+    candidates_.push_back(Candidate(reader, 0));
+  }
   decider_.Decide(Load(was_off_ ? kReluctance : 0), candidates_);
-  for (size_t index = 0; index < candidates_.size(); ++index) {
+  for (size_t index = 0; index < candidate_readers_.size(); ++index) {
     DraftCandidate& candidate = candidates_[index];
     goes_on |= candidate.policy == DraftPolicy::kThroughput && candidate.goes_on;
     Overrule(*candidate_readers_[index], candidate);
@@ -743,7 +758,8 @@ void SpeculativeDecoder::BeginStep(StepId step, std::span<const BatchRow> rows) 
   for (const BatchRow& row : rows) {
     if (!HasDrafts(row) || row.draft_policy == DraftPolicy::kFixed) continue;
     adapts_ = true;
-    follows_head |= score_.FollowsHead(row.draft_policy);
+    // What it says of shorter rounds comes after their last decision.
+    follows_head |= score_.FollowsHead(row.draft_policy) && row.max_draft_tokens > lag_;
   }
   follows_head |= options_.recorder != nullptr && options_.head != nullptr;
   shown_ = follows_head                              ? Shown::kHead
@@ -753,7 +769,7 @@ void SpeculativeDecoder::BeginStep(StepId step, std::span<const BatchRow> rows) 
   num_passes_[turn] = num_read_ = 0;
   learns_[turn] = adapts_;
   has_head_logits_[turn] = follows_head;
-  is_new_[turn] = false;
+  is_unusual_[turn] = false;
 }
 
 // What is known by now is copied and waited for only where it decides something: else the copy
@@ -779,7 +795,7 @@ absl::Status SpeculativeDecoder::Draft(StepId step, std::span<BatchRow> rows,
   num_sequences_ = num_rows_ = std::count_if(
       rows.begin(), rows.end(), [](const BatchRow& row) { return row.token_ids.empty(); });
   const bool decides = adapts_ && !WarmsUp(rows, num_sequences_);
-  overrules_ = decides && random_() % kOverrulePeriod == 0;
+  overrules_ = decides && random_() % (was_off_ ? kOverrulePeriodOff : kOverrulePeriod) == 0;
   ChooseReaders(rows, slots);
   if (decides) DecideFirst();
   OrderReaders();
@@ -853,13 +869,14 @@ std::vector<float> SpeculativeDecoder::Judged(StepId step, SlotDraft& slot, int 
 
 void SpeculativeDecoder::Learn() {
   for (const Verdict& verdict : verdicts_) {
-    score_.Observe(verdict.acceptance_class, verdict.place, verdict.signs, verdict.accepted);
+    score_.Observe(verdict.acceptance_class, verdict.place, verdict.signs, verdict.accepted,
+                   std::ssize(verdicts_));
   }
   verdicts_.clear();
 }
 
 void SpeculativeDecoder::Measure(StepId step, int64_t num_sequences, SpeculationCosts::Step taken) {
-  if (is_new_[step % kMaxStepsInFlight]) return;
+  if (is_unusual_[step % kMaxStepsInFlight]) return;
   taken.num_passes = num_passes_[step % kMaxStepsInFlight];
   costs_.at(num_sequences).Observe(taken);
 }

@@ -76,7 +76,8 @@ class SpeculativeDecoder {
   std::vector<float> Accept(StepId step, int32_t slot, std::span<const int32_t> tokens,
                             int num_drafts, int num_dropped);
   // And what a step of decode rows only took, without its passes. Where steps are recorded, those
-  // of which something was not yet replayed are left out.
+  // of which something was not yet replayed are left out; and everywhere those in which the draft
+  // read what a long pause had left.
   void Measure(StepId step, int64_t num_sequences, SpeculationCosts::Step taken);
 
   // Learns from what was accepted. Where ops run behind the host that waits for this call, which
@@ -148,7 +149,7 @@ class SpeculativeDecoder {
   void BeginStep(StepId step, std::span<const BatchRow> rows);
   void ChooseReaders(std::span<BatchRow> rows, std::span<const SlotState> slots);
   bool ReadsPrompt(const BatchRow& row, const SlotDraft& slot, int64_t tokens_left) const;
-  bool CanDraft(const BatchRow& row, const SlotDraft& slot, int64_t tokens_left) const;
+  bool CanDraft(const BatchRow& row, const SlotDraft& slot) const;
   void OrderReaders();
   bool WarmsUp(std::span<BatchRow> rows, int64_t num_sequences);
   DraftDecider::Load Load(double reluctance) const;
@@ -219,7 +220,8 @@ class SpeculativeDecoder {
   int64_t num_passes_[kMaxStepsInFlight] = {};  // with drafts, of a step
   int64_t num_read_ = 0;                        // of them, in the step being run: their signs
   bool learns_[kMaxStepsInFlight] = {};         // a step's margins are read back
-  bool is_new_[kMaxStepsInFlight] = {};         // some pass of the step was not replayed yet
+  bool is_unusual_[kMaxStepsInFlight] =
+      {};  // a pass of the step: not replayed yet, or a pause read
   bool has_head_logits_[kMaxStepsInFlight] = {};
   int64_t num_warm_ups_ = 0;
   std::minstd_rand random_;                   // which stops are overruled
@@ -236,6 +238,7 @@ class SpeculativeDecoder {
   std::vector<DraftCandidate> candidates_;
   std::vector<Reader*> candidate_readers_;
   std::vector<Reader> readers_;
+  std::vector<Reader> waiting_;  // could draft, had the step room for what they have to read first
   std::vector<Reader*> drafters_;  // by draft row
   Arrays arrays_;
   DrawList draws_;
