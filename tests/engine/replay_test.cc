@@ -2,6 +2,7 @@
 // changes nothing. On the CPU with a back end around it that records; on a GPU against the same
 // engine without recordings.
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <tuple>
@@ -207,6 +208,29 @@ TEST_P(ReplayTest, ARoundOfOneSequenceIsReplayedWhole) {
       EXPECT_EQ(backend->num_unrecorded_ops() - num_ops, 0) << round;
     }
   }
+}
+
+// Padding alone makes them at start, so that no request waits while its shapes are recorded.
+TEST_P(ReplayTest, WarmUpMakesTheRecordingsOfRounds) {
+  if (OnGpu()) GTEST_SKIP() << "a GPU keeps no count";
+  const TinyModel draft({.family = std::get<0>(GetParam()), .num_layers = 2});
+  WrappedBackend* backend = nullptr;
+  const auto engine = Recording(true, &backend, draft.folder());
+  const int64_t at_start = backend->num_recordings();
+  EXPECT_LT(at_start, 400);
+  std::vector<DriverRequest> requests = Requests();
+  for (DriverRequest& request : requests) {
+    request.prompt.resize(std::min<size_t>(request.prompt.size(), 16));
+    request.num_outputs = 1;
+    request.draft_tokens = {6};
+  }
+  for (const DraftPolicy policy :
+       {DraftPolicy::kFixed, DraftPolicy::kMargin, DraftPolicy::kThroughput}) {
+    for (DriverRequest& request : requests) request.draft_policy = policy;
+    Drive(*engine, 1, requests);
+  }
+  // Some read what a pause had left.
+  EXPECT_LE(backend->num_recordings() - at_start, 16);
 }
 
 // A back end that has made too many recordings drops them all (1024 on a GPU), and each is made
