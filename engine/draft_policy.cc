@@ -184,13 +184,10 @@ int CostsByLoad::LoadOf(int64_t num_sequences) {
   return std::min(static_cast<int>(doublings), kNumLoads - 1);
 }
 
-double PlainRate(const SpeculationCosts& costs, int64_t num_sequences) {
-  const double seconds = costs.SecondsAt(num_sequences);
-  return seconds > 0 ? static_cast<double>(num_sequences) / seconds : 0;
-}
-
 double RateToBeat(const SpeculationCosts& costs, int64_t num_sequences) {
-  return std::max(costs.tokens_per_second(), PlainRate(costs, num_sequences));
+  const double plain_seconds = costs.SecondsAt(num_sequences);
+  const double plain = plain_seconds > 0 ? static_cast<double>(num_sequences) / plain_seconds : 0;
+  return std::max(costs.tokens_per_second(), plain);
 }
 
 void DraftDecider::Decide(const Load& load, std::vector<DraftCandidate>& candidates) {
@@ -369,11 +366,7 @@ void DraftDecider::GoOn(const Load& load, double rate, bool passes_are_free,
   }
   if (gains_.empty()) return;
   SortGains();
-  Choice best = ChooseToGoOn(load, rate, num_rows, num_passes, passes_are_free);
-  if (best.count == 0 && num_passes == 0) {
-    best = ChooseToGoOn(load, PlainRate(load.costs, load.num_sequences), num_rows, num_passes,
-                        passes_are_free);
-  }
+  const Choice best = ChooseToGoOn(load, rate, num_rows, num_passes, passes_are_free);
   for (size_t row = 0; row < best.count; ++row) gains_[row].candidate->goes_on = true;
 }
 

@@ -113,12 +113,11 @@ struct DraftCandidate {
 // for some number of drafts up to 4, as a row behind a jump may be cheap; and rows go on while
 //   survival (acceptance + acceptance^2 + ...)
 // is worth the rows and the passes, or one more draft is that is verified only if its distribution
-// turns out well; a step begins with a draft also where that only beats having none, as what was
-// reached of late is not what having none reaches. One sequence alone shares nothing, so that its
-// round can be planned to its end: RoundValues, at the rate that the plan itself reaches. An open
-// draft is dropped for the distribution it was drawn from, in the order of the places, and no later
-// one is looked at: whether a place is verified never depends on the token drawn there. Where costs
-// are unknown all are kept and go on.
+// turns out well. One sequence alone shares nothing, so that its round can be planned to its
+// end: RoundValues, at the rate that the plan itself reaches. An open draft is dropped for the
+// distribution it was drawn from, in the order of the places, and no later one is looked at:
+// whether a place is verified never depends on the token drawn there. Where costs are unknown
+// all are kept and go on.
 class DraftDecider {
  public:
   struct Load {
@@ -173,7 +172,5 @@ class DraftDecider {
 
 // tokens/s that a draft has to beat: of late, but no less than without drafts.
 double RateToBeat(const SpeculationCosts& costs, int64_t num_sequences);
-// Without drafts; 0: unknown.
-double PlainRate(const SpeculationCosts& costs, int64_t num_sequences);
 
 }  // namespace godwit
