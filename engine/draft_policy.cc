@@ -339,15 +339,22 @@ DraftDecider::Choice DraftDecider::ChooseToGoOn(const Load& load, double rate, i
     if (choice.value > best.value) best = choice;
   }
   if (load.lag > 0) return best;
-  // One draft that is verified only if it turns out well, so that its row is no cost yet.
-  const double row_cost = rate * load.costs.SecondsOfRows(num_rows, 1);
-  for (Gain& gain : gains_) {
-    gain.tokens =
-        (1 - load.reluctance) * load.score.ValueOfOption(gain.candidate->acceptance_class,
-                                                         SurvivalOfAll(*gain.candidate), row_cost);
+  // One draft that is verified only if it turns out well, so that its row is no cost yet. If it is,
+  // it costs what as many rows do on average: before a jump few are free, behind it one is dear.
+  for (size_t count = 1, last = 0; last < gains_.size();
+       last = count, count = std::min(2 * count, gains_.size())) {
+    const double row_cost = rate * load.costs.SecondsOfRows(num_rows, static_cast<int64_t>(count)) /
+                            static_cast<double>(count);
+    double tokens = 0;
+    for (size_t row = 0; row < count; ++row) {
+      const DraftCandidate& candidate = *gains_[row].candidate;
+      tokens +=
+          load.score.ValueOfOption(candidate.acceptance_class, SurvivalOfAll(candidate), row_cost);
+    }
+    const double value = (1 - load.reluctance) * tokens - pass_cost(1);
+    if (value > 0 && value >= best.value) best = {value, count};
   }
-  const Choice choice = Choose(load, rate, num_rows, 0, pass_cost(1));
-  return choice.value >= best.value ? choice : best;
+  return best;
 }
 
 void DraftDecider::GoOn(const Load& load, double rate, bool passes_are_free,
