@@ -317,7 +317,7 @@ void DraftDecider::Keep(const Load& load, double rate, std::vector<DraftCandidat
   for (DraftCandidate& candidate : candidates) candidate.goes_on &= candidate.keeps;
 }
 
-// Of the rows of gains_, whose `tokens` are 0.
+// Of the rows of gains_, sorted, as GoOn made them.
 DraftDecider::Choice DraftDecider::ChooseToGoOn(const Load& load, double rate, int64_t num_rows,
                                                 int64_t num_passes, bool passes_are_free) {
   const auto pass_cost = [&](int64_t passes) {
@@ -325,10 +325,6 @@ DraftDecider::Choice DraftDecider::ChooseToGoOn(const Load& load, double rate, i
     return rate * (load.costs.SecondsOfPasses(num_passes + passes) -
                    load.costs.SecondsOfPasses(num_passes));
   };
-  for (Gain& gain : gains_) {
-    gain.tokens = 0;
-    gain.next = (1 - load.reluctance) * SurvivalOfAll(*gain.candidate) * gain.candidate->acceptance;
-  }
   Choice best;
   for (int64_t drafts = 1; drafts <= kLookAhead; ++drafts) {
     for (Gain& gain : gains_) {
@@ -360,8 +356,7 @@ DraftDecider::Choice DraftDecider::ChooseToGoOn(const Load& load, double rate, i
 void DraftDecider::GoOn(const Load& load, double rate, bool passes_are_free,
                         std::vector<DraftCandidate>& candidates) {
   int64_t num_rows = load.num_rows;
-  int64_t num_passes =
-      0;  // of the step, so far: the first costs more, how many there were does not
+  int64_t num_passes = 0;  // so far: the first costs more, how many there were does not
   gains_.clear();
   for (DraftCandidate& candidate : candidates) {
     if (candidate.has_open || candidate.num_unknown > 0) num_passes = 1;
@@ -369,7 +364,8 @@ void DraftDecider::GoOn(const Load& load, double rate, bool passes_are_free,
     if (candidate.policy != DraftPolicy::kThroughput) continue;
     if (!std::exchange(candidate.goes_on, false)) continue;
     gains_.push_back(
-        {.next = SurvivalOfAll(candidate) * candidate.acceptance, .candidate = &candidate});
+        {.next = (1 - load.reluctance) * SurvivalOfAll(candidate) * candidate.acceptance,
+         .candidate = &candidate});
   }
   if (gains_.empty()) return;
   SortGains();

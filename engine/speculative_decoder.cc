@@ -55,6 +55,10 @@ int64_t PassOffset(const SpeculativeDecoderOptions& options, int64_t index) {
          (index - 1) * PassBytes(slots, slots, options.num_table_entries);
 }
 
+// Numbers of rows and tokens in a doubling that a pass is padded to (PaddedCoarsely). The first one
+// reads one or two tokens of each row.
+constexpr int PaddingSteps(int32_t index) { return index == 0 ? 2 : 1; }
+
 // A pass of decode rows is a function of these numbers: everything else is in the arena. Bit 63
 // tells it from the target's steps.
 uint64_t PassKey(int32_t index, int64_t shown, int64_t num_tokens, int64_t num_rows,
@@ -439,7 +443,7 @@ int64_t SpeculativeDecoder::PaddedDraws() const {
 // made in a millisecond, ten times what a pass takes. Besides, what a pass costs depends little on
 // its rows.
 void SpeculativeDecoder::PadPass(int32_t index) {
-  const int steps = index == 0 ? 2 : 1;
+  const int steps = PaddingSteps(index);
   const int64_t num_rows = PaddedCoarsely(std::ssize(arrays_.rows), options_.num_slots, steps);
   const int64_t num_tokens =
       PaddedCoarsely(std::ssize(arrays_.token_ids), options_.max_tokens_per_step, steps);
@@ -514,7 +518,7 @@ absl::Status SpeculativeDecoder::WarmUpPasses(int64_t num_sequences, bool all_ro
   const int64_t fewest = all_rows ? 1 : num_draws / 4 + 1;
   const auto num_passes = static_cast<int32_t>(std::min<int64_t>(options_.max_drafts, kWarmPasses));
   for (int32_t index = 0; index < num_passes; ++index) {
-    const int steps = index == 0 ? 2 : 1;
+    const int steps = PaddingSteps(index);
     for (int64_t rows = fewest; rows <= num_draws; ++rows) {
       rows = PaddedCoarsely(rows, num_slots, steps);
       // The first pass reads two tokens of a sequence whose drafts were all accepted.
