@@ -441,12 +441,13 @@ int64_t SpeculativeDecoder::PaddedDraws() const {
 
 // Up to numbers that few recordings serve: a policy makes any number of rows, and a recording is
 // made in a millisecond, ten times what a pass takes. Besides, what a pass costs depends little on
-// its rows.
+// its rows. After the first pass each row has one token, and there is room for no more.
 void SpeculativeDecoder::PadPass(int32_t index) {
   const int steps = PaddingSteps(index);
   const int64_t num_rows = PaddedCoarsely(std::ssize(arrays_.rows), options_.num_slots, steps);
-  const int64_t num_tokens =
-      PaddedCoarsely(std::ssize(arrays_.token_ids), options_.max_tokens_per_step, steps);
+  const int64_t num_tokens = index > 0 ? num_rows
+                                       : PaddedCoarsely(std::ssize(arrays_.token_ids),
+                                                        options_.max_tokens_per_step, steps);
   arrays_.Pad(num_rows, std::max(num_rows, num_tokens));
 }
 
@@ -521,8 +522,12 @@ absl::Status SpeculativeDecoder::WarmUpPasses(int64_t num_sequences, bool all_ro
     const int steps = PaddingSteps(index);
     for (int64_t rows = fewest; rows <= num_draws; ++rows) {
       rows = PaddedCoarsely(rows, num_slots, steps);
-      // The first pass reads two tokens of a sequence whose drafts were all accepted.
-      const int64_t most = std::min(index == 0 ? 2 * rows : rows, options_.max_tokens_per_step);
+      if (index > 0) {
+        RETURN_IF_ERROR(WarmUpPass(index, rows, rows, num_runs));
+        continue;
+      }
+      // Two tokens of a sequence whose drafts were all accepted.
+      const int64_t most = std::min(2 * rows, options_.max_tokens_per_step);
       for (int64_t tokens = rows; tokens <= most; ++tokens) {
         tokens = PaddedCoarsely(tokens, options_.max_tokens_per_step, steps);
         RETURN_IF_ERROR(WarmUpPass(index, rows, tokens, num_runs));

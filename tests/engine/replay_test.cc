@@ -179,6 +179,25 @@ TEST_P(ReplayTest, ReplayedRoundsEqualUnrecordedOnes) {
   EXPECT_GT(num_accepted, 0);
 }
 
+// Between the powers of two that passes are padded to: the arrays of a pass have room for as many
+// rows as there are sequences, and each pass begins where the one before it may end.
+TEST_P(ReplayTest, AsManyRowsDraftAsThereAreSequences) {
+  WrappedBackend* backend = nullptr;
+  const auto engine = Recording(false, &backend, model_.folder());
+  std::vector<DriverRequest> requests;
+  for (uint64_t index = 0; index < 24; ++index) {
+    requests.push_back(RandomRequest(model_, 900 + index, 4, 24));
+    requests.back().draft_tokens = {3};
+  }
+  const std::vector<DriverOutput> outputs = Drive(*engine, 2, requests);
+  for (auto& request : requests) request.draft_tokens = {0};
+  const std::vector<DriverOutput> expected = Drive(*Plain(), 2, requests);
+  for (size_t index = 0; index < outputs.size(); ++index) {
+    EXPECT_TRUE(outputs[index].SameBits(expected[index])) << "output " << index;
+    EXPECT_GT(outputs[index].num_drafts, 3) << "output " << index;
+  }
+}
+
 // Three passes and the step that judges them: nothing is left between the recordings, whichever way
 // the last round ended.
 TEST_P(ReplayTest, ARoundOfOneSequenceIsReplayedWhole) {
