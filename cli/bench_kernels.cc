@@ -542,6 +542,36 @@ Case VerifyCase(Arena& arena, const Scale& scale, int64_t batch, int32_t num_dra
           }};
 }
 
+// An MLP of 64 beside a draft model of width 512, as a pass calls it: what it says, and the margin,
+// go to the host.
+Case AcceptanceHeadCase(Arena& arena, const Scale& scale, int64_t batch) {
+  constexpr int64_t kWidth = 64, kHidden = 512;
+  const int64_t num_rows = scale.rows(batch);
+  std::vector<SampleRow> rows;
+  for (int64_t row = 0; row < num_rows; ++row) {
+    rows.push_back({.logit_row = static_cast<int32_t>(row), .slot = static_cast<int32_t>(row)});
+  }
+  const auto vector = [](const TensorView& x) { return MakeView(x.data, x.dtype, x.elements()); };
+  AcceptanceHeadArgs args;
+  args.norm = {.kind = NormKind::kRms, .epsilon = 1e-5f};
+  args.bias = vector(arena.Random(DType::kF32, kWidth, 1));
+  args.feature_weights = Matrix2(arena.Random(DType::kF32, kNumHeadFeatures, kWidth));
+  args.readout = vector(arena.Random(DType::kF32, kWidth, 1));
+  args.rows = arena.Upload(rows);
+  args.num_rows = static_cast<int32_t>(num_rows);
+  args.margins = vector(arena.Zeros(DType::kF32, num_rows, 1));
+  args.certainties = Matrix2(arena.Zeros(DType::kF32, num_rows, 2));
+  args.logits = MakeView(arena.Host<float>(num_rows), DType::kF32, num_rows);
+  args.shown_margins = MakeView(arena.Host<float>(num_rows), DType::kF32, num_rows);
+  args.x = Matrix2(arena.Random(DType::kF32, num_rows, kHidden));
+  args.weight = Matrix2(arena.Random(DType::kF32, kWidth, kHidden));
+  return {.op = "acceptance_head",
+          .shape = absl::StrFormat("%dx%dx%d mlp", num_rows, kWidth, kHidden),
+          .bytes = static_cast<double>((kWidth + num_rows) * kHidden) * 4,
+          .num_calls = 16,  // on the same data: a round finds the weight in the cache
+          .run = [args, &arena](int) { return ToStatus(arena.backend().AcceptanceHead(args)); }};
+}
+
 using MakeCase = std::function<Case(Arena& arena, const Scale& scale)>;
 
 // By op: what the flag --filter chooses from before any memory is taken.
@@ -590,6 +620,10 @@ std::vector<std::pair<std::string, MakeCase>> AllCases() {
   for (const SampleKind& kind : kSampleKinds) {
     add("sample",
         [=](Arena& arena, const Scale& scale) { return SampleCase(arena, scale, 256, kind); });
+  }
+  for (const int64_t batch : {1, 32, 128}) {
+    add("acceptance_head",
+        [=](Arena& arena, const Scale& scale) { return AcceptanceHeadCase(arena, scale, batch); });
   }
   for (const int64_t batch : {1, 32, 128}) {
     add("verify",
@@ -735,7 +769,7 @@ void AddBenchKernelsCommand(CLI::App& bench, int& exit_code) {
       ->check(CLI::IsMember({"7b", "tiny"}));
   command->add_option("--filter", flags->filter,
                       "part of lightning_prefill, lightning_step, paged_decode, paged_prefill, "
-                      "product, sample or verify");
+                      "product, sample, acceptance_head or verify");
   command->add_flag("--json", flags->json, "stdout is one JSON object");
   command->add_option("--output", flags->output, "also write the JSON there")->type_name("FILE");
   command->callback([flags, &exit_code] { exit_code = RunBenchKernels(*flags); });

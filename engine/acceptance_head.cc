@@ -94,10 +94,10 @@ absl::Status AcceptanceHead::LoadLinear(WeightLoader& loader) {
 }
 
 absl::Status AcceptanceHead::LoadMlp(WeightLoader& loader) {
-  Layer& layer = layers_.emplace_back();
-  ASSIGN_OR_RETURN(layer.weight, loader.Matrix({{"hidden.weight", width_}}, hidden_size_));
+  ASSIGN_OR_RETURN(weight_,
+                   loader.Table("hidden.weight", {width_, hidden_size_}, width_, hidden_size_));
   ASSIGN_OR_RETURN(const TensorView bias, loader.Table("hidden.bias", {width_}, 1, width_));
-  layer.bias = MakeView(bias.data, DType::kF32, width_);
+  bias_ = MakeView(bias.data, DType::kF32, width_);
   ASSIGN_OR_RETURN(feature_weights_, loader.Table("hidden.features", {kNumHeadFeatures, width_},
                                                   kNumHeadFeatures, width_));
   return absl::OkStatus();
@@ -189,24 +189,13 @@ absl::StatusOr<std::unique_ptr<AcceptanceHead>> AcceptanceHead::Load(const std::
 // --- Running
 
 int64_t AcceptanceHead::WorkspaceBytes(int64_t max_rows) const {
-  const int64_t row_bytes = max_rows * DTypeBytes(DType::kF32);
-  switch (kind_) {
-    case HeadKind::kSpecDecPP:
-      return 2 * row_bytes * hidden_size_;
-    case HeadKind::kMlp:
-      return row_bytes * width_;
-    case HeadKind::kLinear:
-      return 0;
-  }
-  return 0;
+  return kind_ == HeadKind::kSpecDecPP ? 2 * max_rows * DTypeBytes(DType::kF32) * hidden_size_ : 0;
 }
 
 absl::Status AcceptanceHead::MakeWorkspace(int64_t max_rows) {
-  if (kind_ == HeadKind::kLinear) return absl::OkStatus();
-  const int64_t width = kind_ == HeadKind::kMlp ? width_ : hidden_size_;
-  ASSIGN_OR_RETURN(z_, workspace_.Tensor(DType::kF32, max_rows, width));
-  if (kind_ == HeadKind::kMlp) return absl::OkStatus();
-  ASSIGN_OR_RETURN(y_, workspace_.Tensor(DType::kF32, max_rows, width));
+  if (kind_ != HeadKind::kSpecDecPP) return absl::OkStatus();
+  ASSIGN_OR_RETURN(z_, workspace_.Tensor(DType::kF32, max_rows, hidden_size_));
+  ASSIGN_OR_RETURN(y_, workspace_.Tensor(DType::kF32, max_rows, hidden_size_));
   return absl::OkStatus();
 }
 
@@ -215,16 +204,19 @@ absl::Status AcceptanceHead::RunSpecDecPP(const Draws& draws, AcceptanceHeadArgs
   Backend& backend = weights_.backend();
   const int64_t num_rows = draws.hidden.rows();
   const TensorView readout = std::exchange(args.readout, {});
+  const TensorView shown_margins = std::exchange(args.shown_margins, {});
   args.z = RowRange(z_, 0, num_rows);
   args.y = RowRange(y_, 0, num_rows);
-  args.x = draws.hidden;
   for (const Layer& layer : layers_) {
     RETURN_IF_ERROR(backend.Linear({.input = {.x = args.x, .norm = args.norm},
                                     .w = layer.weight,
                                     .y = args.z,
                                     .num_decode_tokens = num_rows}));
     args.bias = layer.bias;
-    if (&layer == &layers_.back()) args.readout = readout;
+    if (&layer == &layers_.back()) {
+      args.readout = readout;
+      args.shown_margins = shown_margins;
+    }
     RETURN_IF_ERROR(backend.AcceptanceHead(args));
     args.x = args.y;
     args.norm = {};
@@ -233,9 +225,8 @@ absl::Status AcceptanceHead::RunSpecDecPP(const Draws& draws, AcceptanceHeadArgs
 }
 
 absl::Status AcceptanceHead::Run(const Draws& draws, const NormSpec& final_norm) const {
-  Backend& backend = weights_.backend();
-  const int64_t num_rows = draws.hidden.rows();
-  AcceptanceHeadArgs args = {.norm = final_norm,
+  AcceptanceHeadArgs args = {.x = draws.hidden,
+                             .norm = final_norm,
                              .readout = readout_,
                              .readout_bias = readout_bias_,
                              .place = static_cast<float>(draws.place),
@@ -243,25 +234,21 @@ absl::Status AcceptanceHead::Run(const Draws& draws, const NormSpec& final_norm)
                              .num_rows = draws.num_rows,
                              .margins = draws.margins,
                              .certainties = draws.certainties,
-                             .logits = draws.logits};
+                             .logits = draws.logits,
+                             .shown_margins = draws.shown_margins};
   switch (kind_) {
     case HeadKind::kSpecDecPP:
       return RunSpecDecPP(draws, args);
     case HeadKind::kLinear:
-      args.x = draws.hidden;
       args.readout_features = readout_features_;
       break;
     case HeadKind::kMlp:
-      args.z = RowRange(z_, 0, num_rows);
-      args.bias = layers_[0].bias;
+      args.weight = weight_;
+      args.bias = bias_;
       args.feature_weights = feature_weights_;
-      RETURN_IF_ERROR(backend.Linear({.input = {.x = draws.hidden, .norm = final_norm},
-                                      .w = layers_[0].weight,
-                                      .y = args.z,
-                                      .num_decode_tokens = num_rows}));
       break;
   }
-  return ToStatus(backend.AcceptanceHead(args));
+  return ToStatus(weights_.backend().AcceptanceHead(args));
 }
 
 double AcceptanceHead::Calibrated(float logit, bool greedy, int place) const {

@@ -60,7 +60,7 @@ class AcceptanceHead {
   int64_t WorkspaceBytes(int64_t max_rows) const;
   absl::Status MakeWorkspace(int64_t max_rows);
 
-  // Draws of a pass of the draft model; all on the device.
+  // Draws of a pass of the draft model; on the device where nothing else is said.
   struct Draws {
     TensorView hidden;                // [R, H] f32, before the final norm
     const SampleRow* rows = nullptr;  // [num_rows]
@@ -68,7 +68,9 @@ class AcceptanceHead {
     int place = 0;           // of the draws in their rounds
     TensorView margins;      // [num_rows]
     TensorView certainties;  // [num_rows, 2]
-    TensorView logits;       // [num_rows] f32: receives the head's
+    // [num_rows] f32, may be host memory: receive the head's, and the margins; the latter may be
+    // absent.
+    TensorView logits, shown_margins;
   };
   absl::Status Run(const Draws& draws, const NormSpec& final_norm) const;
 
@@ -100,12 +102,13 @@ class AcceptanceHead {
 
   DeviceMemory weights_, workspace_;
   int64_t num_parameters_ = 0;
-  std::vector<Layer> layers_;   // specdecpp, and the one of an mlp
-  TensorView feature_weights_;  // mlp: [F, W]
-  TensorView readout_;          // of the accept logit over the reject logit, [H] or [W]
+  std::vector<Layer> layers_;            // specdecpp
+  TensorView weight_, feature_weights_;  // mlp: [W, H], [F, W]
+  TensorView bias_;                      // mlp: [W]
+  TensorView readout_;                   // of the accept logit over the reject logit, [H] or [W]
   TensorView readout_features_;
   float readout_bias_ = 0;
-  TensorView z_, y_;  // [max_rows, H or W]
+  TensorView z_, y_;  // specdecpp: [max_rows, H]
 };
 
 }  // namespace godwit

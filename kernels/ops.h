@@ -209,9 +209,9 @@ struct BlockTurn {
   int64_t delta = 0;       // positions
 };
 
-// Per turn and kv head: each key of from_block, rotated by delta * inv_freq, is written to to_block,
-// and each value copied. Angles as in Rope, but without the table's attention factor, which stored
-// keys carry; products in f32, rounded once to act. Columns >= 2 num_freqs are copied.
+// Per turn and kv head: each key of from_block, rotated by delta * inv_freq, is written to
+// to_block, and each value copied. Angles as in Rope, but without the table's attention factor,
+// which stored keys carry; products in f32, rounded once to act. Columns >= 2 num_freqs are copied.
 struct TurnKeysArgs {
   TensorView blocks;  // as PagedAttentionArgs.blocks
   PairLayout pair_layout = PairLayout::kHalfSplit;
@@ -294,31 +294,36 @@ struct SampleArgs {
 };
 
 // A layer of an acceptance head, and the reading of its last one: the logit of P(the row's draft is
-// accepted). The layer's product z = norm(x) . w^T is a Linear before it. By features
+// accepted). The layer's product z = norm(x) . w^T is a Linear before it, or, of a layer small
+// enough that a launch costs more than it, the op's own. By features
 //   f = (ln(1 + margin), largest probability, entropy, min(temperature, 2), place)
-//   y = norm(x) + silu(z + bias + f . feature_weights)
+//   y = norm(x) + silu(z + bias + f . feature_weights), without norm(x) where weight is given
 //   logit = readout . y + f . readout_features + readout_bias
 // where what is absent adds nothing. So a SpecDec++ head (2405.19715) is its residual layers with x
-// and z and the last one's readout, an MLP one layer with z and the readout, a linear head the
-// readout of norm(x) alone. All in f32; sums of a row in an order that n alone fixes.
+// and z and the last one's readout, an MLP one layer with x, weight and the readout, a linear head
+// the readout of norm(x) alone. All in f32; sums of a row in an order that its sizes alone fix.
 inline constexpr int kNumHeadFeatures = 5;
 struct AcceptanceHeadArgs {
-  TensorView x;                 // [R, n] f32, or absent
+  TensorView x;                 // [R, n] f32, or absent; with a weight [R, H]
   NormSpec norm;                // of x
-  TensorView z;                 // [R, n] f32, or absent; one of the two is there
+  TensorView weight;            // [n, H] f32, or absent: z = norm(x) . weight^T
+  TensorView z;                 // [R, n] f32, or absent, as with a weight; without one, x or z is
+                                // there
   TensorView bias;              // [n] f32, or absent
   TensorView feature_weights;   // [kNumHeadFeatures, n] f32, or absent
-  TensorView y;                 // [R, n] f32, or absent; may be x or z
+  TensorView y;                 // [R, n] f32, or absent; may be x or z, with a weight neither
   TensorView readout;           // [n] f32, or absent: no logits
   TensorView readout_features;  // [kNumHeadFeatures] f32, or absent
   float readout_bias = 0;
   float place = 0;                  // in the round
-  const SampleRow* rows = nullptr;  // [num_rows], device: the draws, of which logit_row is the row
-                                    // of x, y and z, and temperature a feature; padding is skipped
+  const SampleRow* rows = nullptr;  // [num_rows], device, written by no op: the draws, of which
+                                    // logit_row is the row of x, y and z, and temperature a
+                                    // feature; padding is skipped
   int32_t num_rows = 0;
-  TensorView margins;      // [num_rows] f32, Sample's; needed where a feature is
-  TensorView certainties;  // [num_rows, 2] f32, likewise
-  TensorView logits;       // [num_rows] f32
+  TensorView margins;        // [num_rows] f32, Sample's; needed where a feature is
+  TensorView certainties;    // [num_rows, 2] f32, likewise
+  TensorView logits;         // [num_rows] f32
+  TensorView shown_margins;  // [num_rows] f32, or absent: receives the margins beside the logits
 };
 
 // Speculation. What a draft model proposed is checked against the target's own distributions, and

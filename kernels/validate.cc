@@ -380,25 +380,31 @@ OpStatus Validate(const SampleArgs& args) {
 OpStatus Validate(const AcceptanceHeadArgs& args) {
   Checker check("AcceptanceHead");
   check.Expect(args.x || args.z, "x and z are absent");
+  check.Expect(!args.weight || (args.x && !args.z), "weight is there without x, or beside z");
   const TensorView& rows = args.z ? args.z : args.x;
   check.Expect(rows.rank == 2, "rows have rank %d, expected 2", rows.rank);
+  check.Expect(!args.weight || args.weight.rank == 2, "weight has rank %d, expected 2",
+               args.weight.rank);
   if (!check.ok()) return check.status();
-  const int64_t n = rows.row_elements();
+  const int64_t num_columns = rows.row_elements();
+  const int64_t n = args.weight ? args.weight.rows() : num_columns;
   check.AtLeast("n", n, 1);
+  check.AtLeast("columns", num_columns, 1);
   const auto f32 = [&](const char* name, const TensorView& x,
                        std::initializer_list<int64_t> shape) {
     if (!x) return;
     check.Type(name, x, DType::kF32);
     check.Shape(name, x, shape);
   };
-  f32("x", args.x, {rows.rows(), n});
+  f32("x", args.x, {rows.rows(), num_columns});
+  f32("weight", args.weight, {n, num_columns});
   f32("z", args.z, {rows.rows(), n});
   f32("y", args.y, {rows.rows(), n});
   f32("bias", args.bias, {n});
   f32("feature_weights", args.feature_weights, {kNumHeadFeatures, n});
   f32("readout", args.readout, {n});
   f32("readout_features", args.readout_features, {kNumHeadFeatures});
-  if (args.x) check.Input({.x = args.x, .norm = args.norm}, n);
+  if (args.x) check.Input({.x = args.x, .norm = args.norm}, num_columns);
   check.Finite("readout_bias", static_cast<double>(args.readout_bias));
   check.Finite("place", static_cast<double>(args.place));
   check.AtLeast("num_rows", args.num_rows, 0);
@@ -406,8 +412,12 @@ OpStatus Validate(const AcceptanceHeadArgs& args) {
                args.num_rows);
   if (args.feature_weights || args.readout_features) {
     check.Expect(args.margins && args.certainties, "margins or certainties are absent");
-    f32("margins", args.margins, {args.num_rows});
     f32("certainties", args.certainties, {args.num_rows, 2});
+  }
+  f32("margins", args.margins, {args.num_rows});
+  if (args.shown_margins) {
+    check.Expect(args.margins && args.readout, "margins or readout are absent");
+    f32("shown_margins", args.shown_margins, {args.num_rows});
   }
   if (args.readout) {
     check.Expect(static_cast<bool>(args.logits), "logits are absent");

@@ -1,5 +1,6 @@
 // One row after the other on the caller's thread: a row is a few thousand operations, less than it
-// costs to wake another thread. The products of a large head are Linear's.
+// costs to wake another thread. Only rows with a product of their own are shared out; those of a
+// large head are Linear's.
 
 #include "kernels/cpu/acceptance_head.h"
 
@@ -9,6 +10,7 @@
 #include <cstdint>
 
 #include "kernels/base/check.h"
+#include "kernels/cpu/vector_ops.h"
 
 namespace godwit {
 namespace {
@@ -48,15 +50,63 @@ float Activated(const AcceptanceHeadArgs& args, const Features& features, const 
   return inner / (1 + std::exp(-inner));
 }
 
-void RunRow(const AcceptanceHeadArgs& args, int32_t index) {
+// What the product of a row works in: the row times the weight of its norm, its scale once for each
+// output, and the outputs.
+struct ProductScratch {
+  float *x, *scales, *z;
+
+  static int64_t Elements(const AcceptanceHeadArgs& args) {
+    return PadRow(args.weight.row_elements()) + 2 * PadRow(args.weight.rows());
+  }
+  ProductScratch(const AcceptanceHeadArgs& args, float* data)
+      : x(data),
+        scales(x + PadRow(args.weight.row_elements())),
+        z(scales + PadRow(args.weight.rows())) {}
+};
+
+// norm(x) . weight^T; a tail of columns that no vector holds is added one by one.
+const float* Product(const IsaTable& isa, const AcceptanceHeadArgs& args, const float* x,
+                     const ProductScratch& scratch) {
+  const int64_t n = args.weight.rows(), num_columns = args.weight.row_elements();
+  const float scale = ScaleOf(args.norm, x, num_columns);
+  const float* const norm_weight = args.norm.weight ? DataOf(args.norm.weight) : nullptr;
+  for (int64_t k = 0; k < num_columns; ++k) {
+    scratch.x[k] =
+        norm_weight == nullptr ? x[k] : x[k] * (args.norm.weight_offset + norm_weight[k]);
+  }
+  std::fill_n(scratch.scales, n, scale);
+  const int64_t length = num_columns / kRowPad * kRowPad;
+  isa.dot_rows({.q = scratch.x,
+                .k = DataOf(args.weight),
+                .k_stride = args.weight.row_stride,
+                .length = length,
+                .num_keys = static_cast<int>(n),
+                .weights = scratch.scales,
+                .scores = scratch.z});
+  for (int64_t i = 0; i < n && length < num_columns; ++i) {
+    const float* const weight = args.weight.row<const float>(i);
+    float tail = 0;
+    for (int64_t k = length; k < num_columns; ++k) tail += weight[k] * scratch.x[k];
+    scratch.z[i] += scale * tail;
+  }
+  return scratch.z;
+}
+
+// scratch: ProductScratch::Elements of a row with a weight.
+void RunRow(const IsaTable& isa, const AcceptanceHeadArgs& args, int32_t index, float* scratch) {
   const int64_t row = args.rows[index].logit_row;
   const TensorView& shape = args.z ? args.z : args.x;
   GODWIT_CHECK(row >= 0 && row < shape.rows());
-  const int64_t n = shape.row_elements();
+  const int64_t n = args.weight ? args.weight.rows() : shape.row_elements();
   const Features features = FeaturesOf(args, index);
-  const float* const x = args.x ? args.x.row<const float>(row) : nullptr;
-  const float* const z = args.z ? args.z.row<const float>(row) : nullptr;
-  const float* const norm_weight = args.norm.weight ? DataOf(args.norm.weight) : nullptr;
+  const float* x = args.x ? args.x.row<const float>(row) : nullptr;
+  const float* z = args.z ? args.z.row<const float>(row) : nullptr;
+  if (args.weight) {
+    z = Product(isa, args, x, ProductScratch(args, scratch));
+    x = nullptr;
+  }
+  const float* const norm_weight =
+      x != nullptr && args.norm.weight ? DataOf(args.norm.weight) : nullptr;
   const float scale = x == nullptr ? 0 : ScaleOf(args.norm, x, n);
   double logit = static_cast<double>(args.readout_bias);
   for (int64_t i = 0; i < n; ++i) {
@@ -74,14 +124,30 @@ void RunRow(const AcceptanceHeadArgs& args, int32_t index) {
     }
   }
   *args.logits.row<float>(index) = static_cast<float>(logit);
+  if (args.shown_margins) {
+    *args.shown_margins.row<float>(index) = *args.margins.row<const float>(index);
+  }
 }
 
 }  // namespace
 
-OpStatus CpuAcceptanceHead(CpuContext&, const AcceptanceHeadArgs& args) {
-  for (int32_t index = 0; index < args.num_rows; ++index) {
-    if (args.rows[index].slot >= 0) RunRow(args, index);
+OpStatus CpuAcceptanceHead(CpuContext& context, const AcceptanceHeadArgs& args) {
+  if (!args.weight) {
+    for (int32_t index = 0; index < args.num_rows; ++index) {
+      if (args.rows[index].slot >= 0) RunRow(context.isa, args, index, nullptr);
+    }
+    return {};
   }
+  const int64_t elements = ProductScratch::Elements(args);
+  float* const scratch = static_cast<float*>(context.scratch.Get(
+      elements * context.pool.num_threads() * static_cast<int64_t>(sizeof(float))));
+  if (scratch == nullptr) {
+    return context.Fail(OpCode::kResourceExhausted, "AcceptanceHead: no memory for scratch");
+  }
+  context.pool.ForEach(args.num_rows, [&](int64_t index, int thread) {
+    if (args.rows[index].slot < 0) return;
+    RunRow(context.isa, args, static_cast<int32_t>(index), scratch + thread * elements);
+  });
   return {};
 }
 

@@ -5,7 +5,8 @@
 //
 // The rule. A kernel that LaunchDependent launches
 //   1. reads before DependencyWait() only what no kernel of a step writes: weights, norm weights,
-//   decay tables, its arguments;
+//   decay tables, its arguments, and arrays
+//      of a step that copies alone bring (a copy ends before the first kernel after it begins);
 //      and writes nothing but registers and shared memory;
 //   2. calls DependencyWait() in every block, by every thread that touches other memory afterwards,
 //   and before the block ends

@@ -24,6 +24,7 @@ __global__ void __launch_bounds__(kRowThreads, 4)
     SampleKernel(SampleArgs args, RowLayout layout, float4* scratch) {
   extern __shared__ float4 values[];
   __shared__ RowShared shared;
+  DependencyTrigger();  // an acceptance head loads its weight meanwhile
   DependencyWait();
   const int64_t index = blockIdx.x / kCluster;
   const SampleRow& row = args.rows[index];

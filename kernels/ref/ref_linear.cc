@@ -82,24 +82,28 @@ void RefAcceptanceHead(const AcceptanceHeadArgs& args) {
   for (int32_t r = 0; r < args.num_rows; ++r) {
     const SampleRow& row = args.rows[r];
     if (row.slot < 0) continue;
-    const int64_t n = (args.z ? args.z : args.x).row_elements();
+    const int64_t n = args.weight ? args.weight.rows() : (args.z ? args.z : args.x).row_elements();
     std::vector<double> features(kNumHeadFeatures);
     if (args.margins && args.certainties) {
       features = {std::log1p(Get(args.margins, r, 0)), Get(args.certainties, r, 0),
                   Get(args.certainties, r, 1), std::min(static_cast<double>(row.temperature), 2.0),
                   static_cast<double>(args.place)};
     }
-    std::vector<double> y(static_cast<size_t>(n));
-    if (args.x) y = FormRow({.x = args.x, .norm = args.norm}, row.logit_row, DType::kF32);
+    std::vector<double> x(static_cast<size_t>(n)), y(static_cast<size_t>(n));
+    if (args.x) x = FormRow({.x = args.x, .norm = args.norm}, row.logit_row, DType::kF32);
+    if (!args.weight) y = x;
     double logit = static_cast<double>(args.readout_bias);
     for (int64_t i = 0; i < n; ++i) {
       double& value = y[static_cast<size_t>(i)];
       double inner = args.z ? Get(args.z, row.logit_row, i) : 0;
+      for (int64_t k = 0; args.weight && k < args.x.row_elements(); ++k) {
+        inner += Get(args.weight, i, k) * x[static_cast<size_t>(k)];
+      }
       if (args.bias) inner += Get(args.bias, i, 0);
       for (int64_t f = 0; args.feature_weights && f < kNumHeadFeatures; ++f) {
         inner += features[static_cast<size_t>(f)] * Get(args.feature_weights, f, i);
       }
-      if (args.z) value += Silu(inner);
+      if (args.z || args.weight) value += Silu(inner);
       if (args.y) Set(args.y, row.logit_row, i, value);
       if (args.readout) logit += Get(args.readout, i, 0) * value;
     }
@@ -108,6 +112,7 @@ void RefAcceptanceHead(const AcceptanceHeadArgs& args) {
       logit += features[static_cast<size_t>(f)] * Get(args.readout_features, f, 0);
     }
     Set(args.logits, r, 0, logit);
+    if (args.shown_margins) Set(args.shown_margins, r, 0, Get(args.margins, r, 0));
   }
 }
 

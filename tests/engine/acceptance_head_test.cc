@@ -95,6 +95,7 @@ class AcceptanceHeadTest : public testing::Test {
     const std::vector<SampleRow> rows = {
         {.logit_row = 2, .temperature = 0}, {.slot = -1}, {.logit_row = 0, .temperature = 0.8f}};
     const TensorView logits = arena.Output(DType::kF32, {3});
+    const TensorView margins = arena.Output(DType::kF32, {3});
     const absl::Status status =
         head.Run({.hidden = arena.Floats(DType::kF32, {3, kHidden}, hidden_),
                   .rows = arena.UploadArray(rows),
@@ -102,10 +103,13 @@ class AcceptanceHeadTest : public testing::Test {
                   .place = place,
                   .margins = arena.Floats(DType::kF32, {3}, {0.5f, 0, 3}),
                   .certainties = arena.Floats(DType::kF32, {3, 2}, {0.4f, 2.5f, 1, 0, 0.8f, 0.6f}),
-                  .logits = logits},
+                  .logits = logits,
+                  .shown_margins = margins},
                  {.kind = NormKind::kRms, .epsilon = kEpsilon});
     EXPECT_TRUE(status.ok()) << status;
     const std::vector<float> values = arena.Download(logits);
+    EXPECT_EQ(arena.Download(margins)[0], 0.5f);
+    EXPECT_EQ(arena.Download(margins)[2], 3);
     return {values[0], values[2]};
   }
 

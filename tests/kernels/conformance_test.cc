@@ -881,27 +881,35 @@ TEST_P(ConformanceTest, SampleProbabilities) {
   EXPECT_TRUE(Within(actual_certainties, expected_certainties, std::vector<double>(24, 1e-5)));
 }
 
-// Each kind of layer, with rows out of order and padding between them.
+// Each kind of layer, with rows out of order and padding between them. What a draw gets is the same
+// without the others.
 TEST_P(ConformanceTest, AcceptanceHead) {
   struct Case {
     const char* name;
     int64_t n;
     bool x, norm_weight, z, features, writes, readout, in_place;
+    int64_t width = 0;  // of x, with a weight
   };
   const Case cases[] = {
       {"linear", 192, true, false, false, true, false, true, false},
       {"linear with norm weight", 33, true, true, false, true, false, true, false},
-      {"mlp", 64, false, false, true, true, false, true, false},
-      {"mlp of one", 1, false, false, true, true, false, true, false},
+      {"product before", 64, false, false, true, true, false, true, false},
+      {"product of one before", 1, false, false, true, true, false, true, false},
       {"first residual layer", 96, true, true, true, false, true, false, false},
       {"residual layer in place", 130, true, false, true, false, true, false, true},
       {"last residual layer", 4096, true, false, true, false, false, true, false},
       {"both", 5, true, true, true, true, true, true, false},
+      {"mlp", 64, true, false, false, true, false, true, false, 192},
+      {"mlp with norm weight", 64, true, true, false, true, false, true, false, 512},
+      {"mlp of one", 1, true, true, false, true, false, true, false, 1},
+      {"mlp of odd sizes", 37, true, true, false, true, true, true, false, 203},
+      {"mlp without readout", 64, true, true, false, false, true, false, false, 132},
+      {"mlp of many pieces", 130, true, true, false, true, true, true, false, 1100},
   };
   const int32_t logit_rows[] = {2, 0, -1, 1, -1};
   for (const Case& c : cases) {
     SCOPED_TRACE(c.name);
-    auto run = [&](Backend& backend) {
+    auto run = [&](Backend& backend, int32_t num_rows = 5) {
       DeviceArena arena(backend);
       std::vector<SampleRow> rows;
       for (const int32_t logit_row : logit_rows) {
@@ -916,29 +924,40 @@ TEST_P(ConformanceTest, AcceptanceHead) {
         return arena.Floats(DType::kF32, std::move(shape),
                             RandomValues(seed, count, DType::kF32, scale));
       };
+      const bool activates = c.z || c.width > 0;
+      const int64_t width = c.width > 0 ? c.width : c.n;
       const float scale = 1 / std::sqrt(static_cast<float>(c.n));
-      if (c.x) args.x = some(1, {3, c.n}, 2);
+      if (c.x) args.x = some(1, {3, width}, 2);
       if (c.x && !c.in_place) args.norm = {.kind = NormKind::kRms, .epsilon = 1e-5f};
       if (c.norm_weight) {
-        args.norm.weight = some(2, {c.n}, 1);
+        args.norm.weight = some(2, {width}, 1);
         args.norm.weight_offset = 1;
       }
       if (c.z) args.z = some(3, {3, c.n}, 1);
-      if (c.z) args.bias = some(4, {c.n}, 1);
-      if (c.features && c.z) args.feature_weights = some(5, {kNumHeadFeatures, c.n}, 0.3f);
-      if (c.features && !c.z) args.readout_features = some(6, {kNumHeadFeatures}, 0.3f);
+      if (c.width > 0) {
+        args.weight = some(8, {c.n, width}, 1 / std::sqrt(static_cast<float>(width)));
+      }
+      if (activates) args.bias = some(4, {c.n}, 1);
+      if (c.features && activates) args.feature_weights = some(5, {kNumHeadFeatures, c.n}, 0.3f);
+      if (c.features && !activates) args.readout_features = some(6, {kNumHeadFeatures}, 0.3f);
       if (c.writes) args.y = c.in_place ? args.x : arena.Output(DType::kF32, {3, c.n});
       if (c.readout) args.readout = some(7, {c.n}, scale);
       args.readout_bias = 0.25f;
       args.place = 3;
       args.rows = arena.UploadArray(rows);
-      args.num_rows = static_cast<int32_t>(rows.size());
-      args.margins = arena.Floats(DType::kF32, {5}, {0.1f, 7, 12345, 0, 12345});
+      args.num_rows = num_rows;
+      args.margins = RowRange(arena.Floats(DType::kF32, {5}, {0.1f, 7, 4, 0, 4}), 0, num_rows);
       args.certainties =
-          arena.Floats(DType::kF32, {5, 2}, {0.5f, 2, 0.9f, 0.4f, 1, 0, 0.1f, 6, 1, 0});
-      args.logits = arena.Output(DType::kF32, {5});
+          RowRange(arena.Floats(DType::kF32, {5, 2}, {0.5f, 2, 0.9f, 0.4f, 1, 0, 0.1f, 6, 1, 0}), 0,
+                   num_rows);
+      const TensorView logits = arena.Output(DType::kF32, {5});
+      const TensorView shown_margins = arena.Output(DType::kF32, {5});
+      args.logits = RowRange(logits, 0, num_rows);
+      if (c.readout) args.shown_margins = RowRange(shown_margins, 0, num_rows);
       ExpectOk(backend.AcceptanceHead(args));
-      std::vector<float> values = arena.Download(args.logits);
+      std::vector<float> values = arena.Download(logits);
+      const std::vector<float> shown = arena.Download(shown_margins);
+      values.insert(values.end(), shown.begin(), shown.end());
       if (!c.writes) return values;
       const std::vector<float> y = arena.Download(args.y);
       values.insert(values.end(), y.begin(), y.end());
@@ -947,8 +966,16 @@ TEST_P(ConformanceTest, AcceptanceHead) {
     const std::vector<float> expected = run(*ref_);
     // Values of a few units through a norm, an exponential and a sum of n terms.
     const double tolerance = 64 * kF32Unit * std::sqrt(static_cast<double>(c.n)) + 1e-5;
-    EXPECT_TRUE(Within(run(*backend_), expected, std::vector<double>(expected.size(), tolerance)));
-    EXPECT_EQ(expected[2], 12345.0f);  // of padding
+    const std::vector<float> actual = run(*backend_);
+    EXPECT_TRUE(Within(actual, expected, std::vector<double>(expected.size(), tolerance)));
+    EXPECT_EQ(run(*backend_, 1)[0], actual[0]);
+    for (const size_t padding : {2, 4, 7, 9}) {
+      EXPECT_EQ(actual[padding], 12345.0f);
+      EXPECT_EQ(expected[padding], 12345.0f);
+    }
+    if (!c.readout) continue;
+    EXPECT_EQ(std::vector<float>(actual.begin() + 5, actual.begin() + 10),
+              (std::vector<float>{0.1f, 7, 12345, 0, 12345}));
   }
 }
 

@@ -232,6 +232,36 @@ TEST_P(SmallestTest, Sampling) {
     ExpectOk(backend.Sample(args));
     return arena.Download(args.tokens);
   });
+  for (const int64_t width : {36, 7}) {
+    Compare("AcceptanceHead", [&](Backend& backend) {
+      DeviceArena arena(backend);
+      AcceptanceHeadArgs args;
+      args.x = arena.Floats(DType::kF32, {4, width}, RandomValues(8, 4 * width));
+      args.norm = {.kind = NormKind::kRms, .epsilon = 1e-5f};
+      args.weight = arena.Floats(DType::kF32, {18, width}, RandomValues(9, 18 * width));
+      args.bias = arena.Floats(DType::kF32, {18}, RandomValues(10, 18));
+      args.readout = arena.Floats(DType::kF32, {18}, RandomValues(11, 18));
+      args.rows = arena.UploadArray(SomeSampleRows());
+      args.num_rows = 4;
+      args.margins = arena.Floats(DType::kF32, {4}, RandomValues(12, 4));
+      args.logits = arena.Output(DType::kF32, {4});
+      args.shown_margins = arena.Output(DType::kF32, {4});
+      ExpectOk(backend.AcceptanceHead(args));
+      return arena.Download(args.logits);
+    });
+  }
+  Compare("linear AcceptanceHead", [&](Backend& backend) {
+    DeviceArena arena(backend);
+    AcceptanceHeadArgs args;
+    args.x = arena.Floats(DType::kF32, {4, 36}, RandomValues(8, 4 * 36));
+    args.norm = {.kind = NormKind::kRms, .epsilon = 1e-5f};
+    args.readout = arena.Floats(DType::kF32, {36}, RandomValues(11, 36));
+    args.rows = arena.UploadArray(SomeSampleRows());
+    args.num_rows = 4;
+    args.logits = arena.Output(DType::kF32, {4});
+    ExpectOk(backend.AcceptanceHead(args));
+    return arena.Download(args.logits);
+  });
   Compare("ScoreTokens", [&](Backend& backend) {
     DeviceArena arena(backend);
     ScoreTokensArgs args;

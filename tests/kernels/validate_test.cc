@@ -355,6 +355,7 @@ TEST(ValidateTest, AcceptanceHead) {
       good, "AcceptanceHead",
       {{[](auto& a) { a.x = a.z = {}; }, "x and z are absent"},
        {[](auto& a) { a.z.rank = 1; }, "rows have rank 1"},
+       {[](auto& a) { a.weight = View(DType::kF32, 10, 10); }, "weight is there without x, or"},
        {[](auto& a) { a.x.shape[1] = 9; }, "x has size 9"},
        {[](auto& a) { a.x.dtype = DType::kBF16; }, "x has dtype bf16"},
        {[](auto& a) { a.norm.weight.shape[0] = 9; }, "norm weight has size 9"},
@@ -372,7 +373,33 @@ TEST(ValidateTest, AcceptanceHead) {
        {[](auto& a) { a.margins.shape[0] = 2; }, "margins has size 2"},
        {[](auto& a) { a.certainties.shape[1] = 3; }, "certainties has size 3"},
        {[](auto& a) { a.logits = {}; }, "logits are absent"},
-       {[](auto& a) { a.logits.shape[0] = 2; }, "logits has size 2"}});
+       {[](auto& a) { a.logits.shape[0] = 2; }, "logits has size 2"},
+       {[](auto& a) { a.shown_margins = View(DType::kF32, 2); }, "shown_margins has size 2"},
+       {[](auto& a) {
+          a.feature_weights = a.readout_features = a.margins = {};
+          a.shown_margins = View(DType::kF32, 3);
+        },
+        "margins or readout are absent"}});
+  AcceptanceHeadArgs mlp = good;
+  mlp.z = {};
+  mlp.weight = View(DType::kF32, 10, 6);
+  mlp.x = View(DType::kF32, 2, 6);
+  mlp.norm.weight = View(DType::kF32, 6);
+  mlp.shown_margins = View(DType::kF32, 3);
+  ExpectRejections<AcceptanceHeadArgs>(
+      mlp, "AcceptanceHead",
+      {{[](auto& a) {
+          a.x = {};
+          a.z = View(DType::kF32, 2, 10);
+        },
+        "weight is there without x, or beside z"},
+       {[](auto& a) { a.weight.rank = 1; }, "weight has rank 1"},
+       {[](auto& a) { a.weight.shape[1] = 5; }, "weight has size 5"},
+       {[](auto& a) { a.weight.dtype = DType::kBF16; }, "weight has dtype bf16"},
+       {[](auto& a) { a.norm.weight.shape[0] = 10; }, "norm weight has size 10"},
+       {[](auto& a) { a.bias.shape[0] = 6; }, "bias has size 6"},
+       {[](auto& a) { a.readout.shape[0] = 6; }, "readout has size 6"},
+       {[](auto& a) { a.y.shape[1] = 6; }, "y has size 6"}});
 }
 
 TEST(ValidateTest, VerifyTokens) {
