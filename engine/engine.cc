@@ -747,13 +747,16 @@ absl::Status Engine::Impl::Run(Step& step) {
   RETURN_IF_ERROR(ZeroFreshSlots(step.rows));
   RETURN_IF_ERROR(AssignRopes(step.rows));
   for (const BatchRow& row : step.rows) step.asked.push_back(HasDrafts(row));
+  if (speculator != nullptr && !in_flight.empty()) {
+    const StepId before = in_flight.back().id;
+    RETURN_IF_ERROR(speculator->KeepSigns(before, DraftMark(before)));
+  }
   if (speculator != nullptr) RETURN_IF_ERROR(speculator->Draft(step.id, step.rows, slots));
   RETURN_IF_ERROR(backend->SetMark(DraftMark(step.id)));
   const StepArrays& arrays = planner->Plan(step.rows, slots);
   step.num_tokens = std::ssize(arrays.token_ids);
   if (replays && arrays.num_decode_rows == std::ssize(arrays.rows)) Pad(arrays, step);
   RETURN_IF_ERROR(RunPlanned(arrays, step));
-  if (speculator != nullptr) RETURN_IF_ERROR(speculator->ReadSigns(step.id));
   RETURN_IF_ERROR(backend->SetMark(EndMark(step.id)));
   Commit(arrays, step);
   return absl::OkStatus();

@@ -123,8 +123,7 @@ int64_t SpeculativeDecoder::DeviceBytes(const ModelConfig& draft,
   return PassOffset(options, options.max_drafts) + DrawList::ArenaBytes(0, options.num_slots) +
          rope_bytes +
          (options.head == nullptr ? 0 : options.head->WorkspaceBytes(options.num_slots)) +
-         row_bytes * (draft.d_model + 2 * options.max_drafts + 2 +
-                      draft.vocab_size * (1 + options.max_drafts));
+         row_bytes * (draft.d_model + 3 + draft.vocab_size * (1 + options.max_drafts));
 }
 
 SpeculativeDecoder::SpeculativeDecoder(Backend& backend, Model& draft, CachePool& pool,
@@ -160,11 +159,12 @@ absl::StatusOr<std::unique_ptr<SpeculativeDecoder>> SpeculativeDecoder::Create(
   ASSIGN_OR_RETURN(decoder->probabilities_,
                    DeviceBuffer::Allocate(backend, row_bytes * options.max_drafts * vocab_size));
   ASSIGN_OR_RETURN(decoder->signs_,
-                   DeviceBuffer::Allocate(backend, 2 * row_bytes * options.max_drafts));
-  ASSIGN_OR_RETURN(decoder->certainties_, DeviceBuffer::Allocate(backend, 2 * row_bytes));
-  for (HostBuffer& host : decoder->host_signs_) {
-    ASSIGN_OR_RETURN(host, HostBuffer::Allocate(backend, 2 * row_bytes * options.max_drafts));
+                   HostBuffer::Allocate(backend, 2 * row_bytes * options.max_drafts));
+  for (std::vector<float>& kept : decoder->kept_signs_) {
+    kept.reserve(static_cast<size_t>(2 * options.num_slots * options.max_drafts));
   }
+  ASSIGN_OR_RETURN(decoder->margins_, DeviceBuffer::Allocate(backend, row_bytes));
+  ASSIGN_OR_RETURN(decoder->certainties_, DeviceBuffer::Allocate(backend, 2 * row_bytes));
   if (options.head != nullptr) RETURN_IF_ERROR(options.head->MakeWorkspace(options.num_slots));
   // Where ops run behind the host, a decision takes what the pass before the last one said: the
   // device has the last one to do meanwhile, and a pass at most is for nothing.
@@ -380,45 +380,48 @@ absl::Status SpeculativeDecoder::DrawDrafts(const TensorView& hidden, int32_t in
                      .counts = counts_,
                      .tokens = tokens,
                      .probabilities = drafts().probabilities};
-  if (shown_ != Shown::kNothing) {
-    args.margins = SignsOf(index, kMargins, num_draws);
-    if (shown_ == Shown::kHead || options_.recorder != nullptr) {
-      args.certainties = MakeView(certainties_.bytes(), DType::kF32, num_draws, 2);
-    }
+  const bool ops_read = shown_ == Shown::kHead || options_.recorder != nullptr;
+  if (shown_ != Shown::kNothing && !ops_read) args.margins = SignsOf(index, kMargins, num_draws);
+  if (ops_read) {
+    args.margins = MakeView(margins_.bytes(), DType::kF32, num_draws);
+    args.certainties = MakeView(certainties_.bytes(), DType::kF32, num_draws, 2);
   }
   RETURN_IF_ERROR(backend_->Sample(args));
-  if (shown_ == Shown::kNothing) return absl::OkStatus();
-  return Judge(gathered, index, rows, num_draws);
+  return ops_read ? Judge(gathered, index, args) : absl::OkStatus();
 }
 
 TensorView SpeculativeDecoder::SignsOf(int32_t index, int64_t kind, int64_t count) const {
   return MakeView(signs_.as<float>() + (2 * index + kind) * options_.num_slots, DType::kF32, count);
 }
 
-// The head's logits, and the recorder's part.
+// The head's logits, and the recorder's part. Ops read margins in device memory, which the head
+// passes on.
 absl::Status SpeculativeDecoder::Judge(const TensorView& hidden, int32_t index,
-                                       const SampleRow* rows, int64_t num_draws) {
-  const TensorView margins = SignsOf(index, kMargins, num_draws);
-  const TensorView certainties = MakeView(certainties_.bytes(), DType::kF32, num_draws, 2);
+                                       const SampleArgs& draws) {
+  const TensorView shown = SignsOf(index, kMargins, draws.num_rows);
   if (shown_ == Shown::kHead) {
     RETURN_IF_ERROR(options_.head->Run({.hidden = hidden,
-                                        .rows = rows,
-                                        .num_rows = static_cast<int32_t>(num_draws),
+                                        .rows = draws.rows,
+                                        .num_rows = draws.num_rows,
                                         .place = index,
-                                        .margins = margins,
-                                        .certainties = certainties,
-                                        .logits = SignsOf(index, kHeadLogits, num_draws)},
+                                        .margins = draws.margins,
+                                        .certainties = draws.certainties,
+                                        .logits = SignsOf(index, kHeadLogits, draws.num_rows),
+                                        .shown_margins = shown},
                                        draft_->final_norm()));
+  } else {
+    RETURN_IF_ERROR(ToStatus(backend_->CopyToHost(shown.data, draws.margins.data,
+                                                  draws.num_rows * DTypeBytes(DType::kF32))));
   }
   if (options_.recorder == nullptr) return absl::OkStatus();
   if (index == 0) options_.recorder->Begin();
   return options_.recorder->AddPass({.hidden = hidden,
                                      .final_norm = draft_->final_norm(),
-                                     .rows = rows,
-                                     .num_rows = static_cast<int32_t>(num_draws),
+                                     .rows = draws.rows,
+                                     .num_rows = draws.num_rows,
                                      .logit_rows = logit_rows_,
-                                     .margins = margins,
-                                     .certainties = certainties});
+                                     .margins = draws.margins,
+                                     .certainties = draws.certainties});
 }
 
 void SpeculativeDecoder::Arrays::Pad(int64_t num_rows, int64_t num_tokens) {
@@ -556,9 +559,10 @@ absl::Status SpeculativeDecoder::WarmUp(int num_runs) {
 
 DraftSigns SpeculativeDecoder::Signs(StepId step, const SlotDraft& slot, double history,
                                      int32_t index, int32_t num_passes) const {
+  const std::vector<float>& kept = kept_signs_[step % kMaxStepsInFlight];
+  const float* const signs_of_step = kept.empty() ? signs_.as<const float>() : kept.data();
   const auto sign = [&](int64_t pass, int64_t kind) {
-    return host_signs_[step % kMaxStepsInFlight]
-        .as<const float>()[(2 * pass + kind) * options_.num_slots + slot.draft_row];
+    return signs_of_step[(2 * pass + kind) * options_.num_slots + slot.draft_row];
   };
   const float scale = slot.temperature > 0 ? slot.temperature : 1;
   DraftSigns signs = {
@@ -575,18 +579,17 @@ DraftSigns SpeculativeDecoder::Signs(StepId step, const SlotDraft& slot, double 
   return signs;
 }
 
-// Those of passes that follow one another lie together.
-absl::Status SpeculativeDecoder::ReadSignsOf(StepId step, int64_t first_pass, int64_t num_passes) {
-  const int64_t pass_bytes = 2 * options_.num_slots * DTypeBytes(DType::kF32);
-  const int64_t offset = first_pass * pass_bytes;
-  return ToStatus(backend_->CopyToHost(host_signs_[step % kMaxStepsInFlight].bytes() + offset,
-                                       signs_.bytes() + offset, num_passes * pass_bytes));
-}
-
-absl::Status SpeculativeDecoder::ReadSigns(StepId step) {
+// Nothing overwrites signs_ before: the passes of the next step are queued after this call, and
+// what those of `step` wrote is complete where its mark has passed. Steps before `step` that are in
+// flight were kept when the one after each came. The wait leaves the device the step of the target
+// to do, and all passes but the last few have been waited for by decisions.
+absl::Status SpeculativeDecoder::KeepSigns(StepId step, int mark) {
   const auto turn = static_cast<size_t>(step % kMaxStepsInFlight);
-  if (!learns_[turn] || num_read_ == num_passes_[turn]) return absl::OkStatus();
-  return ReadSignsOf(step, num_read_, num_passes_[turn] - num_read_);
+  if (!learns_[turn] || num_passes_[turn] == 0) return absl::OkStatus();
+  RETURN_IF_ERROR(ToStatus(backend_->WaitMark(mark)));
+  const float* const signs = signs_.as<const float>();
+  kept_signs_[turn].assign(signs, signs + 2 * options_.num_slots * num_passes_[turn]);
+  return absl::OkStatus();
 }
 
 // Until something is known, a step proposes a number of drafts that no estimate chose, each in
@@ -775,20 +778,16 @@ void SpeculativeDecoder::BeginStep(StepId step, std::span<const BatchRow> rows) 
            : adapts_ || options_.recorder != nullptr ? Shown::kMargins
                                                      : Shown::kNothing;
   const auto turn = static_cast<size_t>(step % kMaxStepsInFlight);
-  num_passes_[turn] = num_read_ = 0;
+  num_passes_[turn] = 0;
+  kept_signs_[turn].clear();
   learns_[turn] = adapts_;
   has_head_logits_[turn] = follows_head;
   is_unusual_[turn] = false;
 }
 
-// What is known by now is copied and waited for only where it decides something: else the copy
-// follows the step of the target.
+// What is known by now is waited for only where it decides something.
 absl::Status SpeculativeDecoder::DecideAfter(StepId step, int32_t index) {
-  if (DecidesBy(index)) {
-    RETURN_IF_ERROR(ReadSignsOf(step, index, 1));
-    RETURN_IF_ERROR(ToStatus(backend_->SetMark(kFirstPassMark + index % 2)));
-    num_read_ = index + 1;
-  }
+  if (DecidesBy(index)) RETURN_IF_ERROR(backend_->SetMark(kFirstPassMark + index % 2));
   const bool undecided = std::any_of(drafters_.begin(), drafters_.end(), [&](const Reader* reader) {
     return IsUndecided(*reader, index);
   });

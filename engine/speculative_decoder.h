@@ -68,8 +68,9 @@ class SpeculativeDecoder {
   absl::Status Draft(StepId step, std::span<BatchRow> rows, std::span<const SlotState> slots);
   Sampler::Drafts drafts() const;
 
-  // After the step of the target is launched: queues the copy of what Accept needs.
-  absl::Status ReadSigns(StepId step);
+  // Before the Draft of a further step, while `step` is in flight: keeps what its passes showed,
+  // for Accept. `mark` is in the queue after them.
+  absl::Status KeepSigns(StepId step, int mark);
 
   // Once the step has ended: the tokens that one output gained; num_drafts were verified for it,
   // and num_dropped more drawn. What was predicted of the verified ones, where a policy asked.
@@ -168,7 +169,6 @@ class SpeculativeDecoder {
                    int32_t num_passes) const;
   std::vector<float> Judged(StepId step, SlotDraft& slot, int num_drafts, int num_accepted,
                             int num_passes);
-  absl::Status ReadSignsOf(StepId step, int64_t first_pass, int64_t num_passes);
   void AddRead(const Reader& reader);
   void AddDraft(const Reader& reader, int32_t index);
   void AddRow(const Reader& reader, StepRow row);
@@ -179,8 +179,7 @@ class SpeculativeDecoder {
   absl::Status WarmUpPasses(int64_t num_sequences, bool all_rows, int num_runs);
   absl::Status WarmUpPass(int32_t index, int64_t num_rows, int64_t num_tokens, int num_runs);
   TensorView SignsOf(int32_t index, int64_t kind, int64_t count) const;
-  absl::Status Judge(const TensorView& hidden, int32_t index, const SampleRow* rows,
-                     int64_t num_draws);
+  absl::Status Judge(const TensorView& hidden, int32_t index, const SampleArgs& draws);
   absl::Status DrawDrafts(const TensorView& hidden, int32_t index, int32_t* logit_tokens,
                           const SampleRow* rows, int64_t num_draws);
 
@@ -193,12 +192,16 @@ class SpeculativeDecoder {
   DeviceBuffer gathered_;                      // [num_slots, d_model] f32
   DeviceBuffer logits_;                        // [num_slots, vocab] f32
   DeviceBuffer probabilities_;                 // [num_slots * max_drafts, vocab] f32
-  // What each pass shows of its draft: margins, then the head's logits. [max_drafts, 2, num_slots].
-  DeviceBuffer signs_;
-  HostBuffer host_signs_[kMaxStepsInFlight];  // the same, of a step
-  DeviceBuffer certainties_;                  // [num_slots, 2] f32, of a pass
-  bool replays_ = false;                      // passes of decode rows are recorded
-  int32_t lag_ = 0;                           // passes whose margins the host does not wait for
+  // What each pass shows of its draft: margins, then the head's logits. [max_drafts, 2, num_slots]
+  // f32. Its last op writes them where the host reads them, so that a mark after the pass is all
+  // that a decision waits for. Recordings hold the address, so that all steps write here: what a
+  // step in flight showed is copied before the passes of the next one are queued (KeepSigns).
+  HostBuffer signs_;
+  std::vector<float> kept_signs_[kMaxStepsInFlight];  // of a step; empty: they are in signs_ still
+  DeviceBuffer margins_;                              // [num_slots] f32, of a pass, for ops
+  DeviceBuffer certainties_;                          // [num_slots, 2] f32, of a pass
+  bool replays_ = false;                              // passes of decode rows are recorded
+  int32_t lag_ = 0;  // passes whose margins the host does not wait for
   // Of a draft with RoPE. It rotates with its own table, whatever a request's target does: a draft
   // may be worse for that, a token never is.
   std::optional<RopeStore> rope_;
@@ -218,8 +221,7 @@ class SpeculativeDecoder {
   CostsByLoad costs_;
   DraftDecider decider_;
   int64_t num_passes_[kMaxStepsInFlight] = {};  // with drafts, of a step
-  int64_t num_read_ = 0;                        // of them, in the step being run: their signs
-  bool learns_[kMaxStepsInFlight] = {};         // a step's margins are read back
+  bool learns_[kMaxStepsInFlight] = {};         // a step's margins are looked at
   bool is_unusual_[kMaxStepsInFlight] =
       {};  // a pass of the step: not replayed yet, or a pause read
   bool has_head_logits_[kMaxStepsInFlight] = {};

@@ -68,7 +68,8 @@ class Backend {
   virtual void Free(void* data) = 0;
 
   // Host memory from which and to which copies are queued without a wait (pinned). Zeroed, aligned
-  // to 64 bytes or more.
+  // to 64 bytes or more. Ops too reach it, at the same address, over the bus: for what they write
+  // and the host reads, which it may once WaitMark or Synchronize has passed the op.
   virtual OpStatus AllocateHost(int64_t num_bytes, void** data) = 0;
   virtual void FreeHost(void* data) = 0;
 
