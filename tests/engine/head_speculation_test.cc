@@ -123,6 +123,57 @@ TEST(SpecDecPPTest, StopsWhereTheScriptedProbabilitiesSay) {
   }
 }
 
+// The first round of a sequence, collected after that of `other` is submitted, if there is one.
+std::vector<float> PredictedOfRound(const TinyModel& model, std::vector<int32_t> prompt,
+                                    const std::vector<int32_t>& other) {
+  const auto engine = MakeEngine(
+      model, {.draft_folder = model.folder(), .dtype = DType::kF32, .max_steps_in_flight = 2});
+  const SamplingParams sampling = {.temperature = 0};
+  std::vector<std::vector<int32_t>> prompts = {std::move(prompt)};
+  if (!other.empty()) prompts.push_back(other);
+  std::vector<CacheLease> leases;
+  std::vector<RowOutput> outputs(prompts.size());
+  std::vector<BatchRow> rows;
+  for (size_t index = 0; index < prompts.size(); ++index) {
+    leases.push_back(*engine->caches().Reserve(100));
+  }
+  for (size_t index = 0; index < prompts.size(); ++index) {
+    outputs[index] = {.lease = &leases[index], .sampling = &sampling};
+    rows.push_back({.token_ids = prompts[index],
+                    .prompt_length = static_cast<int32_t>(prompts[index].size()),
+                    .lease = &leases[index],
+                    .outputs = std::span(&outputs[index], 1),
+                    .max_draft_tokens = 4,
+                    .draft_policy = DraftPolicy::kSpecDecPP,
+                    .draft_threshold = 1});
+    EXPECT_TRUE(engine->Collect(*engine->Submit(std::span(&rows[index], 1))).ok());
+    rows[index].token_ids = {};
+    rows[index].confirmed_position = leases[index].position();
+  }
+  std::vector<StepId> steps;
+  for (BatchRow& row : rows) steps.push_back(*engine->Submit(std::span(&row, 1)));
+  std::vector<float> predicted;
+  for (const StepId step : steps) {
+    const auto collected = engine->Collect(step);
+    EXPECT_TRUE(collected.ok());
+    if (step == steps[0]) predicted = collected->rows[0].predicted;
+  }
+  return predicted;
+}
+
+// The passes of the next step write where those of a step in flight wrote.
+TEST(SpecDecPPTest, ARoundInFlightKeepsWhatItsPassesShowed) {
+  const TinyModel model;
+  ASSERT_TRUE(RandomHead(HeadKind::kLinear, HeadLabel::kPre, model.options().d_model)
+                  .Write(model.folder())
+                  .ok());
+  const std::vector<int32_t> prompt = {5, 6, 7, 8}, other = {11, 3};
+  const std::vector<float> alone = PredictedOfRound(model, prompt, {});
+  EXPECT_EQ(alone.size(), 4u);
+  EXPECT_NE(alone, PredictedOfRound(model, other, {}));
+  EXPECT_EQ(alone, PredictedOfRound(model, prompt, other));
+}
+
 TEST(SpecDecPPTest, WithoutAHeadTheCardSaysSo) {
   const TinyModel model;
   const auto engine = MakeEngine(model, {.draft_folder = model.folder(), .dtype = DType::kF32});
