@@ -347,8 +347,8 @@ double Typical(std::vector<double>& values) {
 }
 
 // Of the arms with fixed numbers, in steps that verify so many of every sequence. Numbers that were
-// not run lie on a line between their neighbours.
-RoundCosts MeasuredCosts(const std::vector<Arm>& arms, int64_t batch) {
+// not run lie on a line between their neighbours, or on that through the ends.
+RoundCosts MeasuredCosts(const std::vector<Arm>& arms, int64_t batch, int max_drafts) {
   RoundCosts costs;
   std::vector<double> pass_seconds;  // of the arms with drafts
   std::vector<int> pass_counts;
@@ -376,6 +376,9 @@ RoundCosts MeasuredCosts(const std::vector<Arm>& arms, int64_t batch) {
     costs.verify.push_back(step);
     last = arm.num_drafts;
   }
+  const double more =
+      last > 0 ? std::max((costs.verify.back() - costs.verify.front()) / last, 0.0) : 0;
+  while (std::ssize(costs.verify) <= max_drafts) costs.verify.push_back(costs.verify.back() + more);
   if (!pass_counts.empty()) {
     const int few = pass_counts.front(), many = pass_counts.back();
     costs.pass = many > few ? (pass_seconds.back() - pass_seconds.front()) / (many - few)
@@ -511,7 +514,7 @@ absl::StatusOr<Json> RunLoad(const BenchSpeculateFlags& flags, int64_t batch, Js
   Json load = {{"batch", batch}, {"units", arms[0].runs.size()}};
   for (const Arm& arm : arms) load["arms"].push_back(ArmToJson(arm, arms[0], random));
   // A draft, and a verified row on average, in units of a plain step; and a step, by drafts.
-  const RoundCosts costs = MeasuredCosts(arms, batch);
+  const RoundCosts costs = MeasuredCosts(arms, batch, flags.max_drafts);
   const double most = static_cast<double>(costs.verify.size() - 1);
   load["first_draft_cost"] = costs.first_pass / costs.verify[0];
   load["draft_cost"] = costs.pass / costs.verify[0];

@@ -76,21 +76,26 @@ void OnlineLogistic::Observe(const Features& x, bool accepted, int64_t num_toget
   for (int i = 0; i < kFeatures; ++i) weights_[i] += step[i];
 }
 
-AcceptanceScore::AcceptanceScore(bool has_head) : has_head_(has_head) {}
-
-double AcceptanceScore::Predict(DraftPolicy policy, AcceptanceClass acceptance_class, int place,
+double AcceptanceScore::Predict(bool by_head, AcceptanceClass acceptance_class, int place,
                                 const DraftSigns& signs) const {
-  if (!FollowsHead(policy)) {
-    return of(acceptance_class)
-        .by_margin.Predict(FeaturesOf(std::log1p(signs.margin), place, signs.history));
-  }
+  const Class& fits = of(acceptance_class);
   // A head that reads the drawn token speaks one pass later.
-  if (!signs.head) return Expect(acceptance_class, place, signs.history);
-  return of(acceptance_class).by_head.Predict(FeaturesOf(*signs.head, place, signs.history));
+  if (by_head && signs.head) {
+    return fits.by_head.Predict(FeaturesOf(*signs.head, place, signs.history));
+  }
+  if (!by_head && signs.margin) {
+    return fits.by_margin.Predict(FeaturesOf(std::log1p(*signs.margin), place, signs.history));
+  }
+  return Expect(acceptance_class, place, signs.history);
 }
 
 double AcceptanceScore::Expect(AcceptanceClass acceptance_class, int place, double history) const {
   return of(acceptance_class).by_history.Predict(FeaturesOf(0, place, history));
+}
+
+double AcceptanceScore::ExpectBlindly(AcceptanceClass acceptance_class, int place,
+                                      double history) const {
+  return of(acceptance_class).blindly.Predict(FeaturesOf(0, place, history));
 }
 
 double AcceptanceScore::ValueOfOption(AcceptanceClass acceptance_class, double survival,
@@ -112,16 +117,20 @@ std::vector<double> AcceptanceScore::Recent(AcceptanceClass acceptance_class) co
 }
 
 void AcceptanceScore::Observe(AcceptanceClass acceptance_class, int place, const DraftSigns& signs,
-                              bool accepted, int64_t num_together) {
+                              bool accepted, int64_t num_together, bool chosen) {
   Class& of = classes_[static_cast<size_t>(acceptance_class)];
   of.accepted = kMeanMemory * of.accepted + (accepted ? 1 : 0);
   of.total = kMeanMemory * of.total + 1;
   ++of.num_observed;
-  of.by_margin.Observe(FeaturesOf(std::log1p(signs.margin), place, signs.history), accepted,
-                       num_together);
   of.by_history.Observe(FeaturesOf(0, place, signs.history), accepted, num_together);
-  if (!signs.head) return;
-  of.by_head.Observe(FeaturesOf(*signs.head, place, signs.history), accepted, num_together);
+  if (!chosen) of.blindly.Observe(FeaturesOf(0, place, signs.history), accepted, num_together);
+  if (signs.margin) {
+    of.by_margin.Observe(FeaturesOf(std::log1p(*signs.margin), place, signs.history), accepted,
+                         num_together);
+  }
+  if (signs.head) {
+    of.by_head.Observe(FeaturesOf(*signs.head, place, signs.history), accepted, num_together);
+  }
 }
 
 void AcceptanceScore::Saw(AcceptanceClass acceptance_class, double predicted) {

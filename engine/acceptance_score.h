@@ -31,8 +31,9 @@ class SequenceHistory {
 
 // What is known of one draft.
 struct DraftSigns {
-  double margin = 0;           // of the two largest logits that it is drawn from, over temperature
-  std::optional<double> head;  // logit of its acceptance by the acceptance head, if there is one
+  // Of the two largest logits that it is drawn from, over temperature; if its pass showed it.
+  std::optional<double> margin;
+  std::optional<double> head;  // logit of its acceptance by the acceptance head; likewise
   double history = 0;          // SequenceHistory's, before this round
 };
 
@@ -59,21 +60,16 @@ class OnlineLogistic {
   std::array<Features, kFeatures> hessian_ = {};
 };
 
-// By the head where there is one and the policy follows it (specdecpp, throughput), else by the
-// margin; besides by place and history. One fit for each class.
+// By the head or by the margin; besides by place and history. One fit of each for each class.
 class AcceptanceScore {
  public:
-  explicit AcceptanceScore(bool has_head);
-
-  // The policy's predictions are the head's, which was trained and need not be learnt first.
-  bool FollowsHead(DraftPolicy policy) const {
-    return has_head_ && (policy == DraftPolicy::kSpecDecPP || policy == DraftPolicy::kThroughput);
-  }
-
-  double Predict(DraftPolicy policy, AcceptanceClass acceptance_class, int place,
+  // As Expect does where that sign is not there.
+  double Predict(bool by_head, AcceptanceClass acceptance_class, int place,
                  const DraftSigns& signs) const;
-  // Of a draft whose distribution is not known yet.
+  // Of a draft whose distribution is not known.
   double Expect(AcceptanceClass acceptance_class, int place, double history) const;
+  // The same in a round that nothing stops: what signs choose is accepted more often.
+  double ExpectBlindly(AcceptanceClass acceptance_class, int place, double history) const;
   // What one more draft is worth if it is verified only where that pays: the mean over recent
   // drafts' predictions p of max(survival p - row_cost, 0).
   double ValueOfOption(AcceptanceClass acceptance_class, double survival, double row_cost) const;
@@ -81,9 +77,10 @@ class AcceptanceScore {
   // Those predictions themselves; few as long as little is known.
   std::vector<double> Recent(AcceptanceClass acceptance_class) const;
 
-  // A verified draft, all before it accepted; one of num_together of a step.
+  // A verified draft, all before it accepted; one of num_together of a step. chosen: by signs of
+  // its round.
   void Observe(AcceptanceClass acceptance_class, int place, const DraftSigns& signs, bool accepted,
-               int64_t num_together = 1);
+               int64_t num_together = 1, bool chosen = true);
   // A draft that was drawn, verified or not.
   void Saw(AcceptanceClass acceptance_class, double predicted);
   int64_t num_observed(AcceptanceClass acceptance_class) const;
@@ -97,6 +94,7 @@ class AcceptanceScore {
     // the sequence's own history says besides was not.
     OnlineLogistic by_head{{0, 1, 0, 0}, {100, 100, 100, 20}};
     OnlineLogistic by_history{{0.5, 0, 0, 0.5}, {4, 4, 4, 4}};
+    OnlineLogistic blindly{{0.5, 0, 0, 0.5}, {4, 4, 4, 4}};
     double accepted = 1, total = 2;
     int64_t num_observed = 0;
     std::array<float, kRecent> recent{};
@@ -106,7 +104,6 @@ class AcceptanceScore {
     return classes_[static_cast<size_t>(acceptance_class)];
   }
 
-  bool has_head_;
   std::array<Class, kNumAcceptanceClasses> classes_;
 };
 

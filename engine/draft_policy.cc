@@ -71,7 +71,7 @@ int SpeculationCosts::BinOf(int64_t num_rows) {
   return std::min(kExact + static_cast<int>(eighths), kNumBins - 1);
 }
 
-void SpeculationCosts::Observe(Step step) {
+double SpeculationCosts::Observe(Step step) {
   seconds_at_.clear();
   Bin& bin = bins_[BinOf(step.num_rows)];
   step.verify_seconds /= pace_;
@@ -87,25 +87,23 @@ void SpeculationCosts::Observe(Step step) {
                                     ? step.verify_seconds
                                     : std::min(step.verify_seconds, kHeldUp * bin.seconds);
   const auto passes = static_cast<double>(step.num_passes);
+  Passes& passes_of_way = passes_of_[static_cast<size_t>(step.way)];
   const double draft_seconds =
-      passes_ < 4 ? step.draft_seconds
-                  : std::min(step.draft_seconds,
-                             kHeldUp * SecondsOfPasses(std::max<int64_t>(step.num_passes, 1)));
+      passes_of_way.passes < 4
+          ? step.draft_seconds
+          : std::min(step.draft_seconds,
+                     kHeldUp * passes_of_way.Seconds(std::max<int64_t>(step.num_passes, 1)));
   const auto rows = static_cast<double>(step.num_rows);
   for (double* sum :
-       {&tokens_, &seconds_, &drafted_, &passes_, &passes_squared_, &draft_seconds_,
-        &passes_seconds_, &steps_, &rows_, &rows_squared_, &verify_seconds_, &rows_seconds_}) {
+       {&tokens_, &seconds_, &steps_, &rows_, &rows_squared_, &verify_seconds_, &rows_seconds_}) {
     *sum *= kRateMemory;
   }
   ++num_steps_;
   tokens_ += static_cast<double>(step.num_tokens);
   seconds_ += draft_seconds + verify_seconds;
   if (step.num_passes > 0) {
-    drafted_ += 1;
-    passes_ += passes;
-    passes_squared_ += passes * passes;
-    draft_seconds_ += draft_seconds;
-    passes_seconds_ += passes * draft_seconds;
+    all_passes_.Observe(passes, draft_seconds);
+    passes_of_way.Observe(passes, draft_seconds);
   }
   steps_ += 1;
   rows_ += rows;
@@ -113,21 +111,35 @@ void SpeculationCosts::Observe(Step step) {
   verify_seconds_ += verify_seconds;
   rows_seconds_ += rows * verify_seconds;
   bin.Observe(rows, step.verify_seconds);
+  return draft_seconds + verify_seconds;
+}
+
+void SpeculationCosts::Passes::Observe(double of_passes, double of_seconds) {
+  for (double* sum : {&steps, &passes, &squares, &seconds, &products}) *sum *= kRateMemory;
+  steps += 1;
+  passes += of_passes;
+  squares += of_passes * of_passes;
+  seconds += of_seconds;
+  products += of_passes * of_seconds;
 }
 
 // The slope of a line through the steps, drawn towards the mean of all passes: where steps have
 // much the same number, they tell nothing else.
-double SpeculationCosts::SecondsOfFurtherPass() const {
-  const double mean = draft_seconds_ / passes_;
-  const double variance = passes_squared_ - passes_ * passes_ / drafted_;
-  const double covariance = passes_seconds_ - passes_ * draft_seconds_ / drafted_;
+double SpeculationCosts::Passes::SecondsOfFurther() const {
+  const double mean = seconds / passes;
+  const double variance = squares - passes * passes / steps;
+  const double covariance = products - passes * seconds / steps;
   return std::clamp((covariance + kPriorOfPasses * mean) / (variance + kPriorOfPasses), 0.0, mean);
 }
 
-double SpeculationCosts::SecondsOfPasses(int64_t count) const {
+double SpeculationCosts::Passes::Seconds(int64_t count) const {
   if (count == 0) return 0;
-  const double further = SecondsOfFurtherPass();
-  return draft_seconds_ / drafted_ + (static_cast<double>(count) - passes_ / drafted_) * further;
+  return seconds / steps + (static_cast<double>(count) - passes / steps) * SecondsOfFurther();
+}
+
+double SpeculationCosts::SecondsOfPasses(int64_t count, RoundWay way) const {
+  const Passes& passes = passes_of_[static_cast<size_t>(way)];
+  return (passes.steps >= kMinSteps ? passes : all_passes_).Seconds(count);
 }
 
 // The least of the first few, then what about half of the steps take no longer than: a mean of few
@@ -178,7 +190,7 @@ double SpeculationCosts::SecondsOfRows(int64_t num_rows, int64_t added) const {
   return std::max(SecondsAt(num_rows + added) - SecondsAt(num_rows), 0.0);
 }
 
-int CostsByLoad::LoadOf(int64_t num_sequences) {
+int LoadOf(int64_t num_sequences) {
   const auto doublings =
       std::bit_width(static_cast<uint64_t>(std::max<int64_t>(num_sequences, 1)) - 1);
   return std::min(static_cast<int>(doublings), kNumLoads - 1);
@@ -219,8 +231,8 @@ void DraftDecider::DecideByThroughput(const Load& load, bool passes_are_free,
 bool DraftDecider::Replan(const Load& load, AcceptanceClass acceptance_class, Plan& plan) {
   const std::vector<double> recent = load.score.Recent(acceptance_class);
   if (recent.size() < kMinRecent) return false;
-  const double first_pass = load.costs.SecondsOfPasses(1);
-  RoundCosts costs = {.first_pass = first_pass, .pass = load.costs.SecondsOfPasses(2) - first_pass};
+  const double first_pass = load.SecondsOfPasses(1);
+  RoundCosts costs = {.first_pass = first_pass, .pass = load.SecondsOfPasses(2) - first_pass};
   double most_seconds = 0;  // a step with more rows takes no less
   for (int drafts = 0; drafts <= load.most_drafts; ++drafts) {
     most_seconds = std::max(most_seconds, load.costs.SecondsAt(1 + drafts));
@@ -308,8 +320,7 @@ void DraftDecider::Keep(const Load& load, double rate, std::vector<DraftCandidat
       gain.tokens += gain.next;
       gain.next *= gain.candidate->acceptance;
     }
-    const double pass_cost =
-        rate * (load.costs.SecondsOfPasses(1 + passes) - load.costs.SecondsOfPasses(1));
+    const double pass_cost = rate * (load.SecondsOfPasses(1 + passes) - load.SecondsOfPasses(1));
     const Choice choice = Choose(load, rate, load.num_rows - num_open, drafts, pass_cost);
     if (choice.value > best.value) best = choice;
   }
@@ -322,8 +333,7 @@ DraftDecider::Choice DraftDecider::ChooseToGoOn(const Load& load, double rate, i
                                                 int64_t num_passes, bool passes_are_free) {
   const auto pass_cost = [&](int64_t passes) {
     if (passes_are_free) return 0.0;
-    return rate * (load.costs.SecondsOfPasses(num_passes + passes) -
-                   load.costs.SecondsOfPasses(num_passes));
+    return rate * (load.SecondsOfPasses(num_passes + passes) - load.SecondsOfPasses(num_passes));
   };
   Choice best;
   for (int64_t drafts = 1; drafts <= kLookAhead; ++drafts) {

@@ -15,6 +15,7 @@
 #include "engine/acceptance_score.h"
 #include "engine/batch.h"
 #include "engine/round_values.h"
+#include "engine/round_ways.h"
 
 namespace godwit {
 
@@ -34,14 +35,18 @@ class SpeculationCosts {
     int64_t num_rows = 0;  // of the target
     double verify_seconds = 0;
     int64_t num_tokens = 0;  // gained
+    RoundWay way = RoundWay::kMargins;
   };
-  void Observe(Step step);
+  // The step's seconds, as they count: at the pace of those that SecondsAt and SecondsOfPasses are
+  // of, and no more than they allow for.
+  double Observe(Step step);
 
-  bool known() const { return num_steps_ >= kMinKnown && passes_ > 0; }
+  bool known() const { return num_steps_ >= kMinKnown && all_passes_.passes > 0; }
   double tokens_per_second() const { return tokens_ / seconds_; }
   // Of a round's passes. The first one reads what the target drew, and finds the caches of the
-  // processor full of the target: it may take twice as long as the next.
-  double SecondsOfPasses(int64_t count) const;
+  // processor full of the target: it may take twice as long as the next. One that shows what it
+  // drew takes longer; while none of that way ran, as all of them.
+  double SecondsOfPasses(int64_t count, RoundWay way = RoundWay::kMargins) const;
   // Of a step of the target. Its time jumps where a product takes another tile, so it is kept by
   // number of rows; between two numbers that were seen, and beyond them, by a line. 0: unknown.
   // Found once between two steps, so that a decision may ask for many numbers.
@@ -58,10 +63,16 @@ class SpeculationCosts {
     int64_t num_steps = 0;
     void Observe(double of_rows, double of_seconds);
   };
+  // A line through the passes of steps that had some: sums that fade.
+  struct Passes {
+    double steps = 0, passes = 0, squares = 0, seconds = 0, products = 0;
+    void Observe(double of_passes, double of_seconds);
+    double SecondsOfFurther() const;
+    double Seconds(int64_t count) const;
+  };
   static int BinOf(int64_t num_rows);
   double FindSecondsAt(int64_t num_rows) const;
   double SlopeOfRows() const;
-  double SecondsOfFurtherPass() const;
 
   Bin bins_[kNumBins];
   mutable std::vector<double> seconds_at_;  // by number of rows; less than 0: not found yet
@@ -70,23 +81,31 @@ class SpeculationCosts {
   // others use, or that runs hot, slows all steps down; numbers of rows that were last seen before
   // that are still to be compared with those seen since.
   double pace_ = 1;
-  // Sums that fade: of what steps gained, and of what the lines need: those through passes, of
-  // steps that had some, and through rows.
+  // Sums that fade: of what steps gained, and of what the lines need.
   double tokens_ = 0, seconds_ = 0;
-  double drafted_ = 0, passes_ = 0, passes_squared_ = 0, draft_seconds_ = 0, passes_seconds_ = 0;
+  Passes all_passes_, passes_of_[kNumRoundWays];
   double steps_ = 0, rows_ = 0, rows_squared_ = 0, verify_seconds_ = 0, rows_seconds_ = 0;
 };
 
 // By number of sequences, in doublings: what beats one sequence does not beat sixty-four.
-class CostsByLoad {
+inline constexpr int kNumLoads = 14;
+int LoadOf(int64_t num_sequences);
+template <typename T>
+class ByLoad {
  public:
-  SpeculationCosts& at(int64_t num_sequences) { return costs_[LoadOf(num_sequences)]; }
-  const SpeculationCosts& at(int64_t num_sequences) const { return costs_[LoadOf(num_sequences)]; }
+  ByLoad() : of_(kNumLoads) {}
+  // initial(num_sequences), of the most of a load.
+  template <typename Initial>
+  explicit ByLoad(const Initial& initial) {
+    for (int load = 0; load < kNumLoads; ++load) of_.push_back(initial(int64_t{1} << load));
+  }
+  T& at(int64_t num_sequences) { return of_[static_cast<size_t>(LoadOf(num_sequences))]; }
+  const T& at(int64_t num_sequences) const {
+    return of_[static_cast<size_t>(LoadOf(num_sequences))];
+  }
 
  private:
-  static constexpr int kNumLoads = 14;
-  static int LoadOf(int64_t num_sequences);
-  SpeculationCosts costs_[kNumLoads];
+  std::vector<T> of_;
 };
 
 // A row that has drafts in this step, or could have.
@@ -129,6 +148,9 @@ class DraftDecider {
     int most_drafts = kMaxDraftTokens;  // of a round
     int lag = 0;  // passes whose draft is not known when the next is decided on; 0: what the next
                   // pass draws can be dropped when it is known
+    RoundWay way = RoundWay::kMargins;
+
+    double SecondsOfPasses(int64_t count) const { return costs.SecondsOfPasses(count, way); }
   };
   void Decide(const Load& load, std::vector<DraftCandidate>& candidates);
 

@@ -30,7 +30,8 @@ constexpr int kOverrulePeriodOff = 256;  // without drafts: these have to read w
 constexpr int kOverruledRows = 8;        // of such a step, at most, on average
 constexpr double kReluctance = 0.02;     // to draft again after a step that did not pay
 constexpr double kMaxMargin = 1e4;
-constexpr int32_t kWarmPasses = 8;  // of a round, recorded at start: few rounds are longer
+constexpr int32_t kWarmPasses = 8;    // of a round, recorded at start: few rounds are longer
+constexpr int64_t kFewSequences = 8;  // by margins beside a head many seldom decide
 
 AcceptanceClass ClassOf(const RowOutput& output) {
   if (output.sampling->temperature == 0) return AcceptanceClass::kGreedy;
@@ -73,6 +74,15 @@ uint64_t PassKey(int32_t index, int64_t shown, int64_t num_tokens, int64_t num_r
     key = key << bits | static_cast<uint64_t>(count);
   }
   return key;
+}
+
+// What is found once more on each machine. One sequence alone gains by what its passes show; many
+// share passes, and a device that the host waits for loses a few percent of each.
+RoundWays::Gains PriorGains(int64_t num_sequences, bool replays, bool has_head) {
+  const double planned = num_sequences == 1 ? 0.96 : 1;
+  const double margins = num_sequences > 1 && replays ? 0.95 : 1;
+  const double head = replays ? margins : 1.03;
+  return {planned, margins, has_head ? head : 0};
 }
 
 // "" where there is none.
@@ -136,7 +146,10 @@ SpeculativeDecoder::SpeculativeDecoder(Backend& backend, Model& draft, CachePool
       drawn_(drawn),
       options_(options),
       slots_(static_cast<size_t>(options.num_slots + options.num_snapshots)),
-      score_(options.head != nullptr),
+      ways_([&](int64_t num_sequences) {
+        return RoundWays(PriorGains(num_sequences, backend.Info().replays, options.head != nullptr),
+                         num_sequences);
+      }),
       draws_(options.num_slots * options.max_drafts, draft.config().vocab_size) {}
 
 absl::StatusOr<std::unique_ptr<SpeculativeDecoder>> SpeculativeDecoder::Create(
@@ -244,19 +257,23 @@ void SpeculativeDecoder::ChooseReaders(std::span<BatchRow> rows, std::span<const
     slot.acceptance_class = ClassOf(row.outputs[0]);
     const double history = slot.history.logit();
     if (!can_draft || !fits) {
-      if (can_draft) waiting_.push_back({.row = &row, .slot = &slot, .history = history});
+      if (can_draft) {
+        waiting_.push_back(
+            {.row = &row, .slot = &slot, .most_drafts = row.max_draft_tokens, .history = history});
+      }
       row.draft_limit = slot.lost || !fits ? DraftStop::kLag : DraftStop::kContext;
       row.max_draft_tokens = 0;
       continue;
     }
     const int64_t position = slots[static_cast<size_t>(row.lease->slot())].position;
     GODWIT_CHECK(slot.position + num_unread == position + 1);
-    slot.policy = row.draft_policy;
+    slot.by_head = ByHead(row.draft_policy);
     slot.temperature = row.outputs[0].sampling->temperature;
     readers_.push_back({.row = &row,
                         .slot = &slot,
                         .token_ids = slot.unread,
                         .draft_row = 0,  // until they are counted
+                        .most_drafts = row.max_draft_tokens,
                         .is_prefill = num_unread > kWindow,
                         .history = history});
     tokens_left -= num_unread;
@@ -548,9 +565,13 @@ absl::Status SpeculativeDecoder::WarmUp(int num_runs) {
   for (int64_t sequences = 1, done = 0; done < options_.num_slots; sequences *= 4) {
     done = std::min(sequences, options_.num_slots);
     shown_ = Shown::kNothing;
-    RETURN_IF_ERROR(WarmUpPasses(done, false, num_runs));
-    shown_ = options_.head == nullptr ? Shown::kMargins : Shown::kHead;
     RETURN_IF_ERROR(WarmUpPasses(done, true, num_runs));
+    shown_ = Shown::kMargins;
+    if (options_.head == nullptr || done <= kFewSequences) {
+      RETURN_IF_ERROR(WarmUpPasses(done, true, num_runs));
+    }
+    shown_ = Shown::kHead;
+    if (options_.head != nullptr) RETURN_IF_ERROR(WarmUpPasses(done, true, num_runs));
   }
   return absl::OkStatus();
 }
@@ -585,7 +606,7 @@ DraftSigns SpeculativeDecoder::Signs(StepId step, const SlotDraft& slot, double 
 // to do, and all passes but the last few have been waited for by decisions.
 absl::Status SpeculativeDecoder::KeepSigns(StepId step, int mark) {
   const auto turn = static_cast<size_t>(step % kMaxStepsInFlight);
-  if (!learns_[turn] || num_passes_[turn] == 0) return absl::OkStatus();
+  if (!has_margins_[turn] || num_passes_[turn] == 0) return absl::OkStatus();
   RETURN_IF_ERROR(ToStatus(backend_->WaitMark(mark)));
   const float* const signs = signs_.as<const float>();
   kept_signs_[turn].assign(signs, signs + 2 * options_.num_slots * num_passes_[turn]);
@@ -601,7 +622,7 @@ bool SpeculativeDecoder::WarmsUp(std::span<BatchRow> rows, int64_t num_sequences
   const bool wanted = std::any_of(rows.begin(), rows.end(), [&](const BatchRow& row) {
     return HasDrafts(row) && row.draft_policy != DraftPolicy::kFixed &&
            ((row.draft_policy == DraftPolicy::kThroughput && !knows_costs) ||
-            (!score_.FollowsHead(row.draft_policy) &&
+            ((options_.head == nullptr || row.draft_policy == DraftPolicy::kMargin) &&
              score_.num_observed(ClassOf(row.outputs[0])) < kWarmUpObservations));
   });
   if (!wanted) return false;
@@ -623,7 +644,8 @@ DraftDecider::Load SpeculativeDecoder::Load(double reluctance) const {
           .num_rows = num_rows_,
           .reluctance = reluctance,
           .most_drafts = static_cast<int>(options_.max_drafts),
-          .lag = lag_};
+          .lag = lag_,
+          .way = way_};
 }
 
 // Of the draft at `place`, which is not drawn yet.
@@ -655,6 +677,55 @@ void SpeculativeDecoder::Stop(Reader& reader, int num_kept, int num_drawn) {
   num_rows_ -= num_drawn - num_kept;
 }
 
+void SpeculativeDecoder::DropWithoutDrafts() {
+  std::erase_if(readers_, [](const Reader& reader) {
+    return reader.draft_row >= 0 && reader.row->max_draft_tokens == 0;
+  });
+}
+
+// What the planner expects of the step, and in a planned one the drafts of the rows that ask for
+// throughput. Rows that wait count: in a few steps they have caught up.
+void SpeculativeDecoder::PlanRound() {
+  plan_rows_.clear();
+  int64_t num_rows = num_rows_, num_passes = 0;
+  for (const std::vector<Reader>* const list : {&readers_, &waiting_}) {
+    for (const Reader& reader : *list) {
+      if (list == &readers_ && reader.draft_row < 0) continue;
+      const int most = reader.most_drafts;
+      if (reader.row->draft_policy == DraftPolicy::kThroughput) {
+        plan_rows_.push_back({.acceptance_class = reader.slot->acceptance_class,
+                              .history = reader.history,
+                              .most_drafts = most});
+      } else {
+        num_rows += most;
+        num_passes = std::max<int64_t>(num_passes, most);
+      }
+    }
+  }
+  if (plan_rows_.empty()) return;
+  planner_.Plan({.costs = costs_.at(num_sequences_),
+                 .score = score_,
+                 .num_sequences = num_sequences_,
+                 .num_rows = num_rows,
+                 .num_passes = num_passes,
+                 .reluctance = was_off_ ? kReluctance : 0},
+                plan_rows_);
+  expected_rates_[step_ % kMaxStepsInFlight] = planner_.rate();
+  if (!plans_) return;
+  size_t index = 0;
+  bool drafts = false;
+  for (Reader& reader : readers_) {
+    if (reader.draft_row < 0 || reader.row->draft_policy != DraftPolicy::kThroughput) continue;
+    const RoundPlanner::Row& row = plan_rows_[index++];
+    drafts |= row.num_drafts > 0;
+    const bool one_more = overrules_ && random_() % num_sequences_ < kOverruledRows;
+    const int num_drafts = row.num_drafts + (one_more ? 1 : 0);
+    if (num_drafts < row.most_drafts) Stop(reader, num_drafts, num_drafts);
+  }
+  was_off_ = !drafts;
+  DropWithoutDrafts();
+}
+
 // Whether there is a first draft, of rows that ask for throughput; those without read nothing.
 void SpeculativeDecoder::DecideFirst() {
   candidates_.clear();
@@ -683,9 +754,7 @@ void SpeculativeDecoder::DecideFirst() {
     if (!candidate.goes_on) Stop(*candidate_readers_[index], 0, 0);
   }
   was_off_ = !goes_on;
-  std::erase_if(readers_, [](const Reader& reader) {
-    return reader.draft_row >= 0 && reader.row->max_draft_tokens == 0;
-  });
+  DropWithoutDrafts();
 }
 
 // After pass `index`: the row could have another draft, or one that is known now dropped.
@@ -718,10 +787,10 @@ DraftCandidate SpeculativeDecoder::WeighedCandidate(StepId step, Reader& reader,
   candidate.survival = reader.survival;
   for (int32_t draft = reader.num_weighed; draft < num_known; ++draft) {
     const DraftSigns signs = Signs(step, slot, reader.history, draft, num_known);
-    const double p = score_.Predict(slot.policy, slot.acceptance_class, draft, signs);
+    const double p = score_.Predict(slot.by_head, slot.acceptance_class, draft, signs);
     if (draft == index - lag_) score_.Saw(slot.acceptance_class, p);
     // specdecpp leaves out what its head has not judged, as published.
-    if (slot.policy != DraftPolicy::kSpecDecPP || signs.head) candidate.survival *= p;
+    if (candidate.policy != DraftPolicy::kSpecDecPP || signs.head) candidate.survival *= p;
     if (head_is_late && draft + 1 == num_known) break;  // it is weighed again
     reader.survival = candidate.survival;
     reader.num_weighed = draft + 1;
@@ -763,26 +832,51 @@ void SpeculativeDecoder::Decide(StepId step, int32_t index) {
   }
 }
 
-void SpeculativeDecoder::BeginStep(StepId step, std::span<const BatchRow> rows) {
+bool SpeculativeDecoder::ByHead(DraftPolicy policy) const {
+  return options_.head != nullptr &&
+         (policy == DraftPolicy::kSpecDecPP ||
+          (policy == DraftPolicy::kThroughput && way_ == RoundWay::kHead));
+}
+
+// By what this step decides, and what its passes have to show for that.
+void SpeculativeDecoder::BeginStep(StepId step, std::span<BatchRow> rows) {
   step_ = step;
-  adapts_ = false;
-  bool follows_head = false;
+  num_sequences_ = num_rows_ = std::count_if(
+      rows.begin(), rows.end(), [](const BatchRow& row) { return row.token_ids.empty(); });
+  bool by_throughput = false, by_signs = false;
   for (const BatchRow& row : rows) {
     if (!HasDrafts(row) || row.draft_policy == DraftPolicy::kFixed) continue;
-    adapts_ = true;
-    // What it says of shorter rounds comes after their last decision.
-    follows_head |= score_.FollowsHead(row.draft_policy) && row.max_draft_tokens > lag_;
+    (row.draft_policy == DraftPolicy::kThroughput ? by_throughput : by_signs) = true;
   }
-  follows_head |= options_.recorder != nullptr && options_.head != nullptr;
-  shown_ = follows_head                              ? Shown::kHead
-           : adapts_ || options_.recorder != nullptr ? Shown::kMargins
-                                                     : Shown::kNothing;
+  adapts_ = by_throughput || by_signs;
+  warms_up_ = adapts_ && WarmsUp(rows, num_sequences_);
+  // Signs that others need anyway cost nothing more.
+  chooses_ = by_throughput && !by_signs;
+  way_ = options_.head != nullptr ? RoundWay::kHead : RoundWay::kMargins;
+  if (chooses_ && warms_up_ && num_warm_ups_ % 2 == 0) way_ = RoundWay::kPlanned;
+  if (chooses_ && !warms_up_) way_ = ways_.at(num_sequences_).Next();
+  plans_ = way_ == RoundWay::kPlanned;
+  bool by_head = options_.recorder != nullptr && options_.head != nullptr;
+  for (const BatchRow& row : rows) {
+    // What it says of shorter rounds comes after their last decision.
+    by_head |= HasDrafts(row) && row.max_draft_tokens > lag_ && ByHead(row.draft_policy);
+  }
+  const bool shows_margins = adapts_ && !plans_;
+  shown_ = by_head                                         ? Shown::kHead
+           : shows_margins || options_.recorder != nullptr ? Shown::kMargins
+                                                           : Shown::kNothing;
   const auto turn = static_cast<size_t>(step % kMaxStepsInFlight);
   num_passes_[turn] = 0;
   kept_signs_[turn].clear();
   learns_[turn] = adapts_;
-  has_head_logits_[turn] = follows_head;
+  has_margins_[turn] = shows_margins;
+  chosen_[turn] = shows_margins && !warms_up_;
+  has_head_logits_[turn] = by_head;
   is_unusual_[turn] = false;
+  ways_of_steps_[turn] = plans_    ? RoundWay::kPlanned
+                         : by_head ? RoundWay::kHead
+                                   : RoundWay::kMargins;
+  expected_rates_[turn] = 0;
 }
 
 // What is known by now is waited for only where it decides something.
@@ -800,12 +894,11 @@ absl::Status SpeculativeDecoder::DecideAfter(StepId step, int32_t index) {
 absl::Status SpeculativeDecoder::Draft(StepId step, std::span<BatchRow> rows,
                                        std::span<const SlotState> slots) {
   BeginStep(step, rows);
-  num_sequences_ = num_rows_ = std::count_if(
-      rows.begin(), rows.end(), [](const BatchRow& row) { return row.token_ids.empty(); });
-  const bool decides = adapts_ && !WarmsUp(rows, num_sequences_);
+  const bool decides = adapts_ && !warms_up_;
   overrules_ = decides && random_() % (was_off_ ? kOverrulePeriodOff : kOverrulePeriod) == 0;
   ChooseReaders(rows, slots);
-  if (decides) DecideFirst();
+  if (decides && chooses_) PlanRound();
+  if (decides && !plans_) DecideFirst();
   OrderReaders();
   if (readers_.empty()) return absl::OkStatus();
   arena_->Begin(step);
@@ -819,7 +912,7 @@ absl::Status SpeculativeDecoder::Draft(StepId step, std::span<BatchRow> rows,
     num_rows_ += std::count_if(drafters_.begin(), drafters_.end(), [&](const Reader* reader) {
       return reader->row->max_draft_tokens > index;
     });
-    if (decides) RETURN_IF_ERROR(DecideAfter(step, index));
+    if (decides && !plans_) RETURN_IF_ERROR(DecideAfter(step, index));
     arrays_.Clear();
     for (const Reader& reader : readers_) {
       if (reader.draft_row >= 0 && reader.row->max_draft_tokens > index + 1) {
@@ -865,11 +958,15 @@ std::vector<float> SpeculativeDecoder::Judged(StepId step, SlotDraft& slot, int 
   // All of them with the history before this round.
   const double history = slot.history.logit();
   for (int place = 0; place < num_drafts; ++place) {
-    const DraftSigns signs = Signs(step, slot, history, place, num_passes);
+    DraftSigns signs = {.history = history};
+    if (has_margins_[step % kMaxStepsInFlight]) {
+      signs = Signs(step, slot, history, place, num_passes);
+    }
     predicted.push_back(
-        static_cast<float>(score_.Predict(slot.policy, slot.acceptance_class, place, signs)));
+        static_cast<float>(score_.Predict(slot.by_head, slot.acceptance_class, place, signs)));
     if (place > num_accepted) continue;
-    verdicts_.push_back({slot.acceptance_class, place, signs, place < num_accepted});
+    verdicts_.push_back({slot.acceptance_class, place, signs, place < num_accepted,
+                         chosen_[step % kMaxStepsInFlight]});
     slot.history.Observe(place < num_accepted);
   }
   return predicted;
@@ -878,16 +975,25 @@ std::vector<float> SpeculativeDecoder::Judged(StepId step, SlotDraft& slot, int 
 void SpeculativeDecoder::Learn() {
   for (const Verdict& verdict : verdicts_) {
     score_.Observe(verdict.acceptance_class, verdict.place, verdict.signs, verdict.accepted,
-                   std::ssize(verdicts_));
+                   std::ssize(verdicts_), verdict.chosen);
   }
   verdicts_.clear();
 }
 
 void SpeculativeDecoder::Measure(StepId step, int64_t num_sequences, SpeculationCosts::Step taken) {
   if (is_unusual_[step % kMaxStepsInFlight]) return;
-  taken.num_passes = num_passes_[step % kMaxStepsInFlight];
-  costs_.at(num_sequences).Observe(taken);
+  const auto turn = static_cast<size_t>(step % kMaxStepsInFlight);
+  taken.num_passes = num_passes_[turn];
+  taken.way = ways_of_steps_[turn];
+  const double seconds = costs_.at(num_sequences).Observe(taken);
+  if (expected_rates_[turn] == 0) return;
+  const auto sequences = static_cast<double>(num_sequences);
+  ways_.at(num_sequences)
+      .Observe(taken.way, static_cast<double>(taken.num_tokens) / sequences,
+               expected_rates_[turn] * seconds / sequences);
 }
+
+void SpeculativeDecoder::ForgetCosts() { costs_ = ByLoad<SpeculationCosts>(); }
 
 void SpeculativeDecoder::Fork(int32_t from_slot, int32_t to_slot) {
   slots_[static_cast<size_t>(to_slot)] = slots_[static_cast<size_t>(from_slot)];

@@ -26,7 +26,9 @@
 #include "engine/forward_plan.h"
 #include "engine/model.h"
 #include "engine/rope_store.h"
+#include "engine/round_planner.h"
 #include "engine/round_recorder.h"
+#include "engine/round_ways.h"
 #include "engine/sampler.h"
 #include "engine/state_image.h"
 #include "engine/step_arena.h"
@@ -87,7 +89,7 @@ class SpeculativeDecoder {
   // Where passes are recorded: runs those of decode rows that a load makes, of padding alone, as
   // often as that takes. Waits for each.
   absl::Status WarmUp(int num_runs);
-  void ForgetCosts() { costs_ = {}; }  // of steps that were like no later one
+  void ForgetCosts();  // of steps that were like no later one
 
   // What happens to a slot's state happens to what is known of it. Forget: it holds no token yet.
   void Forget(int32_t slot) { slots_[static_cast<size_t>(slot)] = {}; }
@@ -113,7 +115,7 @@ class SpeculativeDecoder {
         prompt;              // what it reads of one in the step, with what it had not read before
     int32_t draft_row = -1;  // in the last step that it had drafts in
     AcceptanceClass acceptance_class = AcceptanceClass::kGreedy;
-    DraftPolicy policy = DraftPolicy::kFixed;
+    bool by_head = false;  // its drafts were judged
     float temperature = 0;
     SequenceHistory history;
   };
@@ -123,6 +125,7 @@ class SpeculativeDecoder {
     SlotDraft* slot = nullptr;
     std::span<const int32_t> token_ids;
     int32_t draft_row = -1;
+    int32_t most_drafts = 0;  // that were asked for
     bool is_prefill = false;
     double history = 0;  // SequenceHistory::logit
     // P(its first num_weighed drafts are accepted), of which all is known that will be.
@@ -147,7 +150,8 @@ class SpeculativeDecoder {
   SpeculativeDecoder(Backend& backend, Model& draft, CachePool& pool, const TensorView& counts,
                      const TensorView& drawn, const SpeculativeDecoderOptions& options);
   absl::Status MakeRope();
-  void BeginStep(StepId step, std::span<const BatchRow> rows);
+  void BeginStep(StepId step, std::span<BatchRow> rows);
+  bool ByHead(DraftPolicy policy) const;
   void ChooseReaders(std::span<BatchRow> rows, std::span<const SlotState> slots);
   bool ReadsPrompt(const BatchRow& row, const SlotDraft& slot, int64_t tokens_left) const;
   bool CanDraft(const BatchRow& row, const SlotDraft& slot) const;
@@ -156,7 +160,9 @@ class SpeculativeDecoder {
   DraftDecider::Load Load(double reluctance) const;
   DraftCandidate Candidate(const Reader& reader, int32_t place) const;
   DraftCandidate WeighedCandidate(StepId step, Reader& reader, int32_t index);
+  void PlanRound();
   void DecideFirst();
+  void DropWithoutDrafts();
   bool IsUndecided(const Reader& reader, int32_t index) const;
   bool DecidesBy(int32_t index) const;
   void Decide(StepId step, int32_t index);
@@ -215,28 +221,37 @@ class SpeculativeDecoder {
     AcceptanceClass acceptance_class;
     int place;
     DraftSigns signs;
-    bool accepted;
+    bool accepted, chosen;
   };
   std::vector<Verdict> verdicts_;  // to learn from
-  CostsByLoad costs_;
+  ByLoad<SpeculationCosts> costs_;
+  ByLoad<RoundWays> ways_;
   DraftDecider decider_;
+  RoundPlanner planner_;
   int64_t num_passes_[kMaxStepsInFlight] = {};  // with drafts, of a step
-  bool learns_[kMaxStepsInFlight] = {};         // a step's margins are looked at
+  bool learns_[kMaxStepsInFlight] = {};         // from what became of a step's drafts
+  bool has_margins_[kMaxStepsInFlight] = {}, chosen_[kMaxStepsInFlight] = {};  // by them
   bool is_unusual_[kMaxStepsInFlight] =
       {};  // a pass of the step: not replayed yet, or a pause read
   bool has_head_logits_[kMaxStepsInFlight] = {};
   int64_t num_warm_ups_ = 0;
-  std::minstd_rand random_;                   // which stops are overruled
-  bool was_off_ = false;                      // the last step that could choose drew no draft
-  bool overrules_ = false;                    // the step being run
-  int64_t num_sequences_ = 0, num_rows_ = 0;  // of the target, so far
-  bool adapts_ = false;  // some row's policy is another than kFixed, in the step being run
+  std::minstd_rand random_;            // which stops are overruled
+  bool was_off_ = false;               // the last step that could choose drew no draft
+  RoundWay way_ = RoundWay::kMargins;  // of rows that ask for throughput, in the step
+  RoundWay ways_of_steps_[kMaxStepsInFlight] = {};
+  double expected_rates_[kMaxStepsInFlight] = {};  // tokens/s, by the planner; 0: it was not asked
+  bool overrules_ = false;                         // the step being run
+  int64_t num_sequences_ = 0, num_rows_ = 0;       // of the target, so far
+  // Of the step being run: some row's policy is another than kFixed; its drafts are planned; they
+  // are measurements; rows that ask for throughput may choose the way.
+  bool adapts_ = false, plans_ = false, warms_up_ = false, chooses_ = false;
   // What its passes show of their draws.
   enum class Shown { kNothing, kMargins, kHead };
   Shown shown_ = Shown::kNothing;
   StepId step_ = 0;
 
   // Of the step being run.
+  std::vector<RoundPlanner::Row> plan_rows_;
   std::vector<DraftCandidate> candidates_;
   std::vector<Reader*> candidate_readers_;
   std::vector<Reader> readers_;

@@ -43,7 +43,7 @@ constexpr size_t kHopperSharedBytes = 227 << 10;  // of a block: what kernels of
 // itself.
 constexpr int64_t kMarginBytes = int64_t{768} << 20;
 constexpr size_t kMaxRecordings =
-    1024;  // beyond it all are dropped: keys are few, or the caller's are not keys
+    2048;  // beyond it all are dropped: keys are few, or the caller's are not keys
 
 // The ops of one key. They run once as they come, so that every lazy step of CUDA and cuBLASLt is
 // taken and scratch has its size, are captured the second time, and replayed from then on.

@@ -11,7 +11,7 @@ namespace {
 double Sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
 TEST(AcceptanceScoreTest, LearnsFromMarginPlaceAndHistory) {
-  AcceptanceScore score(false);
+  AcceptanceScore score;
   std::mt19937 random(1);
   std::uniform_real_distribution<double> uniform;
   const auto truth = [](int place, double margin, double history) {
@@ -31,7 +31,7 @@ TEST(AcceptanceScoreTest, LearnsFromMarginPlaceAndHistory) {
   for (int place = 0; place < 4; ++place) {
     for (const double margin : {0.1, 0.5, 1.0, 3.0, 6.0}) {
       for (const double history : {-0.8, 0.0, 0.8}) {
-        EXPECT_NEAR(score.Predict(DraftPolicy::kMargin, AcceptanceClass::kStandard, place,
+        EXPECT_NEAR(score.Predict(false, AcceptanceClass::kStandard, place,
                                   {.margin = margin, .history = history}),
                     truth(place, margin, history), 0.1)
             << place << " " << margin << " " << history;
@@ -47,29 +47,27 @@ TEST(AcceptanceScoreTest, LearnsFromMarginPlaceAndHistory) {
 // Drafts of one margin, one place and one history for long: nothing else is forgotten into
 // nonsense.
 TEST(AcceptanceScoreTest, SteadyInputDoesNotBlowUp) {
-  AcceptanceScore score(false);
+  AcceptanceScore score;
   std::mt19937 random(3);
   for (int i = 0; i < 50'000; ++i) {
     score.Observe(AcceptanceClass::kGreedy, 0, {.margin = 1, .history = 0.2}, random() % 10 < 8);
   }
-  EXPECT_NEAR(score.Predict(DraftPolicy::kMargin, AcceptanceClass::kGreedy, 0,
-                            {.margin = 1, .history = 0.2}),
-              0.8, 0.06);
-  const double other = score.Predict(DraftPolicy::kMargin, AcceptanceClass::kGreedy, 3,
-                                     {.margin = 0.01, .history = -0.5});
+  EXPECT_NEAR(score.Predict(false, AcceptanceClass::kGreedy, 0, {.margin = 1, .history = 0.2}), 0.8,
+              0.06);
+  const double other =
+      score.Predict(false, AcceptanceClass::kGreedy, 3, {.margin = 0.01, .history = -0.5});
   EXPECT_GT(other, 0.1);
   EXPECT_LT(other, 0.95);
 }
 
 // A head that is too sure of itself: what it means is learnt from what became of the drafts.
-TEST(AcceptanceScoreTest, FollowsAHeadWhereThePolicyDoesAndCorrectsIt) {
-  AcceptanceScore score(true);
+TEST(AcceptanceScoreTest, FollowsAHeadWhereItIsAskedToAndCorrectsIt) {
+  AcceptanceScore score;
   std::mt19937 random(2);
   std::uniform_real_distribution<double> uniform;
   const DraftSigns unsure = {.margin = 5, .head = 0.5};
   const DraftSigns unknown = {.margin = 5};
-  EXPECT_NEAR(score.Predict(DraftPolicy::kSpecDecPP, AcceptanceClass::kGreedy, 0, unsure),
-              Sigmoid(0.5), 1e-9)
+  EXPECT_NEAR(score.Predict(true, AcceptanceClass::kGreedy, 0, unsure), Sigmoid(0.5), 1e-9)
       << "as it says, before anything is known";
   for (int i = 0; i < 5000; ++i) {
     const double logit = 4 * (2 * uniform(random) - 1);
@@ -77,12 +75,11 @@ TEST(AcceptanceScoreTest, FollowsAHeadWhereThePolicyDoesAndCorrectsIt) {
     score.Observe(AcceptanceClass::kGreedy, 0, {.margin = 5, .head = logit}, accepts);
   }
   const double corrected = Sigmoid(1.25);
-  for (const DraftPolicy policy : {DraftPolicy::kSpecDecPP, DraftPolicy::kThroughput}) {
-    EXPECT_NEAR(score.Predict(policy, AcceptanceClass::kGreedy, 0, unsure), corrected, 0.08);
-    EXPECT_EQ(score.Predict(policy, AcceptanceClass::kGreedy, 0, unknown),
-              score.Expect(AcceptanceClass::kGreedy, 0, 0));
-  }
-  EXPECT_NEAR(score.Predict(DraftPolicy::kMargin, AcceptanceClass::kGreedy, 0, unsure),
+  EXPECT_NEAR(score.Predict(true, AcceptanceClass::kGreedy, 0, unsure), corrected, 0.08);
+  const double expected = score.Expect(AcceptanceClass::kGreedy, 0, 0);
+  EXPECT_EQ(score.Predict(true, AcceptanceClass::kGreedy, 0, unknown), expected);
+  EXPECT_EQ(score.Predict(false, AcceptanceClass::kGreedy, 0, {}), expected);
+  EXPECT_NEAR(score.Predict(false, AcceptanceClass::kGreedy, 0, unsure),
               score.Mean(AcceptanceClass::kGreedy), 0.1)
       << "the margin says nothing here";
 }
@@ -91,14 +88,14 @@ TEST(AcceptanceScoreTest, FollowsAHeadWhereThePolicyDoesAndCorrectsIt) {
 // drafts.
 TEST(AcceptanceScoreTest, OneRoundHardlyMovesAHead) {
   for (const bool accepted : {false, true}) {
-    AcceptanceScore score(true);
+    AcceptanceScore score;
     for (int place = 0; place < (accepted ? kMaxDraftTokens : 1); ++place) {
       score.Observe(AcceptanceClass::kStandard, place, {.margin = 1, .head = 0.5}, accepted);
     }
     for (int place = 0; place < kMaxDraftTokens; ++place) {
-      EXPECT_NEAR(score.Predict(DraftPolicy::kThroughput, AcceptanceClass::kStandard, place,
-                                {.margin = 1, .head = 0.5}),
-                  Sigmoid(0.5), accepted ? 0.08 : 0.01)
+      EXPECT_NEAR(
+          score.Predict(true, AcceptanceClass::kStandard, place, {.margin = 1, .head = 0.5}),
+          Sigmoid(0.5), accepted ? 0.08 : 0.01)
           << accepted << " " << place;
     }
   }
@@ -107,7 +104,7 @@ TEST(AcceptanceScoreTest, OneRoundHardlyMovesAHead) {
 // Drafts as likely to be accepted as the head says: what is learnt from them does not make it
 // worse than it was, by more than a thousandth in any few of them.
 TEST(AcceptanceScoreTest, ACalibratedHeadStaysOne) {
-  AcceptanceScore score(true);
+  AcceptanceScore score;
   std::mt19937 random(7);
   std::uniform_real_distribution<double> uniform;
   SequenceHistory history;
@@ -116,8 +113,7 @@ TEST(AcceptanceScoreTest, ACalibratedHeadStaysOne) {
   for (int i = 0; i < kObservations; ++i) {
     const DraftSigns signs = {.head = 3 * uniform(random) - 1, .history = history.logit()};
     const double p = Sigmoid(*signs.head);
-    const double q =
-        score.Predict(DraftPolicy::kThroughput, AcceptanceClass::kStandard, i % 3, signs);
+    const double q = score.Predict(true, AcceptanceClass::kStandard, i % 3, signs);
     lost += p * std::log(p / q) + (1 - p) * std::log((1 - p) / (1 - q));
     const bool accepted = uniform(random) < p;
     score.Observe(AcceptanceClass::kStandard, i % 3, signs, accepted);

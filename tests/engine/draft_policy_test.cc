@@ -113,7 +113,7 @@ TEST(SpeculationCostsTest, TheRateToBeatIsNoLessThanWithoutDrafts) {
 }
 
 TEST(CostsByLoadTest, LoadsAreApart) {
-  CostsByLoad costs;
+  ByLoad<SpeculationCosts> costs;
   for (int step = 0; step < 100; ++step) {
     costs.at(1).Observe({1, 0.1, 2, 1.0, 2});
     costs.at(64).Observe({1, 0.1, 128, 5.0, 80});
@@ -126,7 +126,7 @@ TEST(CostsByLoadTest, LoadsAreApart) {
 // A pass takes 0.3 s, a row 0.1 s; a token a second.
 class DraftDeciderTest : public testing::Test {
  protected:
-  DraftDeciderTest() : score_(false) {
+  DraftDeciderTest() {
     for (int step = 0; step < 4000; ++step) {
       const int extra = step % 5;
       costs_.Observe({1, 0.3, 2 + extra, 1.1 + 0.1 * extra, 1 + (step % 20 < 12)});
@@ -219,7 +219,7 @@ double SimulatedRate(int fixed, int lag, double pass, double row) {
   std::mt19937 random(5);
   std::uniform_real_distribution<double> uniform;
   SpeculationCosts costs;
-  AcceptanceScore score(false);
+  AcceptanceScore score;
   DraftDecider decider;
   double tokens = 0, seconds = 0;
   for (int round = 0; round < kRounds; ++round) {

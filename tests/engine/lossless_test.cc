@@ -88,10 +88,11 @@ class LosslessEngineTest : public testing::TestWithParam<TinyFamily> {
             {DraftPolicy::kFixed, DraftPolicy::kMargin, DraftPolicy::kThroughput,
              DraftPolicy::kSpecDecPP}};
   }
-  // What a policy sees is the margin, where there is no head.
-  Runs FixedAndThroughput(bool shows_draws) const {
+  // What a policy sees is the margin, where there is no head; beside rows that need it throughput
+  // looks at it too.
+  Runs ThroughputByMargins(bool shows_draws) const {
     return {{.target = GetParam(), .shows_draws = shows_draws},
-            {DraftPolicy::kFixed, DraftPolicy::kThroughput}};
+            {DraftPolicy::kFixed, DraftPolicy::kMargin, DraftPolicy::kThroughput}};
   }
 };
 
@@ -115,11 +116,18 @@ TEST_P(LosslessEngineTest, PlantedMistakesAreFound) {
 // A draft may be dropped for the distribution that it was drawn from, not for what was drawn.
 // Either way about two in three of those that throughput chooses are dropped.
 TEST_P(LosslessEngineTest, APolicyThatSeesWhatWasDrawnIsFound) {
-  constexpr uint64_t kRuns = 200;
-  Runs right = FixedAndThroughput(false);
+  constexpr uint64_t kRuns = 500;
+  Runs right = ThroughputByMargins(false);
   EXPECT_GT(right.PValue(1, kRuns), kAlpha);
   right.ExpectMixedDrafts();
-  EXPECT_LT(FixedAndThroughput(true).PValue(1, kRuns), kAlpha);
+  EXPECT_LT(ThroughputByMargins(true).PValue(1, kRuns), kAlpha);
+}
+
+// Alone it also plans rounds before they begin, by what became of earlier ones.
+TEST_P(LosslessEngineTest, ThroughputAloneIsLossless) {
+  Runs runs({.target = GetParam(), .with_head = true},
+            {DraftPolicy::kFixed, DraftPolicy::kThroughput});
+  EXPECT_GT(runs.PValue(1, 500), kAlpha);
 }
 
 INSTANTIATE_TEST_SUITE_P(Targets, LosslessEngineTest,
