@@ -114,6 +114,11 @@ double SpeculationCosts::Observe(Step step) {
   return draft_seconds + verify_seconds;
 }
 
+void SpeculationCosts::BeginWith(const SpeculationCosts& others) {
+  *this = others;
+  tokens_ = seconds_ = 0;
+}
+
 void SpeculationCosts::Passes::Observe(double of_passes, double of_seconds) {
   for (double* sum : {&steps, &passes, &squares, &seconds, &products}) *sum *= kRateMemory;
   steps += 1;

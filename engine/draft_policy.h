@@ -41,8 +41,12 @@ class SpeculationCosts {
   // of, and no more than they allow for.
   double Observe(Step step);
 
+  // Where no step ran with as many sequences, what others know is better than nothing: times by
+  // rows and passes are about the same, tokens are not.
+  void BeginWith(const SpeculationCosts& others);
+
   bool known() const { return num_steps_ >= kMinKnown && all_passes_.passes > 0; }
-  double tokens_per_second() const { return tokens_ / seconds_; }
+  double tokens_per_second() const { return seconds_ > 0 ? tokens_ / seconds_ : 0; }
   // Of a round's passes. The first one reads what the target drew, and finds the caches of the
   // processor full of the target: it may take twice as long as the next. One that shows what it
   // drew takes longer; while none of that way ran, as all of them.

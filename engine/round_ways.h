@@ -20,7 +20,8 @@ inline constexpr int kNumRoundWays = 3;
 // Of rounds of about as many sequences. A way is judged by its tokens over those that the planner
 // expected in the time it took, so that a text that is easy to draft favours none. Taken is the way
 // whose gain is highest with what its few rounds leave open on top (UCB1's idea, with the measured
-// spread): one that has not been taken for long is tried again, sooner the closer it was.
+// spread). The spread says nothing of what was wrong in all of its rounds, because it was new: so
+// each is tried again after a while, then after twice as long, and counts more than it did.
 class RoundWays {
  public:
   using Gains = std::array<double, kNumRoundWays>;
@@ -38,14 +39,17 @@ class RoundWays {
 
  private:
   static constexpr int kRun = 8;  // steps in one way before another is considered
+  static constexpr int kFirstPause = 128, kLongestPause = 4096;
   // Sums that fade.
   struct Way {
     double steps = 0, tokens = 0, expected = 0;
-    double deviation = 0;  // squares of tokens beyond gain * expected
+    double deviation = 0;                          // squares of tokens beyond gain * expected
+    int pause = kFirstPause, until = kFirstPause;  // steps: between two trials, to the next one
     double gain() const { return expected > 0 ? tokens / expected : 0; }
     double most_gain() const;
     void Fade(double memory);
   };
+  RoundWay Best() const;
 
   std::array<Way, kNumRoundWays> ways_;
   RoundWay current_ = RoundWay::kPlanned;

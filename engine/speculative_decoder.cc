@@ -80,8 +80,8 @@ uint64_t PassKey(int32_t index, int64_t shown, int64_t num_tokens, int64_t num_r
 // share passes, and a device that the host waits for loses a few percent of each.
 RoundWays::Gains PriorGains(int64_t num_sequences, bool replays, bool has_head) {
   const double planned = num_sequences == 1 ? 0.96 : 1;
-  const double margins = num_sequences > 1 && replays ? 0.95 : 1;
-  const double head = replays ? margins : 1.03;
+  const double margins = num_sequences > 1 && replays ? 0.9 : 1;
+  const double head = replays ? margins - 0.02 : 1.03;
   return {planned, margins, has_head ? head : 0};
 }
 
@@ -838,6 +838,21 @@ bool SpeculativeDecoder::ByHead(DraftPolicy policy) const {
           (policy == DraftPolicy::kThroughput && way_ == RoundWay::kHead));
 }
 
+// Of the nearest load, first of a greater one: its steps had more rows, so that there is something
+// to read off between them.
+void SpeculativeDecoder::BorrowCosts() {
+  SpeculationCosts& costs = costs_.at(num_sequences_);
+  if (costs.known()) return;
+  const int load = LoadOf(num_sequences_);
+  for (int distance = 1; distance < kNumLoads; ++distance) {
+    for (const int other : {load + distance, load - distance}) {
+      if (other < 0 || other >= kNumLoads) continue;
+      const SpeculationCosts& others = costs_.at(int64_t{1} << other);
+      if (others.known()) return costs.BeginWith(others);
+    }
+  }
+}
+
 // By what this step decides, and what its passes have to show for that.
 void SpeculativeDecoder::BeginStep(StepId step, std::span<BatchRow> rows) {
   step_ = step;
@@ -849,6 +864,7 @@ void SpeculativeDecoder::BeginStep(StepId step, std::span<BatchRow> rows) {
     (row.draft_policy == DraftPolicy::kThroughput ? by_throughput : by_signs) = true;
   }
   adapts_ = by_throughput || by_signs;
+  if (by_throughput) BorrowCosts();
   warms_up_ = adapts_ && WarmsUp(rows, num_sequences_);
   // Signs that others need anyway cost nothing more.
   chooses_ = by_throughput && !by_signs;

@@ -152,6 +152,7 @@ class SpeculativeDecoder {
   absl::Status MakeRope();
   void BeginStep(StepId step, std::span<BatchRow> rows);
   bool ByHead(DraftPolicy policy) const;
+  void BorrowCosts();
   void ChooseReaders(std::span<BatchRow> rows, std::span<const SlotState> slots);
   bool ReadsPrompt(const BatchRow& row, const SlotDraft& slot, int64_t tokens_left) const;
   bool CanDraft(const BatchRow& row, const SlotDraft& slot) const;

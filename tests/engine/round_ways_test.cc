@@ -52,6 +52,24 @@ TEST(RoundWaysTest, AWayThatIsNotThereIsNeverTaken) {
   EXPECT_EQ(TakeSteps(ways, {0.9, 0.8, 5}, 20'000, 0.1)[2], 0);
 }
 
+// All of its first rounds were bad, with no spread.
+TEST(RoundWaysTest, ABadBeginningIsForgiven) {
+  RoundWays ways({1, 0.9, 0}, 128);
+  int step = 0;
+  const auto run = [&](int num_steps) {
+    int taken = 0;
+    for (int end = step + num_steps; step < end; ++step) {
+      const RoundWay way = ways.Next();
+      taken += way == RoundWay::kPlanned;
+      ways.Observe(way, way == RoundWay::kMargins ? 0.95 : step < 40 ? 0.8 : 1, 1);
+    }
+    return taken;
+  };
+  EXPECT_LT(run(100), 60);
+  run(500);
+  EXPECT_GT(run(1000), 950);
+}
+
 TEST(RoundWaysTest, WhatBecomesBetterIsFound) {
   RoundWays ways({1, 0.95, 0}, 64);
   TakeSteps(ways, {1, 0.8, 0}, 6000, 0.05);
