@@ -24,9 +24,6 @@
 //
 // The step's own keys and values are rotated, rounded and put into the fetched block in shared
 // memory by every block that needs them.
-//
-// compute-sanitizer's racecheck reports the queries and the parts of ranges: it does not
-// follow an order that goes from lanes through __syncwarp() to the arrival of one of them.
 
 #include <algorithm>
 #include <cmath>
@@ -145,7 +142,8 @@ struct Layout {
     Queries queries[2];
     Range queue[kQueue];
     Plan plan;
-    // Pairs of "may be read" and "may be written".
+    // Pairs of "may be read" and "may be written". Where the lanes of a warp write what others read
+    // (queries, parts), each lane arrives for itself.
     uint64_t slot_full[kMaxSlots], slot_empty[kMaxSlots];
     uint64_t range_full[kQueue], range_empty[kQueue];
     uint64_t queries_full[2], queries_empty[2];
@@ -466,8 +464,7 @@ class Asker {
           Put<4>(range, shared_.queries[n % 2]);
         }
       }
-      __syncwarp();
-      if (lane_ == 0) hopper::BarrierArrive(&shared_.queries_full[n % 2]);
+      hopper::BarrierArrive(&shared_.queries_full[n % 2]);
       if (range.row < 0) return;
       if (range.tile == 0) WriteCache(range);
     }
@@ -584,7 +581,7 @@ class Consumer {
       const Range range = shared_.queue[n % kQueue];
       if (range.row < 0) return;
       Begin(shared_.queries[n % 2]);
-      Release(&shared_.queries_empty[n % 2]);
+      hopper::BarrierArrive(&shared_.queries_empty[n % 2]);
       for (int round = 0; round < range.num_rounds(); ++round) {
         const int index = round * kWarps + warp_;
         const uint32_t sequence = range.first_slot + index, slot = sequence % L::kSlots;
@@ -597,24 +594,19 @@ class Consumer {
           }
           Attend(block, first_key);
         }
+        __syncwarp();
         if (round + 1 < range.num_rounds()) {
-          Release(&shared_.slot_empty[slot]);
+          if (lane_ == 0) hopper::BarrierArrive(&shared_.slot_empty[slot]);
         } else {
-          __syncwarp();
           End(range.num_queries, *reinterpret_cast<typename L::Part*>(block));
           hopper::FenceAsyncShared();
         }
       }
-      Release(&shared_.parts_full[n % kQueue]);
+      hopper::BarrierArrive(&shared_.parts_full[n % kQueue]);
     }
   }
 
  private:
-  __device__ void Release(uint64_t* barrier) {
-    __syncwarp();
-    if (lane_ == 0) hopper::BarrierArrive(barrier);
-  }
-
   __device__ void Begin(const typename L::Queries& queries) {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
@@ -974,11 +966,11 @@ __device__ void InitBarriers(typename Layout<kHeadDim>::Fixed& shared) {
   for (int place = 0; place < kQueue; ++place) {
     hopper::BarrierInit(&shared.range_full[place], 1);
     hopper::BarrierInit(&shared.range_empty[place], 1);
-    hopper::BarrierInit(&shared.parts_full[place], kWarps);
+    hopper::BarrierInit(&shared.parts_full[place], kWarps * kWarp);
   }
   for (int place = 0; place < 2; ++place) {
-    hopper::BarrierInit(&shared.queries_full[place], 1);
-    hopper::BarrierInit(&shared.queries_empty[place], kWarps);
+    hopper::BarrierInit(&shared.queries_full[place], kWarp);
+    hopper::BarrierInit(&shared.queries_empty[place], kWarps * kWarp);
   }
   hopper::BarrierInitFence();
 }

@@ -5,8 +5,7 @@
 #
 # memcheck runs the tests named (conformance, lightning_attention and lightning_prefill without any; minutes each); racecheck,
 # initcheck and synccheck run smallest_test, every kernel at its smallest shapes. TESTS and BIN are the folders of the tests and of the
-# plugin (build/cuda/tests, build/cuda/bin), LIMIT_S the seconds a tool may take (600). Exits with 1 if a tool reports anything: racecheck
-# does for what the warps of paged decode hand on (paged_decode.cu says why).
+# plugin (build/cuda/tests, build/cuda/bin), LIMIT_S the seconds a tool may take (600). Exits with 1 if a tool reports anything.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=${1:-build/sanitize}
