@@ -57,8 +57,8 @@ __device__ inline void LoadRotated(const PagedAttentionArgs& args, const TensorV
 }
 
 // Where a position's key (part 0) or value (part 1) of a kv head lies.
-template <typename Act>
-__device__ inline Act* CacheRow(const PagedAttentionArgs& args, const StepRow& row,
+template <typename Act, typename RowOrRange>
+__device__ inline Act* CacheRow(const PagedAttentionArgs& args, const RowOrRange& row,
                                 int64_t position, int part, int64_t kv_head) {
   const int64_t block = args.block_tables[row.block_table + position / kPagedBlock];
   return Row<Act>(args.blocks, block) +

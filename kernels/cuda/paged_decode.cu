@@ -13,6 +13,8 @@
 //   eight warps compute, each every eighth block of a range, from its own slots of the ring;
 //   two finishing warps, each for every second query, add their parts, write the partial result of
 //   the range, and merge all of a row and head, if it was the last.
+// Where there are many rows, most are items of their own: nothing of them is written and merged
+// (NumWholeRows). The sums are the same.
 //
 // Query tile: 8 queries (token, head of the group), each held as two bf16 rows, its high and low
 // half, of an m16n8k16 product; likewise the weights. So a query and a weight keep 16 bits of
@@ -81,6 +83,7 @@ struct alignas(16) Range {
   int32_t first_token;
   int32_t num_tokens;
   int32_t position;
+  int64_t block_table;
 
   // Each warp takes a block a round; in the last one those of some may be missing.
   __device__ int num_rounds() const { return (num_blocks + kWarps - 1) / kWarps; }
@@ -93,7 +96,7 @@ struct Plan {
   int32_t items[kMaxRows];
   int32_t slots[kMaxRows];  // partial results of a query head: (range, token)
   int32_t num_items;
-  int32_t whole_rows;  // no room for partial results: an item has all ranges
+  int32_t num_whole_rows;  // the first ones: an item has all ranges of a row, kv head and tile
 };
 
 struct Args {
@@ -141,6 +144,7 @@ struct Layout {
   struct Fixed {
     Queries queries[2];
     Range queue[kQueue];
+    int32_t blocks[2][kCoarseBlocks];  // of a range and the next: the block table
     Plan plan;
     // Pairs of "may be read" and "may be written". Where the lanes of a warp write what others read
     // (queries, parts), each lane arrives for itself.
@@ -192,15 +196,27 @@ __device__ inline void CopyBlock(void* to, const CUtensorMap* cache, int head, i
       : "memory");
 }
 
-// Adds; what this thread (and those it has heard of) wrote is seen by whoever adds later.
-__device__ inline uint64_t AddAcquireRelease(uint64_t* counter, uint64_t value) {
+// Adds; what this thread (and those it has heard of) wrote is seen by whoever adds later and then
+// calls AcquireFence().
+__device__ inline uint64_t AddRelease(uint64_t* counter, uint64_t value) {
   uint64_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"
+  asm volatile("atom.release.gpu.global.add.u64 %0, [%1], %2;"
                : "=l"(before)
                : "l"(counter), "l"(value)
                : "memory");
   return before;
 }
+
+// Empties the first-level cache, so it is for those who read, not for all who add.
+__device__ inline void AcquireFence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+// Four bytes into shared memory, there after WaitForCopies() of the thread.
+__device__ inline void CopyWord(int32_t* to, const int32_t* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(hopper::SharedAddress(to)),
+               "l"(from)
+               : "memory");
+}
+__device__ inline void WaitForCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Two values as the high and the low halves of their bf16 pairs.
 __device__ inline void SplitPair(float x, float y, uint32_t* high, uint32_t* low) {
@@ -216,7 +232,8 @@ __device__ inline int HeadsOfGroup(const PagedAttentionArgs& args) {
 __device__ inline int NumTiles(const PagedAttentionArgs& args, int num_tokens) {
   return (num_tokens * HeadsOfGroup(args) + kTileQueries - 1) / kTileQueries;
 }
-__device__ inline int NumBlocks(const StepRow& row) {
+template <typename RowOrRange>
+__device__ inline int NumBlocks(const RowOrRange& row) {
   return static_cast<int>((row.position + row.num_tokens + kPagedBlock - 1) / kPagedBlock);
 }
 __device__ inline int NumRanges(const StepRow& row) {
@@ -231,11 +248,53 @@ __device__ inline int HeadOf(const PagedAttentionArgs& args, const Range& range,
   return range.head * HeadsOfGroup(args) + (range.tile * kTileQueries + query) % HeadsOfGroup(args);
 }
 
+__device__ inline float WarpScan(float x) {
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const float other = __shfl_up_sync(0xffffffffu, x, offset);
+    if (static_cast<int>(threadIdx.x) % kWarp >= offset) x += other;
+  }
+  return x;
+}
+
+// How many rows at the front are not split. A row that one block reads has no partial results to
+// write, count and merge; what is split fills the blocks that end early. So there is as much split
+// work for each block as the longest row is.
+__device__ int NumWholeRows(const PagedAttentionArgs& attention) {
+  const int num_rows = attention.num_decode_rows, lane = threadIdx.x % kWarp;
+  if (num_rows == 1) return 0;
+  const auto work_of = [&](int index) {
+    if (index >= num_rows) return 0.0f;
+    const StepRow& row = attention.rows[index];
+    return row.num_tokens == 0 ? 0.0f
+                               : NumTiles(attention, row.num_tokens) * attention.num_kv_heads *
+                                     static_cast<float>(NumBlocks(row));
+  };
+  float work = 0, longest = 0;
+  for (int index = lane; index < num_rows; index += kWarp) {
+    work += work_of(index);
+    longest = fmaxf(longest, static_cast<float>(NumBlocks(attention.rows[index])));
+  }
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    work += __shfl_xor_sync(0xffffffffu, work, offset);
+    longest = fmaxf(longest, __shfl_xor_sync(0xffffffffu, longest, offset));
+  }
+  const float split = static_cast<float>(gridDim.x) * longest;
+  float before = 0;
+  int whole = 0;
+  for (int first = 0; first < num_rows && work - before >= split; first += kWarp) {
+    const int index = first + lane;
+    const float until = before + WarpScan(work_of(index));
+    whole += __popc(__ballot_sync(0xffffffffu, index < num_rows && work - until >= split));
+    before = __shfl_sync(0xffffffffu, until, kWarp - 1);
+  }
+  return whole;
+}
+
 // By one warp. Every block makes the same plan.
 __device__ void MakePlan(const Args& args, Plan& plan) {
   const PagedAttentionArgs& attention = args.attention;
   const int lane = threadIdx.x % kWarp;
-  int whole_rows = 0;
+  int num_whole_rows = NumWholeRows(attention);
   for (int pass = 0; pass < 2; ++pass) {
     int items = 0, slots = 0;
     for (int first = 0; first < attention.num_decode_rows; first += kWarp) {
@@ -243,10 +302,11 @@ __device__ void MakePlan(const Args& args, Plan& plan) {
       if (first + lane < attention.num_decode_rows) {
         const StepRow& row = attention.rows[first + lane];
         if (row.num_tokens > 0) {
+          const bool whole = first + lane < num_whole_rows;
           const int ranges = NumRanges(row);
-          my_items = NumTiles(attention, row.num_tokens) * attention.num_kv_heads *
-                     (whole_rows ? 1 : ranges);
-          my_slots = ranges * row.num_tokens;
+          my_items =
+              NumTiles(attention, row.num_tokens) * attention.num_kv_heads * (whole ? 1 : ranges);
+          my_slots = whole ? 0 : ranges * row.num_tokens;
         }
       }
       for (int offset = 1; offset < kWarp; offset *= 2) {
@@ -262,9 +322,9 @@ __device__ void MakePlan(const Args& args, Plan& plan) {
       items += __shfl_sync(0xffffffffu, my_items, kWarp - 1);
       slots += __shfl_sync(0xffffffffu, my_slots, kWarp - 1);
     }
-    if (lane == 0) plan.num_items = items, plan.whole_rows = whole_rows;
-    if (whole_rows || slots <= args.num_slots) break;
-    whole_rows = 1;
+    if (lane == 0) plan.num_items = items, plan.num_whole_rows = num_whole_rows;
+    if (slots <= args.num_slots) break;
+    num_whole_rows = attention.num_decode_rows;  // there is no room for partial results
   }
 }
 
@@ -289,92 +349,79 @@ __device__ Range FindItem(const PagedAttentionArgs& args, const Plan& plan, int 
   range.num_queries =
       min(kTileQueries, row.num_tokens * HeadsOfGroup(args) - range.tile * kTileQueries);
   range.num_ranges = NumRanges(row);
-  range.number = plan.whole_rows ? 0 : range.num_ranges - 1 - rest / args.num_kv_heads;
+  range.number = low < plan.num_whole_rows ? 0 : range.num_ranges - 1 - rest / args.num_kv_heads;
   range.first_token = row.first_token;
   range.num_tokens = row.num_tokens;
   range.position = static_cast<int>(row.position);
+  range.block_table = row.block_table;
   return range;
 }
 
-// The fetching warp. Looks one range ahead, and takes one item further.
+// The fetching warp. It takes, looks up and announces the next item while it asks for the last
+// blocks of this one. The chain from the counter by the row to the queries takes some 10 us beside
+// the traffic of the ring, as long as the keys of an item; thus no warp waits for it. An item is
+// not taken earlier: towards the end a block should not hold what another could begin. Here nothing
+// that is loaded goes to a register before it is used: the compiler would wait for it before the
+// next loop.
 template <int kHeadDim>
 class Fetcher {
   using L = Layout<kHeadDim>;
-  struct Work {
-    Range range;
-    int32_t blocks[kCoarseBlocks / kWarp];  // lane, lane + 32: of the range, in the cache
-  };
+  // So many blocks are left when the next item is taken, so many are asked for until it is there.
+  static constexpr int kTakeAhead = 16, kTakeTime = 8;
 
  public:
   __device__ Fetcher(const Args& args, typename L::Fixed& shared, char* ring)
       : args_(args), attention_(args.attention), shared_(shared), ring_(ring) {}
 
   __device__ void Run() {
-    Work work = First();
-    if (work.range.row >= 0) Fetch(work);
-    DependencyWait();
-    if (work.range.row >= 0) {
-      Take();
-      work = Next(work.range);
+    Range range = {.row = -1};
+    const int32_t* blocks = nullptr;
+    int num_slots = 0, look_at = 0;
+    if (static_cast<int>(blockIdx.x) < shared_.plan.num_items) {
+      range = FindItem(attention_, shared_.plan, blockIdx.x);
+      num_slots = look_at = FetchFirst(range);
     }
-    while (work.range.row >= 0) {
-      const Work next = Next(work.range);
-      Fetch(work);
-      work = next;
+    DependencyWait();
+    if (range.row >= 0 && !HasNextRange(range)) Take();
+#pragma unroll 1
+    while (true) {
+      const Range next = Look(Next(range), range.first_slot + num_slots);
+      Fetch(range, blocks, look_at, num_slots);
+      if (next.row < 0) break;
+      WaitForCopies();
+      __syncwarp();
+      range = next;
+      blocks = shared_.blocks[(num_announced_ - 1) % 2];
+      num_slots = range.num_rounds() * kWarps;
+      const int take_at = max(num_slots - kTakeAhead, 0);
+      look_at = min(take_at + kTakeTime, num_slots);
+      Fetch(range, blocks, 0, take_at);
+      if (!HasNextRange(range)) Take();
+      Fetch(range, blocks, take_at, look_at);
     }
     DependencyTrigger();
-    Announce(work.range);
   }
 
  private:
-  __device__ Work First() const {
-    if (static_cast<int>(blockIdx.x) >= shared_.plan.num_items) return {.range = {.row = -1}};
-    return Look(FindItem(attention_, shared_.plan, blockIdx.x));
-  }
-
-  __device__ Work Next(Range range) {
-    if (shared_.plan.whole_rows && range.number + 1 < range.num_ranges) {
-      ++range.number;
-      return Look(range);
-    }
-    const uint32_t taken = __shfl_sync(0xffffffffu, taken_, 0);
-    const int index = static_cast<int>(gridDim.x + taken);
-    if (index < shared_.plan.num_items) {
-      Take();
-      return Look(FindItem(attention_, shared_.plan, index));
-    }
-    // Each block fails once: this is the last of all, and leaves the counter as it found it.
-    if (lane_ == 0 && static_cast<int>(taken) == shared_.plan.num_items - 1) args_.counters[0] = 0;
-    return {.range = {.row = -1}};
-  }
-
-  __device__ void Take() {
-    if (lane_ == 0) taken_ = atomicAdd(&args_.counters[0], 1u);
-  }
-
-  __device__ Work Look(const Range& range) const {
-    const StepRow& row = attention_.rows[range.row];
-    Work work = {.range = range};
-    work.range.first_block = FirstBlock(range.number);
-    work.range.num_blocks =
-        min(FirstBlock(range.number + 1), NumBlocks(row)) - work.range.first_block;
-    const int32_t* table = attention_.block_tables + row.block_table + work.range.first_block;
+  // The first range, before the kernel before has ended; returns its slots. Code of its own: a
+  // short context is over with it, and through the loop of the others it took 2 of 13 us longer.
+  __device__ int FetchFirst(Range& range) {
+    range.first_block = FirstBlock(range.number);
+    range.num_blocks = min(FirstBlock(range.number + 1), NumBlocks(range)) - range.first_block;
+    range.first_slot = 0;
+    const int32_t* table = attention_.block_tables + range.block_table + range.first_block;
+    int32_t blocks[kCoarseBlocks / kWarp];  // lane, lane + 32: of the range, in the cache
 #pragma unroll
     for (int i = 0; i < kCoarseBlocks / kWarp; ++i) {
       const int block = lane_ + i * kWarp;
-      work.blocks[i] = block < work.range.num_blocks ? __ldg(table + block) : 0;
+      blocks[i] = block < range.num_blocks ? __ldg(table + block) : 0;
     }
-    return work;
-  }
-
-  __device__ void Fetch(Work& work) {
-    const Range& range = work.range;
     const uint64_t policy = CachePolicy(NumTiles(attention_, range.num_tokens) == 1);
-    work.range.first_slot = num_fetched_;
     Announce(range);
-    for (int block = 0; block < range.num_rounds() * kWarps; ++block) {
+    const int num_slots = range.num_rounds() * kWarps;
+    for (int block = 0; block < num_slots; ++block) {
       const int in_cache =
-          __shfl_sync(0xffffffffu, block < kWarp ? work.blocks[0] : work.blocks[1], block % kWarp);
+          __shfl_sync(0xffffffffu, block < kWarp ? blocks[0] : blocks[1], block % kWarp);
       hopper::BarrierWait(&shared_.slot_empty[slot_], parity_);
       if (lane_ == 0) {
         uint64_t* full = &shared_.slot_full[slot_];
@@ -388,8 +435,69 @@ class Fetcher {
       }
       __syncwarp();
       if (++slot_ == L::kSlots) slot_ = 0, parity_ ^= 1;
-      ++num_fetched_;
     }
+    return num_slots;
+  }
+
+  // A row's ranges may be one item.
+  __device__ bool HasNextRange(const Range& range) const {
+    return range.row < shared_.plan.num_whole_rows && range.number + 1 < range.num_ranges;
+  }
+
+  __device__ void Take() {
+    // Each block fails once: the last of all leaves the counter as it found it. (The compiler turns
+    // atomicAdd() into a sum over the warp, and waits for it at once.)
+    if (lane_ == 0) taken_ = atomicInc(&args_.counters[0], shared_.plan.num_items - 1);
+  }
+
+  // After `range`, if any.
+  __device__ Range Next(Range range) const {
+    if (range.row >= 0 && HasNextRange(range)) {
+      ++range.number;
+      return range;
+    }
+    const int item = static_cast<int>(gridDim.x + __shfl_sync(0xffffffffu, taken_, 0));
+    if (range.row < 0 || item >= shared_.plan.num_items) return {.row = -1};
+    return FindItem(attention_, shared_.plan, item);
+  }
+
+  // Announces it, and asks for its part of the block table.
+  __device__ Range Look(Range range, uint32_t first_slot) {
+    if (range.row >= 0) {
+      range.first_block = FirstBlock(range.number);
+      range.num_blocks = min(FirstBlock(range.number + 1), NumBlocks(range)) - range.first_block;
+      range.first_slot = first_slot;
+      int32_t* blocks = shared_.blocks[num_announced_ % 2];
+      const int32_t* table = attention_.block_tables + range.block_table + range.first_block;
+#pragma unroll
+      for (int first = 0; first < kCoarseBlocks; first += kWarp) {
+        const int block = first + lane_;
+        if (block < range.num_blocks) CopyWord(&blocks[block], table + block);
+      }
+    }
+    Announce(range);
+    return range;
+  }
+
+  // Blocks [begin, end) of the range, one a slot; slots after its last block stay empty.
+  __device__ void Fetch(const Range& range, const int32_t* blocks, int begin, int end) {
+    const uint64_t policy = CachePolicy(NumTiles(attention_, range.num_tokens) == 1);
+    if (lane_ == 0) {
+#pragma unroll 1
+      for (int block = begin; block < end; ++block) {
+        uint64_t* full = &shared_.slot_full[slot_];
+        hopper::BarrierWait(&shared_.slot_empty[slot_], parity_);
+        if (block < range.num_blocks) {
+          hopper::BarrierArriveExpect(full, L::kSlotBytes);
+          CopyBlock<kHeadDim>(ring_ + slot_ * L::kSlotBytes, &args_.cache, range.head,
+                              blocks[block], full, policy);
+        } else {
+          hopper::BarrierArrive(full);
+        }
+        if (++slot_ == L::kSlots) slot_ = 0, parity_ ^= 1;
+      }
+    }
+    __syncwarp();
   }
 
   __device__ void Announce(const Range& range) {
@@ -409,11 +517,9 @@ class Fetcher {
   const int lane_ = threadIdx.x % kWarp;
   uint32_t taken_ = 0;  // by lane 0
   uint32_t num_announced_ = 0;
-  uint32_t num_fetched_ = 0;
   int slot_ = 0;  // of the next block
   uint32_t parity_ = 1;
 };
-static_assert(kCoarseBlocks == 2 * kWarp);
 
 // Columns [lane * kColumns, (lane + 1) * kColumns) of a row.
 template <typename T, int kColumns>
@@ -473,34 +579,32 @@ class Asker {
  private:
   // The step's keys and values that lie in the range.
   __device__ void WriteCache(const Range& range) {
-    const StepRow& row = attention_.rows[range.row];
     const int end = min((range.first_block + range.num_blocks) * kPagedBlock - range.position,
                         range.num_tokens);
     for (int index = max(range.first_block * kPagedBlock - range.position, 0); index < end;
          ++index) {
       const StepEntry<kHeadDim> entry(attention_, range, index);
-      Bf16* key = CacheRow<Bf16>(attention_, row, range.position + index, 0, range.head);
-      Bf16* value = CacheRow<Bf16>(attention_, row, range.position + index, 1, range.head);
+      Bf16* key = CacheRow<Bf16>(attention_, range, range.position + index, 0, range.head);
+      Bf16* value = CacheRow<Bf16>(attention_, range, range.position + index, 1, range.head);
       reinterpret_cast<Columns<Bf16, L::kColumns>*>(key)[lane_] = entry.key;
       reinterpret_cast<Columns<Bf16, L::kColumns>*>(value)[lane_] = entry.value;
     }
   }
 
-  // kAtOnce queries' loads are on their way together.
+  // kAtOnce queries' loads are on their way together. Rows of no query keep what they had: they
+  // attend to no key, and no other row depends on them.
   template <int kAtOnce>
   __device__ void Put(const Range& range, typename L::Queries& queries) {
     const float scale = attention_.scale * kLog2E;
 #pragma unroll 1
-    for (int first = 0; first < kTileQueries; first += kAtOnce) {
-      float x[kAtOnce][L::kColumns] = {};
-      if (first < range.num_queries) {
+    for (int first = 0; first < range.num_queries; first += kAtOnce) {
+      float x[kAtOnce][L::kColumns];
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          const int query = min(first + i, range.num_queries - 1);
-          LoadRotated<Bf16>(attention_, attention_.q,
-                            range.first_token + TokenOf(attention_, range, query),
-                            HeadOf(attention_, range, query), lane_ * L::kColumns, x[i]);
-        }
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int query = min(first + i, range.num_queries - 1);
+        LoadRotated<Bf16>(attention_, attention_.q,
+                          range.first_token + TokenOf(attention_, range, query),
+                          HeadOf(attention_, range, query), lane_ * L::kColumns, x[i]);
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
@@ -760,7 +864,7 @@ class Finisher {
         if (lane_ == 0) hopper::BarrierArrive(&shared_.range_empty[place]);
       }
       if (member_ >= range.num_queries) continue;
-      if (shared_.plan.whole_rows || range.num_ranges == 1) {
+      if (range.row < shared_.plan.num_whole_rows || range.num_ranges == 1) {
         AddRange(range, part, o);
       } else {
         WritePartials(range, part, o);
@@ -823,7 +927,8 @@ class Finisher {
         total_o_[i].x[c] = MergeValue(f, total_o_[i].x[c], o[i].x[c]);
       }
       if (range.number == range.num_ranges - 1) {
-        WriteOutput(range, query, total_o_[i], __shfl_sync(0xffffffffu, total_.sum, query));
+        WriteOutput(range, query, lane_ * kColumns, total_o_[i],
+                    __shfl_sync(0xffffffffu, total_.sum, query));
       }
     }
   }
@@ -864,8 +969,9 @@ class Finisher {
       auto* counter = reinterpret_cast<uint64_t*>(args_.counters) + 1 +
                       tile * attention_.num_kv_heads + range.head;
       const int shift = 16 * member_;
-      before = AddAcquireRelease(counter, uint64_t{1} << shift) >> shift & 0xffff;
+      before = AddRelease(counter, uint64_t{1} << shift) >> shift & 0xffff;
       if (before == others) {
+        AcquireFence();
         atomicAdd(reinterpret_cast<unsigned long long*>(counter),
                   -(static_cast<unsigned long long>(range.num_ranges) << shift));
       }
@@ -873,61 +979,91 @@ class Finisher {
     return __shfl_sync(0xffffffffu, before, 0) == others;
   }
 
-  // The running sums of AddRange; the lanes form the factors of as many ranges.
+  // The running sums of AddRange. Each half of the warp merges a query; its lanes form the factors
+  // of as many ranges.
   __device__ void MergePartials(const Range& range) {
-    constexpr int kAtOnce = 16;  // loads on their way
+    constexpr int kAtOnce = 9;  // ranges; the loads of both queries are on their way together
+    constexpr int kHalf = kWarp / 2;
+    constexpr int kPieces = kHeadDim / (4 * kHalf);  // of 4 columns, by a lane
+    const int lane = lane_ % kHalf;
     const int64_t stride = SlotStride(range);
-    for (int query = member_; query < range.num_queries; query += kFinishWarps) {
-      const int64_t first = FirstSlot(range, query);
+#pragma unroll 1
+    for (int pair = member_; pair < range.num_queries; pair += 2 * kFinishWarps) {
+      const int query = pair + lane_ / kHalf * kFinishWarps;
+      const bool present = query < range.num_queries;
+      const int64_t slot = FirstSlot(range, present ? query : pair);
+      const float2* stats_from = args_.stats + slot + lane * stride;
+      const float* from = args_.partials + slot * kHeadDim + lane * 4;
       float max = -INFINITY, sum = 0;
-      Columns o = {};
+      cuda::Columns<float, 4> o[kPieces] = {};
+#pragma unroll 1
       for (int begin = 0; begin < range.num_ranges; begin += kAtOnce) {
-        float2 stats = {-INFINITY, 0};
-        if (lane_ < kAtOnce && begin + lane_ < range.num_ranges) {
-          stats = __ldcg(&args_.stats[first + (begin + lane_) * stride]);
-        }
-        Columns part[kAtOnce];
+        const int num = min(kAtOnce, range.num_ranges - begin);
+        const float2 stats = present && lane < num ? __ldcg(stats_from) : float2{-INFINITY, 0};
+        stats_from += kAtOnce * stride;
+        float4 part[kAtOnce][kPieces];
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-          if (begin + i < range.num_ranges) {
-            part[i] = LoadColumns(
-                &args_.partials[(first + (begin + i) * stride) * kHeadDim + lane_ * kColumns]);
+#pragma unroll
+          for (int piece = 0; piece < kPieces; ++piece) {
+            if (present && i < num) {
+              part[i][piece] = __ldcg(reinterpret_cast<const float4*>(from + piece * 4 * kHalf));
+            }
           }
+          from += stride * kHeadDim;
         }
-        Running running = {RunningMax(stats.x, &max), 0};
+        Running running = {RunningMax<kHalf>(stats.x, &max), 0};
         const float2 factors = Merge(running, stats.x, 0);
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-          if (begin + i >= range.num_ranges) break;
-          const float2 f = {__shfl_sync(0xffffffffu, factors.x, i),
-                            __shfl_sync(0xffffffffu, factors.y, i)};
-          sum = MergeValue(f, sum, __shfl_sync(0xffffffffu, stats.y, i));
+          if (i >= num) break;
+          const float2 f = {__shfl_sync(0xffffffffu, factors.x, i, kHalf),
+                            __shfl_sync(0xffffffffu, factors.y, i, kHalf)};
+          sum = MergeValue(f, sum, __shfl_sync(0xffffffffu, stats.y, i, kHalf));
 #pragma unroll
-          for (int c = 0; c < kColumns; ++c) o.x[c] = MergeValue(f, o.x[c], part[i].x[c]);
+          for (int piece = 0; piece < kPieces; ++piece) {
+            const float4 x = part[i][piece];
+            auto& to = o[piece].x;
+            to[0] = MergeValue(f, to[0], x.x), to[1] = MergeValue(f, to[1], x.y);
+            to[2] = MergeValue(f, to[2], x.z), to[3] = MergeValue(f, to[3], x.w);
+          }
         }
       }
-      WriteOutput(range, query, o, sum);
+      if (!present) continue;
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        WriteOutput(range, query, (piece * kHalf + lane) * 4, o[piece], sum);
+      }
     }
+    // Unused where ranges are merged here: the loads have had their registers.
+    total_ = {};
+#pragma unroll
+    for (int i = 0; i < kQueriesOfFinisher; ++i) total_o_[i] = {};
   }
 
-  // The maximum of *max and of the lanes before; *max becomes that of all.
+  // Among kLanes lanes: the maximum of *max and of the lanes before; *max becomes that of all.
+  template <int kLanes>
   __device__ float RunningMax(float mine, float* max) const {
+    const int lane = lane_ % kLanes;
     float after = mine;
-    for (int offset = 1; offset < kWarp; offset *= 2) {
-      const float other = __shfl_up_sync(0xffffffffu, after, offset);
-      if (lane_ >= offset) after = fmaxf(after, other);
+    for (int offset = 1; offset < kLanes; offset *= 2) {
+      const float other = __shfl_up_sync(0xffffffffu, after, offset, kLanes);
+      if (lane >= offset) after = fmaxf(after, other);
     }
     after = fmaxf(after, *max);
-    const float before = __shfl_up_sync(0xffffffffu, after, 1), first = *max;
-    *max = __shfl_sync(0xffffffffu, after, kWarp - 1);
-    return lane_ == 0 ? first : before;
+    const float before = __shfl_up_sync(0xffffffffu, after, 1, kLanes), first = *max;
+    *max = __shfl_sync(0xffffffffu, after, kLanes - 1, kLanes);
+    return lane == 0 ? first : before;
   }
 
-  __device__ void WriteOutput(const Range& range, int query, const Columns& o, float sum) {
+  // Columns of the head of a query from `first` on.
+  template <int kNum>
+  __device__ void WriteOutput(const Range& range, int query, int first,
+                              const cuda::Columns<float, kNum>& o, float sum) {
     const int64_t token = range.first_token + TokenOf(attention_, range, query);
-    const int64_t column = HeadOf(attention_, range, query) * kHeadDim + lane_ * kColumns;
+    const int64_t column = HeadOf(attention_, range, query) * kHeadDim + first;
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) StoreAny(attention_.o, token, column + c, o.x[c] / sum);
+    for (int c = 0; c < kNum; ++c) StoreAny(attention_.o, token, column + c, o.x[c] / sum);
   }
 
   __device__ static void StoreColumns(float* to, const Columns& x) {
@@ -935,15 +1071,6 @@ class Finisher {
       __stcg(reinterpret_cast<float4*>(to), float4{x.x[0], x.x[1], x.x[2], x.x[3]});
     } else {
       __stcg(reinterpret_cast<float2*>(to), float2{x.x[0], x.x[1]});
-    }
-  }
-  __device__ static Columns LoadColumns(const float* from) {
-    if constexpr (kColumns == 4) {
-      const float4 x = __ldcg(reinterpret_cast<const float4*>(from));
-      return {x.x, x.y, x.z, x.w};
-    } else {
-      const float2 x = __ldcg(reinterpret_cast<const float2*>(from));
-      return {x.x, x.y};
     }
   }
 
