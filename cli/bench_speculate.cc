@@ -1,9 +1,9 @@
 // `godwit bench speculate`: the same prompts and seeds without speculation, with each fixed number
 // of drafts and with every policy, through the scheduler, interleaved unit by unit (a unit is as
-// many prompts as run side by side). Tokens per second, how often the target ran (verification
-// rate) and what was thrown away (discard rate), each per token of output; intervals by paired
-// bootstrap over the units. Whatever has a knob, the fixed number too, is chosen on one half of the
-// units and counted on the other, both ways.
+// many prompts as run side by side), over the steps in which all of them run. Tokens per second,
+// how often the target ran (verification rate) and what was thrown away (discard rate), each per
+// token of output; intervals by paired bootstrap over the units. Whatever has a knob, the fixed
+// number too, is chosen on one half of the units and counted on the other, both ways.
 
 #include <algorithm>
 #include <chrono>
@@ -53,7 +53,7 @@ struct BenchSpeculateFlags {
 
 // One unit in one way.
 struct Run {
-  double seconds = 0, draft_seconds = 0, verify_seconds = 0;
+  double seconds = 0, draft_seconds = 0;
   int64_t num_tokens = 0, num_steps = 0, num_sequence_steps = 0;
   int64_t num_drafts = 0, num_dropped = 0, num_accepted = 0;
   std::vector<DrivenStep> steps;
@@ -61,7 +61,6 @@ struct Run {
   void Add(const Run& other) {
     seconds += other.seconds;
     draft_seconds += other.draft_seconds;
-    verify_seconds += other.verify_seconds;
     num_tokens += other.num_tokens;
     num_steps += other.num_steps;
     num_sequence_steps += other.num_sequence_steps;
@@ -209,18 +208,21 @@ absl::StatusOr<DrivenRun> RunUnit(Engine& engine, const BenchSpeculateFlags& fla
   return Drive(engine, std::move(requests), 0);
 }
 
-Run Summary(const DrivenRun& driven) {
-  Run run = {.seconds = driven.seconds,
-             .draft_seconds = driven.draft_seconds,
-             .verify_seconds = driven.verify_seconds,
-             .num_tokens = driven.num_tokens,
-             .num_steps = driven.num_steps,
-             .steps = driven.steps};
+// Of the steps in which all sequences run: with those that are left when some have ended, it is
+// another load, and whoever drafts further for some sequences than for others has more of it.
+Run Summary(const DrivenRun& driven, int64_t batch) {
+  Run run;
   for (const DrivenStep& step : driven.steps) {
+    if (step.num_rows - step.num_drafts != batch) continue;
+    run.seconds += step.seconds;
+    run.draft_seconds += step.draft_seconds;
+    run.num_tokens += step.num_tokens;
     run.num_drafts += step.num_drafts;
     run.num_dropped += step.num_dropped;
+    ++run.num_steps;
+    run.steps.push_back(step);
   }
-  run.num_sequence_steps = driven.num_rows - run.num_drafts;
+  run.num_sequence_steps = batch * run.num_steps;
   run.num_accepted = run.num_tokens - run.num_sequence_steps;
   return run;
 }
@@ -246,7 +248,7 @@ absl::StatusOr<std::vector<Arm>> RunArms(const Engines& engines, const BenchSpec
       ASSIGN_OR_RETURN(const DrivenRun driven,
                        RunUnit(engine, flags, unit_prompts, flags.seed + first, arm));
       if (index < 0) continue;  // the first unit warms up
-      arm.runs.push_back(Summary(driven));
+      arm.runs.push_back(Summary(driven, batch));
       if (arm.family != "off") continue;
       for (size_t row = 0; row < unit_prompts.size(); ++row) {
         std::vector<int32_t>& text = texts.emplace_back(unit_prompts[row]);

@@ -100,7 +100,6 @@ class Driver {
       run_.num_rows += result.num_tokens;
       run_.num_tokens += num_tokens;
       run_.draft_seconds += result.draft_seconds;
-      run_.verify_seconds += result.forward_seconds - result.draft_seconds;
     }
     done_before_[0] = std::exchange(done_before_[1], num_done_);
     if (on_step_) on_step_(step.plan.rows, result);

@@ -29,9 +29,9 @@ struct DrivenStep {
 
 struct DrivenRun {
   std::vector<DrivenOutput> outputs;  // as the requests
-  // Of steps that only decode: wall time between their ends, of which the draft model's and the
-  // model's on the device, steps, rows, and tokens that stand.
-  double seconds = 0, draft_seconds = 0, verify_seconds = 0;
+  // Of steps that only decode: wall time between their ends, of which the draft model's on the
+  // device, steps, rows, and tokens that stand.
+  double seconds = 0, draft_seconds = 0;
   int64_t num_steps = 0, num_rows = 0, num_tokens = 0;
   std::vector<DrivenStep> steps;  // these, in order
   int64_t num_preemptions = 0;

@@ -703,26 +703,22 @@ void SpeculativeDecoder::PlanRound() {
     }
   }
   if (plan_rows_.empty()) return;
-  planner_.Plan({.costs = costs_.at(num_sequences_),
-                 .score = score_,
-                 .num_sequences = num_sequences_,
-                 .num_rows = num_rows,
-                 .num_passes = num_passes,
-                 .reluctance = was_off_ ? kReluctance : 0},
-                plan_rows_);
+  const int planned = planner_.Plan({.costs = costs_.at(num_sequences_),
+                                     .score = score_,
+                                     .num_sequences = num_sequences_,
+                                     .num_rows = num_rows,
+                                     .num_passes = num_passes,
+                                     .reluctance = was_off_ ? kReluctance : 0},
+                                    plan_rows_);
   expected_rates_[step_ % kMaxStepsInFlight] = planner_.rate();
   if (!plans_) return;
-  size_t index = 0;
-  bool drafts = false;
   for (Reader& reader : readers_) {
     if (reader.draft_row < 0 || reader.row->draft_policy != DraftPolicy::kThroughput) continue;
-    const RoundPlanner::Row& row = plan_rows_[index++];
-    drafts |= row.num_drafts > 0;
     const bool one_more = overrules_ && random_() % num_sequences_ < kOverruledRows;
-    const int num_drafts = row.num_drafts + (one_more ? 1 : 0);
-    if (num_drafts < row.most_drafts) Stop(reader, num_drafts, num_drafts);
+    const int num_drafts = planned + (one_more ? 1 : 0);
+    if (num_drafts < reader.most_drafts) Stop(reader, num_drafts, num_drafts);
   }
-  was_off_ = !drafts;
+  was_off_ = planned == 0;
   DropWithoutDrafts();
 }
 
