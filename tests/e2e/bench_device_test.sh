@@ -34,7 +34,7 @@ run engine --shape llama-tiny --phase decode --contexts 64,1M --steps 8 --kv-mem
 expect 1 'no room for one'
 expect 2 'decode  llama-tiny'
 run kernels --size tiny --json
-expect 80 '"percent_of_ceiling"'
+expect 83 '"percent_of_ceiling"'
 run kernels --size tiny --filter paged
 expect 6 paged_decode
 expect 6 paged_prefill
