@@ -37,6 +37,11 @@ void RoundWays::Way::Fade(double memory) {
   for (double* sum : {&steps, &tokens, &expected, &deviation}) *sum *= memory;
 }
 
+bool RoundWays::has_choice() const {
+  return std::count_if(ways_.begin(), ways_.end(),
+                       [](const Way& way) { return way.expected > 0; }) > 1;
+}
+
 RoundWay RoundWays::Best() const {
   double most = 0;
   auto best = RoundWay::kPlanned;

@@ -29,6 +29,8 @@ class RoundWays {
   // taken.
   RoundWays(const Gains& prior, int64_t num_sequences);
 
+  // Whether there is more than one: else nothing need be observed.
+  bool has_choice() const;
   // Of the step that begins now.
   RoundWay Next();
   // A step took `way`; per sequence: tokens, and expected ones, the planner's rate times its

@@ -79,7 +79,7 @@ uint64_t PassKey(int32_t index, int64_t shown, int64_t num_tokens, int64_t num_r
 // What is found once more on each machine, but for what no trial needs to show. Many sequences
 // share passes and have little to gain by looking at each draft: at 8, 32 and 128 margins gave 0.71
 // to 0.88 of a fixed number on an H100, where the host waits for them, and the same as one draft on
-// a CPU; the head less. One sequence has nothing to lose by signs where ops run as they come: there
+// a CPU; the head less. One or two have nothing to lose by signs where ops run as they come: there
 // these cost a hundredth of a pass.
 RoundWays::Gains PriorGains(int64_t num_sequences, bool replays, bool has_head) {
   if (num_sequences > 2) return {1, 0, 0};
@@ -915,7 +915,8 @@ absl::Status SpeculativeDecoder::Draft(StepId step, std::span<BatchRow> rows,
   const bool decides = adapts_ && !warms_up_;
   overrules_ = decides && random_() % (was_off_ ? kOverrulePeriodOff : kOverrulePeriod) == 0;
   ChooseReaders(rows, slots);
-  if (decides && chooses_) PlanRound();
+  const bool compares = chooses_ && ways_.at(num_sequences_).has_choice();
+  if (decides && (plans_ || compares)) PlanRound();
   if (decides && !plans_) DecideFirst();
   OrderReaders();
   if (readers_.empty()) return absl::OkStatus();
