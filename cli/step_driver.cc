@@ -88,27 +88,18 @@ class Driver {
     Step step = std::move(in_flight_.front());
     in_flight_.pop_front();
     ASSIGN_OR_RETURN(StepResult result, engine_.Collect(step.id));
-    int64_t num_tokens = 0;
     DrivenStep taken = {.num_rows = result.num_tokens, .draft_seconds = result.draft_seconds};
     for (const RowResult& row : result.rows) {
       taken.num_drafts += row.num_drafts;
       taken.num_dropped += row.num_dropped;
-      if (!row.outputs.empty()) num_tokens += std::ssize(row.outputs[0]);
-    }
-    if (step.only_decodes) {
-      ++run_.num_steps;
-      run_.num_rows += result.num_tokens;
-      run_.num_tokens += num_tokens;
-      run_.draft_seconds += result.draft_seconds;
+      if (!row.outputs.empty()) taken.num_tokens += std::ssize(row.outputs[0]);
     }
     done_before_[0] = std::exchange(done_before_[1], num_done_);
     if (on_step_) on_step_(step.plan.rows, result);
     scheduler_.Apply(std::move(step.plan), std::move(result), Now());
     const TimeNs end = Now();
     if (step.only_decodes) {
-      taken.num_tokens = num_tokens;
       taken.seconds = static_cast<double>(end - last_end_) / 1e9;
-      run_.seconds += taken.seconds;
       run_.steps.push_back(taken);
     }
     last_end_ = end;

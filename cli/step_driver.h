@@ -24,16 +24,13 @@ struct DrivenStep {
   int64_t num_rows = 0, num_tokens = 0;     // tokens: that stand
   int64_t num_drafts = 0, num_dropped = 0;  // verified, and drawn for nothing
   int64_t num_drawn() const { return num_drafts + num_dropped; }
+  // Wall time since the end of the step before, and of it the draft model's on the device.
   double seconds = 0, draft_seconds = 0;
 };
 
 struct DrivenRun {
   std::vector<DrivenOutput> outputs;  // as the requests
-  // Of steps that only decode: wall time between their ends, of which the draft model's on the
-  // device, steps, rows, and tokens that stand.
-  double seconds = 0, draft_seconds = 0;
-  int64_t num_steps = 0, num_rows = 0, num_tokens = 0;
-  std::vector<DrivenStep> steps;  // these, in order
+  std::vector<DrivenStep> steps;      // those that only decode, in order
   int64_t num_preemptions = 0;
 };
 

@@ -232,36 +232,31 @@ TEST_P(SmallestTest, Sampling) {
     ExpectOk(backend.Sample(args));
     return arena.Download(args.tokens);
   });
-  for (const int64_t width : {36, 7}) {
-    Compare("AcceptanceHead", [&](Backend& backend) {
+  const auto head = [](int64_t width, int64_t num_outputs) {
+    return [=](Backend& backend) {
       DeviceArena arena(backend);
       AcceptanceHeadArgs args;
       args.x = arena.Floats(DType::kF32, {4, width}, RandomValues(8, 4 * width));
       args.norm = {.kind = NormKind::kRms, .epsilon = 1e-5f};
-      args.weight = arena.Floats(DType::kF32, {18, width}, RandomValues(9, 18 * width));
-      args.bias = arena.Floats(DType::kF32, {18}, RandomValues(10, 18));
-      args.readout = arena.Floats(DType::kF32, {18}, RandomValues(11, 18));
+      if (num_outputs > 0) {
+        args.weight =
+            arena.Floats(DType::kF32, {num_outputs, width}, RandomValues(9, num_outputs * width));
+        args.bias = arena.Floats(DType::kF32, {num_outputs}, RandomValues(10, num_outputs));
+        args.margins = arena.Floats(DType::kF32, {4}, RandomValues(12, 4));
+        args.shown_margins = arena.Output(DType::kF32, {4});
+      }
+      const int64_t n = num_outputs > 0 ? num_outputs : width;
+      args.readout = arena.Floats(DType::kF32, {n}, RandomValues(11, n));
       args.rows = arena.UploadArray(SomeSampleRows());
       args.num_rows = 4;
-      args.margins = arena.Floats(DType::kF32, {4}, RandomValues(12, 4));
       args.logits = arena.Output(DType::kF32, {4});
-      args.shown_margins = arena.Output(DType::kF32, {4});
       ExpectOk(backend.AcceptanceHead(args));
       return arena.Download(args.logits);
-    });
-  }
-  Compare("linear AcceptanceHead", [&](Backend& backend) {
-    DeviceArena arena(backend);
-    AcceptanceHeadArgs args;
-    args.x = arena.Floats(DType::kF32, {4, 36}, RandomValues(8, 4 * 36));
-    args.norm = {.kind = NormKind::kRms, .epsilon = 1e-5f};
-    args.readout = arena.Floats(DType::kF32, {36}, RandomValues(11, 36));
-    args.rows = arena.UploadArray(SomeSampleRows());
-    args.num_rows = 4;
-    args.logits = arena.Output(DType::kF32, {4});
-    ExpectOk(backend.AcceptanceHead(args));
-    return arena.Download(args.logits);
-  });
+    };
+  };
+  Compare("AcceptanceHead", head(36, 18));
+  Compare("AcceptanceHead of odd rows", head(7, 18));
+  Compare("linear AcceptanceHead", head(36, 0));
   Compare("ScoreTokens", [&](Backend& backend) {
     DeviceArena arena(backend);
     ScoreTokensArgs args;
